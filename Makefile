@@ -1,0 +1,68 @@
+# Every target makes its own virtual environment; nothing has to be installed or activated first.
+#   make quickstart   watch a student learn from a teacher by sign-gated on-policy distillation (CPU, minutes)
+#   make test         install the packages and test what was installed
+#   make lint         format, lint and type checks
+#   make bench        the peers side by side, error beside time
+PYTHON ?= python3
+VENV ?= .venv
+# A pinned torch keeps the environment the same for everyone; any torch >= 2.10 works: make TORCH=torch test
+TORCH ?= torch==2.13.0
+PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: install quickstart test test-all lint format bench clean
+.DEFAULT_GOAL := quickstart
+
+SOURCES := $(shell find sgopd sgopd_kernels csrc -type f -not -name '*.pyc' -not -name '*.so' 2>/dev/null)
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.torch: | $(VENV)/bin/python
+	$(PIP) "$(TORCH)"
+	@touch $@
+
+# Not editable: the tests exercise what a user gets.
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py CMakeLists.txt $(SOURCES)
+	$(PIP) .
+	@touch $@
+
+$(VENV)/.test: requirements/test.txt $(VENV)/.installed
+	$(PIP) -r requirements/test.txt
+	@touch $@
+
+$(VENV)/.bench: requirements/bench.txt $(VENV)/.installed
+	$(PIP) -r requirements/bench.txt
+	@touch $@
+
+$(VENV)-lint/.installed: requirements/lint.txt
+	$(PYTHON) -m venv $(VENV)-lint
+	$(VENV)-lint/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/lint.txt
+	@touch $@
+
+install: $(VENV)/.installed
+
+quickstart: $(VENV)/.installed
+	$(VENV)/bin/sgopd quickstart
+
+test: $(VENV)/.test
+	$(VENV)/bin/pytest tests -m "not slow"
+
+test-all: $(VENV)/.test
+	$(VENV)/bin/pytest tests
+
+lint: $(VENV)-lint/.installed
+	$(VENV)-lint/bin/ruff format --check .
+	$(VENV)-lint/bin/ruff check .
+	$(VENV)-lint/bin/mypy
+	$(VENV)-lint/bin/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+format: $(VENV)-lint/.installed
+	$(VENV)-lint/bin/ruff format .
+	$(VENV)-lint/bin/ruff check --fix .
+	$(VENV)-lint/bin/clang-format -i $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+bench: $(VENV)/.bench
+	$(VENV)/bin/pytest bench
+
+clean:
+	rm -rf build $(VENV) $(VENV)-lint *.egg-info sgopd_kernels/*.so

@@ -1,0 +1,69 @@
+"""Builds the native extensions with CMake. Everything declarative is in pyproject.toml.
+
+The CPU extension is always built. The CUDA one is built where nvcc is found (CUDA_HOME, CUDACXX, PATH or
+/usr/local/cuda); SGOPD_CUDA=0 leaves it out, SGOPD_CUDA=1 makes a missing nvcc an error.
+`python setup.py build_ext --inplace` puts the extensions beside the sources, for development.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+def find_nvcc() -> str | None:
+    wanted = os.environ.get("SGOPD_CUDA", "auto")
+    if wanted == "0":
+        return None
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    candidates = [os.environ.get("CUDACXX"), *(f"{home}/bin/nvcc" for home in homes if home)]
+    found = next((c for c in candidates if c and os.access(c, os.X_OK)), None) or shutil.which("nvcc")
+    if found is None and wanted == "1":
+        raise SystemExit("SGOPD_CUDA=1, but nvcc was not found: set CUDA_HOME or CUDACXX, or unset SGOPD_CUDA.")
+    return found
+
+
+class CMakeBuild(build_ext):
+    """One CMake configure and build for all extensions; CMake installs them where setuptools expects them."""
+
+    def run(self) -> None:
+        build = Path(self.build_temp).resolve() / "cmake"
+        build.mkdir(parents=True, exist_ok=True)
+        target = Path(self.get_ext_fullpath("sgopd_kernels._cpu")).resolve().parent
+        import pybind11
+
+        configure = [
+            "cmake",
+            "-S",
+            str(ROOT),
+            "-B",
+            str(build),
+            f"-DCMAKE_INSTALL_PREFIX={target}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DPYBIND11_FINDPYTHON=ON",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        ]
+        if shutil.which("ninja"):
+            configure += ["-G", "Ninja"]
+        nvcc = find_nvcc()
+        if nvcc:
+            configure += ["-DSGOPD_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}"]
+        if os.environ.get("SGOPD_SANITIZE") == "1":
+            configure += ["-DSGOPD_SANITIZE=ON"]
+        subprocess.run(configure, check=True)
+        subprocess.run(["cmake", "--build", str(build), "--parallel", str(os.cpu_count() or 1)], check=True)
+        subprocess.run(["cmake", "--install", str(build)], check=True)
+
+
+setup(
+    ext_modules=[Extension("sgopd_kernels._cpu", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)
