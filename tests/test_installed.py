@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import sgopd_kernels
-
 import sgopd
+import sgopd_kernels
 
 
 def test_packages_under_test_are_the_installed_ones(root: Path) -> None:

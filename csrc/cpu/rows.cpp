@@ -1,0 +1,479 @@
+// The fused row pass on the CPU. Compiled once an instruction set (SGOPD_ISA names the namespace).
+//
+// A row is one token: student logits z [V], teacher logits t [V], optionally reference logits. One visit
+// computes both log-sum-exps, the divergence, entropies, the sign gate and, in place of z, the gradient
+//
+//     reverse KL   G_v = w p_v ((z_v - t_v) - E_p[z - t])
+//     forward KL   G_v = w (p_v - q_v)
+//     JSD          G_v = w (1 - beta) p_v (log(p_v / m_v) - KL(p || m))
+//     sampled      G_v = w d (p_v - 1[v = y])
+//
+// Numerics. Distillation converges where student and teacher nearly agree, so nothing may cancel there:
+// - E_p[z - t] is accumulated around a running offset c, so that sums hold differences of the size of the
+// spread
+//   of z - t and not of z - t itself; the reverse-KL gradient then needs no log-sum-exp at all.
+// - KL from first moments, E_p[z - t] - (lse_z - lse_t), has an absolute error of about 5e-8 from the
+// rounding of
+//   exp, which is 0.5 % at KL 1e-5. Below kPrecise it is summed instead as p (e^u - 1 - u), u = log q - log
+//   p: every term is >= 0 and of second order in u, and an error in either log-sum-exp enters at second
+//   order.
+// - block sums are float in SIMD lanes, row sums double.
+// Legal -inf: a student column at -inf has p = 0; a column where a target is -inf leaves the student's
+// distribution. NaN goes through to the statistics and the gradient.
+//
+// No std:: algorithm is instantiated here: its weak symbol, compiled for one instruction set, could be linked
+// into another.
+
+#include "../rows.h"
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+namespace sgopd {
+namespace SGOPD_ISA {
+namespace {
+
+constexpr float kNegInf = -std::numeric_limits<float>::infinity();
+constexpr int64_t kBlock = 1024;   // floats: three operands of a block stay in a 32 KiB L1
+constexpr double kPrecise = 0.05;  // nats
+
+inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+
+inline float as_float(int32_t i) {
+  float f;
+  std::memcpy(&f, &i, sizeof f);
+  return f;
+}
+inline int32_t as_int(float f) {
+  int32_t i;
+  std::memcpy(&i, &f, sizeof i);
+  return i;
+}
+
+// exp for x <= 88, <= 1.3 ulp: Cody-Waite reduction and a degree-6 polynomial (minimax, relative error 2e-8).
+// Exactly 0 below the smallest normal result, for -inf too; NaN stays NaN.
+inline float exp_f32(float x) {
+  constexpr float kLog2E = 1.44269504088896341f, kLn2Hi = 0.693359375f, kLn2Lo = -2.12194440e-4f;
+  constexpr float kMagic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits
+  const float shifted = x * kLog2E + kMagic;
+  const float n = shifted - kMagic;
+  const float f = (x - n * kLn2Hi) - n * kLn2Lo;
+  float p = 1.9875691500e-4f;
+  p = p * f + 1.3981999507e-3f;
+  p = p * f + 8.3334519073e-3f;
+  p = p * f + 4.1665795894e-2f;
+  p = p * f + 1.6666665459e-1f;
+  p = p * f + 5.0000001201e-1f;
+  p = (p * f) * f + f + 1.f;
+  const float scale =
+      as_float(static_cast<int32_t>((static_cast<uint32_t>(as_int(shifted)) << 23) + 0x3f800000u));
+  return x < -87.3365f ? 0.f : p * scale;
+}
+
+// tanh, <= 2 ulp: an odd polynomial near 0, where 1 - 2 / (e^2x + 1) would lose all relative accuracy.
+inline float tanh_f32(float x) {
+  const float a = std::fabs(x), s = x * x;
+  float p = -5.70498872745e-3f;
+  p = p * s + 2.06390887954e-2f;
+  p = p * s - 5.37397155531e-2f;
+  p = p * s + 1.33314422036e-1f;
+  p = p * s - 3.33332819422e-1f;
+  const float small = p * s * x + x;
+  const float large = 1.f - 2.f / (exp_f32(a < 44.f ? 2.f * a : 88.f) + 1.f);
+  const float big = x < 0.f ? -large : large;
+  return a < 0.625f ? small : (x != x ? x : big);
+}
+
+bool head_is_plain(const HeadArgs& head, float inverse_temperature) {
+  return head.bias == nullptr && head.softcap == 0.f && head.logit_scale * inverse_temperature == 1.f;
+}
+
+// Projections -> logits: bias, scale, softcap, temperature.
+void transform(float* __restrict z, const HeadArgs& head, float inverse_temperature, int64_t first,
+               int64_t count) {
+  z += first;
+  if (head.bias != nullptr) {
+    const float* __restrict bias = head.bias + first;
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) z[i] += bias[i];
+  }
+  if (head.softcap != 0.f) {
+    const float in = head.logit_scale / head.softcap, out = head.softcap * inverse_temperature;
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) z[i] = z[i] == kNegInf ? kNegInf : out * tanh_f32(z[i] * in);
+  } else {
+    const float scale = head.logit_scale * inverse_temperature;
+    if (scale != 1.f) {
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) z[i] *= scale;
+    }
+  }
+}
+
+// A column that `target` cannot produce leaves the student's distribution.
+void restrict_support(float* __restrict z, const float* __restrict target, int64_t count) {
+  int outside = 0;
+#pragma omp simd reduction(| : outside)
+  for (int64_t i = 0; i < count; ++i) outside |= target[i] == kNegInf;
+  if (!outside) return;
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) z[i] = target[i] == kNegInf ? kNegInf : z[i];
+}
+
+float block_max(const float* __restrict z, int64_t count) {
+  float m = kNegInf;
+#pragma omp simd reduction(max : m)
+  for (int64_t i = 0; i < count; ++i) m = z[i] > m ? z[i] : m;
+  return m;
+}
+
+// One side's running softmax: maximum, sum of exponentials, sum of e * (z - max) for the entropy.
+struct Side {
+  float max = kNegInf;
+  double sum = 0, moment = 0;
+
+  // Moves the maximum; returns the factor on everything summed so far.
+  double raise(float block) {
+    if (!(block > max)) return 1.0;
+    const double shift = sum > 0 ? static_cast<double>(max) - block : 0.0;
+    const double factor = sum > 0 ? std::exp(shift) : 0.0;
+    moment = sum > 0 ? factor * (moment + sum * shift) : 0.0;
+    sum *= factor;
+    max = block;
+    return factor;
+  }
+  float origin() const { return max == kNegInf ? 0.f : max; }  // -inf - -inf would be NaN
+  double log_sum() const { return std::log(sum); }
+  double lse() const { return static_cast<double>(max) + log_sum(); }
+  double entropy() const { return log_sum() - moment / sum; }
+};
+
+// Statistics of a pair of distributions: p over z, q over t, and moments of z - t around `offset`.
+struct Pair {
+  Side p, q;
+  float offset = 0.f;
+  double p_delta = 0, q_delta = 0;  // sums of e * (z - t - offset) under p and q
+  double q_outside = 0;             // q's sum over columns where p is 0 by -inf
+  bool centred = false;
+
+  double lse_difference() const { return (static_cast<double>(p.max) - q.max) + (p.log_sum() - q.log_sum()); }
+  double mean_delta() const { return offset + p_delta / p.sum; }
+  double reverse_kl() const { return mean_delta() - lse_difference(); }
+  double forward_kl() const {
+    return q_outside > 0 ? std::numeric_limits<double>::infinity()
+                         : lse_difference() - (offset + q_delta / q.sum);
+  }
+
+  void recentre(float to) {
+    p_delta += p.sum * (static_cast<double>(offset) - to);
+    q_delta += q.sum * (static_cast<double>(offset) - to);
+    offset = to;
+  }
+
+  void add_block(const float* __restrict z, const float* __restrict t, int64_t count) {
+    p_delta *= p.raise(block_max(z, count));
+    const double factor = q.raise(block_max(t, count));
+    q_delta *= factor;
+    q_outside *= factor;
+    if (!centred && p.max != kNegInf) {
+      for (int64_t i = 0; i < count; ++i) {
+        if (z[i] == p.max) {
+          offset = z[i] - t[i];
+          break;
+        }
+      }
+      centred = true;
+    }
+    const float mp = p.origin(), mq = q.origin(), c = offset;
+    float sp = 0, sq = 0, ep = 0, eq = 0, dp = 0, dq = 0, out = 0;
+#pragma omp simd reduction(+ : sp, sq, ep, eq, dp, dq, out)
+    for (int64_t i = 0; i < count; ++i) {
+      const float a = z[i] - mp, b = t[i] - mq;
+      const float ea = exp_f32(a), eb = exp_f32(b);
+      const bool p_in = z[i] != kNegInf, q_in = t[i] != kNegInf;
+      const float delta = p_in ? (z[i] - t[i]) - c : 0.f;  // t is finite wherever z is
+      sp += ea;
+      sq += eb;
+      ep += p_in ? ea * a : 0.f;
+      eq += q_in ? eb * b : 0.f;
+      dp += ea * delta;
+      dq += eb * delta;
+      out += p_in ? 0.f : eb;
+    }
+    p.sum += sp;
+    q.sum += sq;
+    p.moment += ep;
+    q.moment += eq;
+    p_delta += dp;
+    q_delta += dq;
+    q_outside += out;
+    if (p.sum > 0) recentre(static_cast<float>(offset + p_delta / p.sum));
+  }
+};
+
+// A double as two floats: x - value is then exact to double's rounding where it matters.
+struct Split {
+  float hi, lo;
+  explicit Split(double value) : hi(static_cast<float>(value)), lo(static_cast<float>(value - hi)) {}
+};
+
+// log(m / p) with m = beta q + (1 - beta) p and u = log q - log p; neither cancels nor overflows.
+inline double log_mixture_ratio(double u, double beta) {
+  return u < 30 ? std::log1p(beta * std::expm1(u)) : u + std::log(beta + (1 - beta) * std::exp(-u));
+}
+
+// Divergences of nearly equal distributions, every term of second order in u = log q - log p.
+// Also JSD at any distance, whose row term it is.
+double precise_divergence(const float* __restrict z, const float* __restrict t, int64_t v, const Pair& s,
+                          int divergence, double beta, double* kl_student_mixture) {
+  const float mp = s.p.origin(), mq = s.q.origin();
+  const float ip = static_cast<float>(1.0 / s.p.sum), iq = static_cast<float>(1.0 / s.q.sum);
+  const double lse_p = s.p.lse(), lse_q = s.q.lse(), lse_difference = s.lse_difference();
+  const Split dlse(lse_difference);
+  double total = 0, mixture = 0;
+  for (int64_t first = 0; first < v; first += kBlock) {
+    const int64_t last = min64(v, first + kBlock);
+    if (divergence == kJSD) {
+      // In double, by the C library: JSD is not a hot path.
+      for (int64_t i = first; i < last; ++i) {
+        const double p = z[i] == kNegInf ? 0.0 : std::exp(static_cast<double>(z[i]) - lse_p);
+        const double q = t[i] == kNegInf ? 0.0 : std::exp(static_cast<double>(t[i]) - lse_q);
+        if (p > 0) {
+          const double u = lse_difference - (static_cast<double>(z[i]) - t[i]);
+          const double r = log_mixture_ratio(u, beta);
+          mixture -= p * r;
+          total += (q > 0 ? beta * q * (u - r) : 0.0) - (1 - beta) * p * r;
+        } else if (q > 0) {
+          total -= beta * q * std::log(beta);
+        }
+      }
+      continue;
+    }
+    float block = 0;
+    const bool reverse = divergence == kReverseKL;
+#pragma omp simd reduction(+ : block)
+    for (int64_t i = first; i < last; ++i) {
+      const float p = exp_f32(z[i] - mp) * ip, q = exp_f32(t[i] - mq) * iq;
+      const float u = p > 0.f ? (dlse.hi - (z[i] - t[i])) + dlse.lo : 0.f;
+      // e^u - 1 - u and e^u (u - 1) + 1, over u^2
+      const float rev =
+          0.5f + u * (1.f / 6 + u * (1.f / 24 + u * (1.f / 120 + u * (1.f / 720 + u * (1.f / 5040)))));
+      const float fwd =
+          0.5f + u * (1.f / 3 + u * (1.f / 8 + u * (1.f / 30 + u * (1.f / 144 + u * (1.f / 840)))));
+      const float near = p * u * u * (reverse ? rev : fwd);
+      const float far = reverse ? (q - p) - p * u : (q * u - q) + p;
+      block += std::fabs(u) < 0.25f && p > 0.f ? near : far;
+    }
+    total += block;
+  }
+  *kl_student_mixture = mixture;
+  return total;
+}
+
+// d(loss)/d(projection) from d(loss)/d(logit): through temperature, softcap and scale, in place.
+void chain(float* __restrict g, const float* __restrict logits, const RowsArgs& a, int64_t first,
+           int64_t count) {
+  const HeadArgs& head = a.student_head;
+  const float scale = head.logit_scale * a.inverse_temperature;
+  if (head.softcap != 0.f) {
+    const float to_tanh = 1.f / (head.softcap * a.inverse_temperature);
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) {
+      const float th = logits[i] * to_tanh;
+      g[first + i] *= logits[i] == kNegInf ? 0.f : scale * (1.f - th * th);
+    }
+  } else if (scale != 1.f) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) g[first + i] *= scale;
+  }
+}
+
+struct Coefficients {
+  float full = 0;     // of the divergence's gradient
+  float sampled = 0;  // of p - 1[v = y]
+  double kl_student_mixture = 0;
+};
+
+// Student logits -> gradient, in place.
+void gradient(float* __restrict z, const float* __restrict t, const RowsArgs& a, const Pair& s, int64_t y,
+              const Coefficients& k) {
+  const int64_t v = a.vocabulary;
+  const float mp = s.p.origin(), mq = s.q.origin();
+  const float ip = static_cast<float>(1.0 / s.p.sum), iq = static_cast<float>(1.0 / s.q.sum);
+  const Split mean(s.mean_delta()), dlse(s.lse_difference());
+  float logits[kBlock];
+  for (int64_t first = 0; first < v; first += kBlock) {
+    const int64_t count = min64(kBlock, v - first);
+    float* __restrict zb = z + first;
+    const float* __restrict tb = t == nullptr ? nullptr : t + first;
+    if (a.student_head.softcap != 0.f) std::memcpy(logits, zb, sizeof(float) * count);
+    if (a.estimator == kSampled) {
+      const float c = k.sampled * ip;
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) zb[i] = c * exp_f32(zb[i] - mp);
+      if (y >= first && y < first + count) zb[y - first] -= k.sampled;
+    } else if (a.divergence == kReverseKL) {
+      const float c = k.full * ip;
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) {
+        const float e = c * exp_f32(zb[i] - mp);
+        const float delta = ((zb[i] - tb[i]) - mean.hi) - mean.lo;
+        zb[i] = zb[i] == kNegInf ? 0.f : e * delta;
+      }
+    } else if (a.divergence == kForwardKL) {
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) {
+        const float p = exp_f32(zb[i] - mp) * ip, q = exp_f32(tb[i] - mq) * iq;
+        const float u = p > 0.f ? (dlse.hi - (zb[i] - tb[i])) + dlse.lo : 1.f;
+        // p - q = -p expm1(u)
+        const float em1 =
+            u * (1.f + u * (0.5f + u * (1.f / 6 + u * (1.f / 24 + u * (1.f / 120 + u * (1.f / 720))))));
+        zb[i] = k.full * (std::fabs(u) < 0.25f ? -p * em1 : (zb[i] == kNegInf ? 0.f : p - q));
+      }
+    } else {
+      const double lse_difference = s.lse_difference(), scale = k.full * (1 - a.beta);
+      for (int64_t i = 0; i < count; ++i) {
+        const double p = exp_f32(zb[i] - mp) * ip;
+        const double r = log_mixture_ratio(lse_difference - (static_cast<double>(zb[i]) - tb[i]), a.beta);
+        zb[i] = zb[i] == kNegInf ? 0.f : static_cast<float>(scale * p * (-r - k.kl_student_mixture));
+      }
+    }
+    chain(z, logits, a, first, count);
+  }
+}
+
+Pair statistics(const float* z, const float* t, int64_t v) {
+  Pair s;
+  for (int64_t first = 0; first < v; first += kBlock)
+    s.add_block(z + first, t + first, min64(kBlock, v - first));
+  return s;
+}
+
+// The student's side alone, when the teacher gives only the sampled token's log-probability.
+Pair student_statistics(const float* z, int64_t v) {
+  Pair s;
+  for (int64_t first = 0; first < v; first += kBlock) {
+    const int64_t count = min64(kBlock, v - first);
+    const float* __restrict zb = z + first;
+    s.p.raise(block_max(zb, count));
+    const float mp = s.p.origin();
+    float sum = 0, moment = 0;
+#pragma omp simd reduction(+ : sum, moment)
+    for (int64_t i = 0; i < count; ++i) {
+      const float e = exp_f32(zb[i] - mp);
+      sum += e;
+      moment += zb[i] == kNegInf ? 0.f : e * (zb[i] - mp);
+    }
+    s.p.sum += sum;
+    s.p.moment += moment;
+  }
+  return s;
+}
+
+double divergence_of(const float* z, const float* t, int64_t v, const Pair& s, const RowsArgs& a,
+                     double* mixture) {
+  double value = a.divergence == kForwardKL ? s.forward_kl() : s.reverse_kl();
+  if (a.divergence == kJSD || value < kPrecise) {
+    value = precise_divergence(z, t, v, s, a.divergence, a.beta, mixture);
+  }
+  return value;
+}
+
+// log pi* = w log pi_T + (1 - w) log pi_R up to a constant, in place of the teacher's logits.
+void extrapolate(float* __restrict t, const float* __restrict r, int64_t v, float w) {
+#pragma omp simd
+  for (int64_t i = 0; i < v; ++i) {
+    const bool outside = t[i] == kNegInf || r[i] == kNegInf;
+    t[i] = outside ? kNegInf : w * t[i] + (1.f - w) * r[i];
+  }
+}
+
+double reference_logprob(const float* r, int64_t v, int64_t y) {
+  const Pair s = student_statistics(r, v);
+  return r[y] - s.p.lse();
+}
+
+void one_row(const RowsArgs& a, int64_t n) {
+  const int64_t v = a.vocabulary, y = a.token_ids[n];
+  float* z = a.student + n * a.student_stride;
+  float* t = a.teacher == nullptr ? nullptr : a.teacher + n * a.teacher_stride;
+  float* r = a.reference == nullptr ? nullptr : a.reference + n * a.reference_stride;
+  double* out = a.stats + n * kColumns;
+
+  for (int64_t first = 0; first < v; first += kBlock) {
+    const int64_t count = min64(kBlock, v - first);
+    if (!head_is_plain(a.student_head, a.inverse_temperature))
+      transform(z, a.student_head, a.inverse_temperature, first, count);
+    const auto target = [&](float* logits, const HeadArgs& head) {
+      if (!head_is_plain(head, a.inverse_temperature))
+        transform(logits, head, a.inverse_temperature, first, count);
+      restrict_support(z + first, logits + first, count);
+    };
+    if (t != nullptr) target(t, a.teacher_head);
+    if (r != nullptr) target(r, a.reference_head);
+  }
+
+  Pair s = t == nullptr ? student_statistics(z, v) : statistics(z, t, v);
+  const double lp = z[y] - s.p.lse();
+  const double lq = t == nullptr ? static_cast<double>(a.teacher_logprob[n]) : t[y] - s.q.lse();
+  const double d = t == nullptr ? lq - lp : (static_cast<double>(t[y]) - z[y]) + s.lse_difference();
+
+  const double signed_d = d * a.verdict[n];
+  bool agrees = signed_d > a.tolerance, conflicts = signed_d < -a.tolerance;
+  if (a.forced != nullptr && a.forced[n] >= 0) {
+    agrees = a.forced[n] == 1;
+    conflicts = !agrees;
+  }
+  const float* weights = a.weights + n;
+  const double w = agrees ? weights[0] : (conflicts ? weights[a.rows] : weights[2 * a.rows]);
+
+  Coefficients k;
+  const double nan = std::numeric_limits<double>::quiet_NaN();
+  double kl = t == nullptr ? nan : divergence_of(z, t, v, s, a, &k.kl_student_mixture);
+  out[kKL] = kl;
+  out[kStudentLogprob] = lp;
+  out[kTeacherLogprob] = lq;
+  out[kStudentEntropy] = s.p.entropy();
+  out[kTeacherEntropy] = t == nullptr ? nan : s.q.entropy();
+  out[kGate] = w;
+  out[kAgree] = agrees ? 1.0 : 0.0;
+
+  double weight = w;  // of the row's loss
+  double advantage = d;
+  if (r != nullptr) {
+    // The gate moves the target; the row itself weighs 1, or 0 if its rollout is not kept.
+    weight = weights[0] != 0 || weights[a.rows] != 0 || weights[2 * a.rows] != 0 ? 1.0 : 0.0;
+    if (a.estimator == kSampled) {
+      advantage = (t[y] == kNegInf || r[y] == kNegInf ? static_cast<double>(kNegInf)
+                                                      : w * lq + (1 - w) * reference_logprob(r, v, y)) -
+                  lp;
+    } else {
+      extrapolate(t, r, v, static_cast<float>(w));
+      s = statistics(z, t, v);
+      kl = divergence_of(z, t, v, s, a, &k.kl_student_mixture);
+    }
+  } else if (a.behaviour_logprob != nullptr) {
+    const double ratio = std::exp(lp - a.behaviour_logprob[n]);
+    advantage *= ratio < a.ratio_clip ? ratio : a.ratio_clip;
+  }
+  if (weight == 0) {
+    out[kLoss] = 0;
+    if (a.gradient) std::memset(z, 0, sizeof(float) * v);
+    return;
+  }
+  out[kLoss] = a.estimator == kSampled ? -weight * advantage * lp : weight * kl;
+  if (!a.gradient) return;
+  k.full = static_cast<float>(weight * a.row_scale[n]);
+  k.sampled = static_cast<float>(weight * advantage * a.row_scale[n]);
+  gradient(z, t, a, s, y, k);
+}
+
+}  // namespace
+
+void rows(const RowsArgs& a, int64_t first, int64_t last) {
+  for (int64_t n = first; n < last; ++n) one_row(a, n);
+}
+
+}  // namespace SGOPD_ISA
+}  // namespace sgopd

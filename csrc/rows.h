@@ -1,0 +1,53 @@
+// The row primitive's contract, shared by every native device. Plain data: no torch, no ownership.
+#pragma once
+
+#include <cstdint>
+
+namespace sgopd {
+
+enum Estimator : int { kFull = 0, kSampled = 1 };
+enum Divergence : int { kReverseKL = 0, kForwardKL = 1, kJSD = 2 };
+
+// Columns of the statistics a call returns, one row of doubles a token (sgopd_kernels.reference.TokenValues).
+enum Column : int {
+  kLoss = 0,
+  kKL,
+  kStudentLogprob,
+  kTeacherLogprob,
+  kStudentEntropy,
+  kTeacherEntropy,
+  kGate,
+  kAgree,
+  kColumns
+};
+
+struct HeadArgs {
+  const float* bias;  // [V] or null
+  float logit_scale;
+  float softcap;  // 0: none
+};
+
+struct RowsArgs {
+  int64_t rows, vocabulary;
+  float* student;  // [rows, V] projections in, gradient out
+  int64_t student_stride;
+  float* teacher;  // [rows, V] projections in, overwritten; null: teacher_logprob holds the teacher's word
+  int64_t teacher_stride;
+  float* reference;  // [rows, V] or null
+  int64_t reference_stride;
+  HeadArgs student_head, teacher_head, reference_head;
+  const int64_t* token_ids;        // [rows]
+  const float* verdict;            // [rows]
+  const float* weights;            // [3, rows]: agree, conflict, neutral
+  const int8_t* forced;            // [rows] or null: 1 agree, 0 conflict, -1 test
+  const float* row_scale;          // [rows]: multiplies the gradient
+  const float* teacher_logprob;    // [rows] or null
+  const float* behaviour_logprob;  // [rows] or null
+  double* stats;                   // [rows, kColumns]
+  int estimator, divergence;
+  double beta, tolerance, ratio_clip;
+  float inverse_temperature;
+  bool gradient;
+};
+
+}  // namespace sgopd

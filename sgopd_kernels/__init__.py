@@ -1,0 +1,21 @@
+"""Fused kernels for sign-gated on-policy distillation. Needs torch alone.
+
+from sgopd_kernels import gated_kl_loss
+loss = gated_kl_loss(h_student, w_student, h_teacher, w_teacher, token_ids, verdict)
+"""
+
+from .api import Stats, gated_advantage, gated_kl_loss, gated_logprob_loss
+from .gate import CORRECT, INCORRECT, PRESETS, UNKNOWN, Gate
+
+__all__ = [
+    "CORRECT",
+    "INCORRECT",
+    "PRESETS",
+    "UNKNOWN",
+    "Gate",
+    "Stats",
+    "gated_advantage",
+    "gated_kl_loss",
+    "gated_logprob_loss",
+]
+__version__ = "0.1.0"

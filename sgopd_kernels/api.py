@@ -1,0 +1,541 @@
+"""The public calls: checks at the door, then one op. Formulas: docs/method.md."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from . import backends, plan
+from .gate import Gate, cell_weights, choose, draw_agreement, resolve_gate
+from .ops import TENSORS, fused_loss, problem_of, scale_of
+from .problem import Spec
+from .reference import TokenValues, token_values
+
+Divergence = str | tuple[str, float]
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What a call measured on the way, detached; tensors are shaped like token_ids, float32, 0 where ignored.
+
+    Attributes:
+        kl: the chosen divergence before the gate, in nats (reverse KL unless `divergence` says otherwise; the
+            reverse KL under estimator="sampled"). NaN where the teacher gave no distribution.
+        student_logprob: log pi_S(y) of the sampled token under the loss's temperature.
+        teacher_logprob: log pi_T(y).
+        logratio: d = teacher_logprob - student_logprob, subtracted in float64.
+        student_entropy, teacher_entropy: in nats. Teacher's NaN where it gave no distribution.
+        gate: the weight w.
+        agree: bool, d * verdict > tolerance.
+        backend: which backend computed it: "cpu", "torch" or "reference".
+        plan: which plan: "exact" or "reference".
+    """
+
+    kl: Tensor
+    student_logprob: Tensor
+    teacher_logprob: Tensor
+    logratio: Tensor
+    student_entropy: Tensor
+    teacher_entropy: Tensor
+    gate: Tensor
+    agree: Tensor
+    backend: str
+    plan: str
+
+
+def gated_kl_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    token_ids: Tensor,
+    verdict: Tensor | int,
+    *,
+    gate: str | Gate = "sg-opd",
+    reliability: Tensor | float | None = None,
+    estimator: Literal["full", "sampled"] = "full",
+    divergence: Divergence = "reverse-kl",
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    temperature: float = 1.0,
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    reference_hidden: Tensor | None = None,
+    reference_weight: Tensor | None = None,
+    reference_bias: Tensor | None = None,
+    reference_logit_scale: float = 1.0,
+    reference_softcap: float | None = None,
+    ignore_index: int = -100,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    num_items: Tensor | float | None = None,
+    precision: str | float = "auto",
+    backend: str = "auto",
+    generator: torch.Generator | None = None,
+    workspace: int = 256 * 2**20,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, Stats]:
+    """Sign-gated distillation loss of a student towards a frozen teacher, from hidden states.
+
+    The [tokens, vocabulary] logits are never made as a whole. With p the student's and q the teacher's
+    distribution over the shared vocabulary, y the sampled token, d = log q(y) - log p(y) and w the gate's weight
+    (a constant for the gradient), a token's loss is
+
+        estimator="full":     w * divergence(p, q)           reverse KL: sum_v p (log p - log q)
+        estimator="sampled": -w * d * log p(y)               d detached
+
+    (arXiv 2606.09304; docs/method.md section 2). Gradients flow to student_hidden, student_weight, student_bias.
+
+    Args:
+        student_hidden: [..., Hs] last hidden states at the positions that predict `token_ids`. fp32, bf16, fp16
+            (or fp64, served by the reference backend).
+        student_weight: [V_S, Hs] output head; may be tied to the embedding. May differ in dtype from the hidden.
+        teacher_hidden: [..., Ht], same leading shape. Constant.
+        teacher_weight: [V_T, Ht]. V_S != V_T: both distributions are over the first min(V_S, V_T) rows.
+        token_ids: [...] int64, the sampled tokens; `ignore_index` leaves a position out.
+        verdict: the verifier's word on each rollout: 1 correct, -1 incorrect, 0 unknown. A number, or a tensor
+            with as many dimensions as token_ids that broadcasts to it ([B, 1] for [B, T]).
+        gate: a preset's name (`sgopd_kernels.PRESETS`) or a `Gate`.
+        reliability: in [0, 1], shaped like `verdict`: how far the teacher is trusted in conflicts; the conflict
+            weight becomes r + (1 - r) * conflict. None: 0.
+        estimator: "full" (sum over the vocabulary) or "sampled" (policy gradient on the sampled token).
+        divergence: "reverse-kl", "forward-kl", or ("jsd", beta) with TRL's and GKD's meaning: beta * KL(q || m) +
+            (1 - beta) * KL(p || m), m = beta q + (1 - beta) p, 0 < beta < 1. Of the full estimator.
+        student_bias, teacher_bias: [V_S], [V_T].
+        temperature: > 0, divides both models' logits (after softcap).
+        student_logit_scale, teacher_logit_scale: multiply projection plus bias.
+        student_softcap, teacher_softcap: c > 0: logits become c * tanh(logits / c). None: no cap.
+        reference_hidden, reference_weight, reference_bias, reference_logit_scale, reference_softcap: a third head
+            pi_R. The target becomes log pi* = w log pi_T + (1 - w) log pi_R (G-OPD, arXiv 2602.12125;
+            renormalised under "full"), in place of the weight on the loss.
+        ignore_index: positions with this token id have loss, stats and gradient 0.
+        reduction: "mean" divides the sum by the number of valid tokens, or by `num_items`; "sum"; "none" returns
+            the loss per token, shaped like token_ids (its backward computes the logits again).
+        num_items: the mean's denominator: valid tokens of the whole optimizer step, over micro-batches and ranks.
+        precision: what may be traded for speed: "auto", "exact", "bf16", or a relative gradient error such as 1e-3.
+            A bound: the exact plan, the only one so far, satisfies each.
+        backend: "auto", "cpu" (native), "torch" (any device), "reference" (plain autograd in float64, O(N V)
+            memory, twice differentiable).
+        generator: of the gate's controls ("random", "shuffled"). None: torch's default generator.
+        workspace: bytes held above inputs and gradients. Default 256 MiB.
+        return_stats: also return `Stats`.
+
+    Returns:
+        The loss, float32 (float64 for float64 inputs): a scalar, or token_ids' shape for reduction="none".
+        With return_stats, (loss, Stats).
+
+    Raises:
+        ValueError, TypeError: an argument is out of its domain; the message names it, and the remedy.
+        NotImplementedError: a combination that is not built.
+
+    A column where a target's logit is -inf is outside the shared vocabulary: it leaves the student's distribution
+    too. A student's -inf logit has probability 0. Equal models give loss 0 and gradient 0.
+    """
+    call = _Call(
+        "gated_kl_loss", student_hidden, student_weight, student_bias, token_ids, verdict, reliability
+    )
+    teacher = call.head("teacher", teacher_hidden, teacher_weight, teacher_bias)
+    reference: dict[str, Tensor | None] = {}
+    if (reference_hidden is None) != (reference_weight is None):
+        raise ValueError("reference_hidden and reference_weight come together: pass both or neither")
+    if reference_hidden is not None:
+        assert reference_weight is not None
+        reference = call.head("reference", reference_hidden, reference_weight, reference_bias)
+    elif reference_bias is not None or reference_logit_scale != 1.0 or reference_softcap is not None:
+        raise ValueError(
+            "reference_bias, reference_logit_scale, reference_softcap need reference_hidden and _weight"
+        )
+    name, beta = _divergence(divergence)
+    if estimator not in ("full", "sampled"):
+        raise ValueError(f"estimator must be 'full' or 'sampled', got {estimator!r}")
+    if estimator == "sampled" and name != "reverse-kl":
+        raise ValueError(
+            f"divergence={divergence!r} belongs to estimator='full'; the sampled estimator is the policy gradient "
+            "of the reverse KL: use divergence='reverse-kl'"
+        )
+    return call.run(
+        gate=gate,
+        choices={
+            "estimator": estimator,
+            "divergence": name,
+            "beta": beta,
+            "temperature": _positive("temperature", temperature),
+            "student_scale": _positive("student_logit_scale", student_logit_scale),
+            "teacher_scale": _positive("teacher_logit_scale", teacher_logit_scale),
+            "reference_scale": _positive("reference_logit_scale", reference_logit_scale),
+            "student_softcap": _softcap("student_softcap", student_softcap),
+            "teacher_softcap": _softcap("teacher_softcap", teacher_softcap),
+            "reference_softcap": _softcap("reference_softcap", reference_softcap),
+            "ignore_index": ignore_index,
+        },
+        tensors={**teacher, **reference},
+        reduction=reduction,
+        num_items=num_items,
+        precision=precision,
+        backend=backend,
+        generator=generator,
+        workspace=workspace,
+        return_stats=return_stats,
+    )
+
+
+def gated_logprob_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    token_ids: Tensor,
+    teacher_logprob: Tensor,
+    verdict: Tensor | int,
+    *,
+    gate: str | Gate = "sg-opd",
+    reliability: Tensor | float | None = None,
+    behaviour_logprob: Tensor | None = None,
+    ratio_clip: float = 2.0,
+    student_bias: Tensor | None = None,
+    temperature: float = 1.0,
+    student_logit_scale: float = 1.0,
+    student_softcap: float | None = None,
+    ignore_index: int = -100,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    num_items: Tensor | float | None = None,
+    precision: str | float = "auto",
+    backend: str = "auto",
+    generator: torch.Generator | None = None,
+    workspace: int = 256 * 2**20,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, Stats]:
+    """The sampled estimator for a teacher that gives only log pi_T(y): a server, another engine.
+
+    A token's loss is -w * d * rho * log pi_S(y), with d = teacher_logprob - log pi_S(y), w the gate's weight and
+    rho = min(pi_S(y) / pi_behaviour(y), ratio_clip), all three constant for the gradient (truncated importance
+    sampling; rho = 1 without `behaviour_logprob`). docs/method.md, section 2.
+
+    Args:
+        student_hidden: [..., Hs]; student_weight: [V, Hs]; token_ids: [...] int64, as in `gated_kl_loss`.
+        teacher_logprob: [...] log pi_T of token_ids, in nats, at the same temperature.
+        verdict, gate, reliability: as in `gated_kl_loss`.
+        behaviour_logprob: [...] log-probabilities of the policy that sampled token_ids, for stale rollouts.
+        ratio_clip: > 0, the importance ratio's upper bound. Used with behaviour_logprob.
+        The others: as in `gated_kl_loss`.
+
+    Returns: as `gated_kl_loss`; `Stats.kl` and `Stats.teacher_entropy` are NaN (0 where ignored).
+    """
+    call = _Call(
+        "gated_logprob_loss", student_hidden, student_weight, student_bias, token_ids, verdict, reliability
+    )
+    tensors: dict[str, Tensor | None] = {
+        "teacher_logprob": call.per_token("teacher_logprob", teacher_logprob),
+        "behaviour_logprob": None
+        if behaviour_logprob is None
+        else call.per_token("behaviour_logprob", behaviour_logprob),
+    }
+    return call.run(
+        gate=gate,
+        choices={
+            "estimator": "sampled",
+            "temperature": _positive("temperature", temperature),
+            "student_scale": _positive("student_logit_scale", student_logit_scale),
+            "student_softcap": _softcap("student_softcap", student_softcap),
+            "ratio_clip": _positive("ratio_clip", ratio_clip),
+            "ignore_index": ignore_index,
+        },
+        tensors=tensors,
+        reduction=reduction,
+        num_items=num_items,
+        precision=precision,
+        backend=backend,
+        generator=generator,
+        workspace=workspace,
+        return_stats=return_stats,
+    )
+
+
+def gated_advantage(
+    student_logprob: Tensor,
+    teacher_logprob: Tensor,
+    verdict: Tensor | int,
+    *,
+    gate: str | Gate = "sg-opd",
+    reliability: Tensor | float | None = None,
+    clip: float | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Elementwise: the gated advantage of each token, for trainers that own their policy-gradient loss.
+
+    Args:
+        student_logprob, teacher_logprob: [...] log-probabilities of the sampled tokens, in nats.
+        verdict: 1, -1, 0; a number, or a tensor with as many dimensions that broadcasts ([B, 1] for [B, T]).
+        gate, reliability, generator: as in `gated_kl_loss`.
+        clip: bound on |w * d|, > 0. None: no bound.
+
+    Returns:
+        (advantage, weight), float32 [...], detached: advantage = w * d with d = teacher_logprob - student_logprob,
+        to be maximised along log pi_S(y). Never whitened: the gate's ratio is the method.
+    """
+    chosen = resolve_gate(gate)
+    if student_logprob.shape != teacher_logprob.shape:
+        raise ValueError(
+            f"teacher_logprob must have student_logprob's shape {tuple(student_logprob.shape)}, "
+            f"got {tuple(teacher_logprob.shape)}"
+        )
+    if clip is not None:
+        clip = _positive("clip", clip)
+    shape, device = student_logprob.shape, student_logprob.device
+    d = (teacher_logprob.detach().double() - student_logprob.detach().double()).reshape(-1)
+    verdict_N = _per_rollout("verdict", verdict, shape, device, chosen, generator).reshape(-1)
+    reliability_N = None
+    if reliability is not None:
+        reliability_N = _per_rollout("reliability", reliability, shape, device, None, None).reshape(-1)
+    weights = cell_weights(
+        verdict_N, reliability_N, chosen.agree_pair, chosen.conflict_pair, chosen.neutral, chosen.keep
+    )
+    forced = None
+    if chosen.control == "random":
+        forced = draw_agreement(d, verdict_N, chosen.tolerance, _uniform(d.numel(), device, generator))
+    weight, _ = choose(d, verdict_N, weights.double(), chosen.tolerance, forced)
+    advantage = weight * d
+    if clip is not None:
+        advantage = advantage.clamp(-clip, clip)
+    return advantage.float().reshape(shape), weight.float().reshape(shape)
+
+
+class _Call:
+    """The checks and the path that all fused calls share."""
+
+    def __init__(
+        self,
+        name: str,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        token_ids: Tensor,
+        verdict: Tensor | int,
+        reliability: Tensor | float | None,
+    ) -> None:
+        self.name = name
+        if (
+            not isinstance(token_ids, Tensor)
+            or token_ids.is_floating_point()
+            or token_ids.dtype == torch.bool
+        ):
+            raise TypeError("token_ids must be an integer tensor of sampled token ids")
+        self.token_ids, self.shape, self.device = token_ids, token_ids.shape, token_ids.device
+        self.verdict, self.reliability = verdict, reliability
+        self.tensors: dict[str, Tensor | None] = dict.fromkeys(TENSORS)
+        self.tensors.update(self.head("student", hidden, weight, bias, detach=False))
+
+    def head(
+        self, side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, detach: bool = True
+    ) -> dict[str, Tensor | None]:
+        for what, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+            if tensor is None and what == "bias":
+                continue
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{side}_{what} must be a tensor, got {type(tensor).__name__}")
+            if type(tensor).__name__ == "DTensor":
+                raise NotImplementedError(
+                    f"{side}_{what} is a DTensor: call .full_tensor() on it first (sharded heads are not built yet)"
+                )
+            if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+                raise TypeError(
+                    f"{side}_{what} must be float32, bfloat16, float16 or float64, got {tensor.dtype}"
+                )
+            if tensor.device != self.device:
+                raise ValueError(f"{side}_{what} is on {tensor.device}, token_ids on {self.device}: move one")
+        if weight.ndim != 2 or weight.shape[0] < 1:
+            raise ValueError(f"{side}_weight must be [V, H], got {tuple(weight.shape)}")
+        if hidden.shape != (*self.shape, weight.shape[1]):
+            raise ValueError(
+                f"{side}_hidden must be {(*self.shape, weight.shape[1])}: token_ids' shape {tuple(self.shape)} and "
+                f"{side}_weight's width {weight.shape[1]}; got {tuple(hidden.shape)}. Pass the hidden states of the "
+                "positions that predict token_ids (shifted by one)"
+            )
+        if bias is not None and bias.shape != weight.shape[:1]:
+            raise ValueError(f"{side}_bias must be [{weight.shape[0]}], got {tuple(bias.shape)}")
+        tensors = {
+            f"{side}_hidden": hidden.reshape(-1, hidden.shape[-1]),
+            f"{side}_weight": weight,
+            f"{side}_bias": bias,
+        }
+        return {k: t.detach() if detach and t is not None else t for k, t in tensors.items()}
+
+    def per_token(self, name: str, tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            raise TypeError(f"{name} must be a float tensor, got {type(tensor).__name__}")
+        if tensor.shape != self.shape:
+            raise ValueError(
+                f"{name} must have token_ids' shape {tuple(self.shape)}, got {tuple(tensor.shape)}"
+            )
+        return tensor.detach().reshape(-1).float()
+
+    def run(
+        self,
+        *,
+        gate: str | Gate,
+        choices: dict[str, object],
+        tensors: dict[str, Tensor | None],
+        reduction: str,
+        num_items: Tensor | float | None,
+        precision: str | float,
+        backend: str,
+        generator: torch.Generator | None,
+        workspace: int,
+        return_stats: bool,
+    ) -> Tensor | tuple[Tensor, Stats]:
+        chosen = resolve_gate(gate)
+        if reduction not in ("mean", "sum", "none"):
+            raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+        if num_items is not None and reduction != "mean":
+            raise ValueError(f"num_items is the denominator of reduction='mean'; got reduction={reduction!r}")
+        if not (
+            precision in ("auto", "exact", "bf16")
+            or (isinstance(precision, (int, float)) and not isinstance(precision, bool) and precision > 0)
+        ):
+            raise ValueError(
+                f"precision must be 'auto', 'exact', 'bf16' or a relative error > 0 such as 1e-3, got {precision!r}"
+            )
+        if not isinstance(workspace, int) or workspace <= 0:
+            raise ValueError(f"workspace must be a positive number of bytes, got {workspace!r}")
+        spec = Spec(
+            agree=chosen.agree_pair,
+            conflict=chosen.conflict_pair,
+            neutral=chosen.neutral,
+            tolerance=chosen.tolerance,
+            keep=chosen.keep,
+            reduction=reduction,
+            workspace=workspace,
+            **choices,  # type: ignore[arg-type]
+        )
+        all_tensors = {**self.tensors, **tensors}
+        all_tensors["token_ids"] = self.token_ids.reshape(-1).long()
+        verdict = _per_rollout("verdict", self.verdict, self.shape, self.device, chosen, generator)
+        all_tensors["verdict"] = verdict.reshape(-1)
+        if self.reliability is not None:
+            all_tensors["reliability"] = _per_rollout(
+                "reliability", self.reliability, self.shape, self.device, None, None
+            ).reshape(-1)
+        if chosen.control == "random":
+            all_tensors["uniform"] = _uniform(self.token_ids.numel(), self.device, generator)
+        if num_items is not None:
+            if not isinstance(num_items, Tensor) and not num_items > 0:
+                raise ValueError(f"num_items must be > 0 valid tokens, got {num_items!r}")
+            all_tensors["denominator"] = torch.as_tensor(
+                num_items, dtype=torch.float64, device=self.device
+            ).reshape(())
+
+        hidden, weight, bias = (all_tensors[k] for k in TENSORS[:3])
+        assert hidden is not None and weight is not None
+        operands = [
+            t for k, t in all_tensors.items() if t is not None and k.endswith(("_hidden", "_weight", "_bias"))
+        ]
+        double = any(t.dtype == torch.float64 for t in operands)
+        name = backends.resolve(backend, self.device, torch.float64 if double else hidden.dtype)
+        if name == "reference":
+            return self._reference(spec, all_tensors, return_stats)
+        need = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
+        loss, stats, *_ = fused_loss(*all_tensors.values(), spec.encode(), name, need)
+        if reduction == "none":
+            loss = loss.reshape(self.shape)
+        return (loss, self._stats(stats.detach(), name, "exact")) if return_stats else loss
+
+    def _reference(
+        self, spec: Spec, tensors: dict[str, Tensor | None], return_stats: bool
+    ) -> Tensor | tuple[Tensor, Stats]:
+        problem = problem_of(spec, tensors)
+        rows = problem.valid_rows()
+        plan.check_values(problem, rows)
+        values = token_values(problem, problem.student_hidden, problem.student, torch.float64)
+        loss = torch.zeros(self.token_ids.numel(), dtype=torch.float64, device=self.device)
+        loss = loss.index_put((rows,), values.loss)
+        if spec.reduction == "none":
+            loss = loss.reshape(self.shape)
+        else:
+            loss = (loss * scale_of(problem, tensors["denominator"]).double()).sum()
+        loss = loss.to(torch.float64 if problem.student_hidden.dtype == torch.float64 else torch.float32)
+        if not return_stats:
+            return loss
+        table = torch.zeros(self.token_ids.numel(), plan.COLUMNS, dtype=torch.float64, device=self.device)
+        table[rows] = torch.stack([v.detach().double() for v in values], -1)
+        return loss, self._stats(table, "reference", "reference")
+
+    def _stats(self, table: Tensor, backend: str, used: str) -> Stats:
+        columns = dict(zip(TokenValues._fields, table.unbind(-1)))
+        logratio = columns["teacher_logprob"] - columns["student_logprob"]
+        fields = {k: v.float().reshape(self.shape) for k, v in columns.items() if k not in ("loss", "agree")}
+        return Stats(
+            **fields,
+            logratio=logratio.float().reshape(self.shape),
+            agree=(columns["agree"] != 0).reshape(self.shape),
+            backend=backend,
+            plan=used,
+        )
+
+
+def _per_rollout(
+    name: str,
+    value: Tensor | float,
+    shape: torch.Size,
+    device: torch.device,
+    gate: Gate | None,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """A per-rollout quantity -> float32, shaped like token_ids; permuted over rollouts for gate.control "shuffled"."""
+    if not isinstance(value, Tensor):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a tensor or a number, got {type(value).__name__}")
+        value = torch.full((1,) * len(shape), float(value), device=device)
+    if value.dtype == torch.bool:
+        raise TypeError(f"{name} must be numeric, got bool; for a verdict use 2 * correct.int() - 1")
+    if value.ndim == 0:
+        value = value.reshape((1,) * len(shape))
+    broadcasts = value.ndim == len(shape) and all(a in (1, b) for a, b in zip(value.shape, shape))
+    if not broadcasts:
+        raise ValueError(
+            f"{name} must broadcast to token_ids' shape {tuple(shape)} with as many dimensions; got "
+            f"{tuple(value.shape)}. For one value a rollout pass [B, 1]: {name}[:, None]"
+        )
+    value = value.detach().to(device=device, dtype=torch.float32)
+    if gate is not None and gate.control == "shuffled" and value.ndim and value.shape[0] > 1:
+        where = generator.device if generator is not None else torch.device("cpu")
+        value = value[torch.randperm(value.shape[0], generator=generator, device=where).to(device)]
+    return value.expand(shape)
+
+
+def _uniform(count: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
+    where = generator.device if generator is not None else device
+    return torch.rand(count, generator=generator, device=where).to(device)
+
+
+def _divergence(divergence: Divergence) -> tuple[str, float]:
+    if divergence in ("reverse-kl", "forward-kl"):
+        assert isinstance(divergence, str)
+        return divergence, 0.5
+    if isinstance(divergence, (tuple, list)) and len(divergence) == 2 and divergence[0] == "jsd":
+        beta = float(divergence[1])
+        if 0 < beta < 1:
+            return "jsd", beta
+        # TRL's and GKD's end points
+        if beta in (0.0, 1.0):
+            return ("reverse-kl" if beta == 1.0 else "forward-kl"), 0.5
+        raise ValueError(f"divergence: beta of ('jsd', beta) must lie in [0, 1], got {beta}")
+    names = ["reverse-kl", "forward-kl", "jsd"]
+    close = difflib.get_close_matches(str(divergence), names, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close and close[0] != "jsd" else ""
+    raise ValueError(
+        f"divergence must be 'reverse-kl', 'forward-kl' or ('jsd', beta) with beta in [0, 1]; got {divergence!r}{hint}"
+    )
+
+
+def _positive(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (0 < value < math.inf):
+        raise ValueError(f"{name} must be a finite number > 0, got {value!r}")
+    return float(value)
+
+
+def _softcap(name: str, value: float | None) -> float | None:
+    return None if value is None else _positive(name, value)

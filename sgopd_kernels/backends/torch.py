@@ -1,0 +1,238 @@
+"""Primitives in torch operations: any device. The row work runs in float64, where nothing cancels."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..gate import choose
+from ..problem import Head, Problem, Spec
+
+# Bytes of one cast tile of a low-precision head: the cast is done again for every token chunk, in pieces that
+# stay in the last-level cache.
+TILE_BYTES = 16 * 2**20
+
+
+@contextlib.contextmanager
+def ieee_matmul() -> Iterator[None]:
+    """fp32 products mean fp32: neither TF32 nor bf16, whatever the process-wide setting."""
+    before = torch.get_float32_matmul_precision()
+    if before == "highest":
+        yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def vocabulary_tiles(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """(columns, fp32 rows of the head): the whole head where it is fp32, cast tile by tile where it isn't."""
+    if weight.dtype == torch.float32:
+        yield slice(None), weight
+        return
+    step = max(256, TILE_BYTES // (4 * max(1, weight.shape[1])))
+    for first in range(0, weight.shape[0], step):
+        tile = slice(first, first + step)
+        yield tile, weight[tile].float()
+
+
+class TorchBackend:
+    name = "torch"
+
+    def temporary_bytes(self, vocabulary: int) -> int:
+        """What `rows` holds for a moment, for the plan's memory count."""
+        return _BLOCK_BYTES
+
+    def project(self, hidden: Tensor, weight: Tensor, out: Tensor) -> None:
+        with ieee_matmul():
+            hidden = hidden.float()
+            for columns, tile in vocabulary_tiles(weight):
+                torch.mm(hidden, tile.T, out=out[:, columns])
+
+    def add_hidden_gradient(self, gradient: Tensor, weight: Tensor, out: Tensor) -> None:
+        with ieee_matmul():
+            for columns, tile in vocabulary_tiles(weight):
+                out.addmm_(gradient[:, columns], tile)
+
+    def add_weight_gradient(self, gradient: Tensor, hidden: Tensor, out: Tensor) -> None:
+        with ieee_matmul():
+            out.addmm_(gradient.T, hidden.float())
+
+    def rows(
+        self,
+        problem: Problem,
+        rows: Tensor,
+        z_student: Tensor,
+        z_teacher: Tensor | None,
+        z_reference: Tensor | None,
+        weights: Tensor,
+        forced: Tensor | None,
+        row_scale: Tensor,
+        gradient: bool,
+    ) -> Tensor:
+        """Statistics of a chunk, [n, 8] float64 in the order of `reference.TokenValues`.
+
+        `rows` [n] are the chunk's positions in the problem; z_* [n, V] fp32 hold raw projections. With
+        `gradient`, z_student is overwritten by row_scale * d(loss)/d(projection); rows of weight 0 become 0.
+        """
+        n, v = z_student.shape
+        stats = torch.empty(n, 8, dtype=torch.float64, device=z_student.device)
+        step = max(1, _BLOCK_BYTES // (_LIVE_COPIES * 8 * v))
+        for first in range(0, n, step):
+            part = slice(first, first + step)
+            _block(
+                problem,
+                rows[part],
+                z_student[part],
+                None if z_teacher is None else z_teacher[part],
+                None if z_reference is None else z_reference[part],
+                weights[:, part],
+                None if forced is None else forced[part],
+                row_scale[part],
+                gradient,
+                stats[part],
+            )
+        return stats
+
+
+_BLOCK_BYTES = 32 * 2**20
+_LIVE_COPIES = 8  # float64 [n, V] tensors alive at once in _block, at the most
+
+
+def _log_softmax(
+    z: Tensor, head: Head, temperature: float, outside: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Projections fp32 -> (log-probabilities float64, columns at -inf)."""
+    z = z.double()
+    if head.bias is not None:
+        z += head.bias[: z.shape[1]].double()
+    z *= head.logit_scale
+    if head.softcap is not None:
+        z = head.softcap * torch.tanh(z / head.softcap)
+    z /= temperature
+    if outside is not None:
+        z.masked_fill_(outside, -torch.inf)
+    return torch.log_softmax(z, -1), z == -torch.inf
+
+
+def _expectation(p: Tensor, values: Tensor) -> Tensor:
+    """sum_v p * values where p > 0."""
+    return torch.where(p > 0, p * values, 0.0).sum(-1)
+
+
+def _divergence(spec: Spec, log_p: Tensor, p: Tensor, log_q: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """(value [n], gradient with respect to the student's logits [n, V])."""
+    if spec.divergence == "reverse-kl":
+        ratio = log_p - log_q
+        value = _expectation(p, ratio)
+        gradient = torch.where(p > 0, p * (ratio - value.unsqueeze(-1)), 0.0)
+    elif spec.divergence == "forward-kl":
+        value = _expectation(q, log_q - log_p)
+        gradient = p - q
+    else:
+        beta = spec.beta
+        log_m = torch.logaddexp(log_q + math.log(beta), log_p + math.log1p(-beta))
+        student = _expectation(p, log_p - log_m)
+        value = beta * _expectation(q, log_q - log_m) + (1 - beta) * student
+        gradient = torch.where(p > 0, (1 - beta) * p * (log_p - log_m - student.unsqueeze(-1)), 0.0)
+    return value, gradient
+
+
+def _block(
+    problem: Problem,
+    rows: Tensor,
+    z_student: Tensor,
+    z_teacher: Tensor | None,
+    z_reference: Tensor | None,
+    weights: Tensor,
+    forced: Tensor | None,
+    row_scale: Tensor,
+    gradient: bool,
+    stats: Tensor,
+) -> None:
+    spec, temperature = problem.spec, problem.spec.temperature
+    y = problem.token_ids[rows].unsqueeze(-1)
+    verdict = problem.verdict[rows].double()
+    log_q = log_r = outside = None
+    if z_teacher is not None:
+        assert problem.teacher is not None
+        log_q, outside = _log_softmax(z_teacher, problem.teacher, temperature)
+    if z_reference is not None:
+        assert problem.reference is not None and outside is not None
+        log_r, outside_r = _log_softmax(z_reference, problem.reference, temperature)
+        outside = outside | outside_r
+    log_p, _ = _log_softmax(z_student, problem.student, temperature, outside)
+    p = log_p.exp()
+    log_p_y = log_p.gather(-1, y).squeeze(-1)
+
+    dense = None
+    if log_q is None:
+        assert problem.teacher_logprob is not None
+        log_q_y = problem.teacher_logprob[rows].double()
+        kl = entropy_q = torch.full_like(log_q_y, torch.nan)
+    else:
+        log_q_y = log_q.gather(-1, y).squeeze(-1)
+        q = log_q.exp()
+        kl, dense = _divergence(spec, log_p, p, log_q, q)
+        entropy_q = -_expectation(q, log_q)
+        del q
+    d = log_q_y - log_p_y
+    gate, agree = choose(d, verdict, weights.double(), spec.tolerance, forced)
+
+    row_weight, advantage, value = gate, d, kl
+    if log_r is not None:
+        assert log_q is not None
+        row_weight = (weights != 0).any(0).double()
+        g = gate.unsqueeze(-1)
+        assert outside is not None
+        log_q = (g * log_q + (1 - g) * log_r).masked_fill_(outside, -torch.inf)
+        if spec.estimator == "full":
+            log_q = torch.log_softmax(log_q, -1)
+            value, dense = _divergence(spec, log_p, p, log_q, log_q.exp())
+        else:
+            advantage = log_q.gather(-1, y).squeeze(-1) - log_p_y
+    elif problem.behaviour_logprob is not None:
+        ratio = (log_p_y - problem.behaviour_logprob[rows].double()).exp()
+        advantage = advantage * ratio.clamp(max=spec.ratio_clip)
+
+    loss = row_weight * value if spec.estimator == "full" else -row_weight * advantage * log_p_y
+    off = row_weight == 0
+    stats.copy_(
+        torch.stack(
+            [
+                loss.masked_fill(off, 0.0),
+                kl,
+                log_p_y,
+                log_q_y,
+                -_expectation(p, log_p),
+                entropy_q,
+                gate,
+                agree.double(),
+            ],
+            -1,
+        )
+    )
+    if not gradient:
+        return
+    coefficient = row_weight * row_scale.double()
+    if spec.estimator == "full":
+        assert dense is not None
+    else:
+        coefficient = coefficient * advantage
+        dense = p.scatter_add(-1, y, torch.full_like(y, -1, dtype=p.dtype))
+    # Through temperature, softcap and scale, back to the projection.
+    head = problem.student
+    if head.softcap is not None:
+        z = z_student.double()
+        if head.bias is not None:
+            z += head.bias[: z.shape[1]].double()
+        slope = 1 - torch.tanh(z * (head.logit_scale / head.softcap)) ** 2
+        dense = torch.where(p > 0, dense * slope, 0.0)
+    dense = dense * (coefficient * (head.logit_scale / temperature)).unsqueeze(-1)
+    z_student.copy_(dense.masked_fill_(off.unsqueeze(-1), 0.0))

@@ -1,0 +1,160 @@
+"""The sign-consistency gate (arXiv 2606.09304; ../docs/method.md, section 1) and its published relatives.
+
+A gate turns the verifier's word on a rollout (verdict +1 correct, -1 incorrect, 0 unknown) and the teacher's
+word on a token (the sign of d = log pi_T(y) - log pi_S(y)) into that token's weight:
+
+    w = agree     if d * verdict >  tolerance     (both push the same way: extrapolate)
+        conflict  if d * verdict < -tolerance     (they disagree: hold back)
+        neutral   otherwise                       (d ~ 0, or no verdict: plain distillation)
+
+The weight is a constant for the gradient.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Pair = tuple[float, float]
+CORRECT, INCORRECT, UNKNOWN = 1, -1, 0
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Weights of the four (teacher, verdict) cells.
+
+    Args:
+        agree: weight where d * verdict > tolerance; one number, or a pair (in correct, in incorrect rollouts).
+        conflict: weight where d * verdict < -tolerance; one number or a pair, likewise.
+        neutral: weight elsewhere: |d * verdict| <= tolerance, or an unknown verdict.
+        tolerance: half-width of the neutral band on d, in nats. >= 0.
+        keep: rollouts whose tokens take part: "all", "correct" or "incorrect". The others weigh 0 and still
+            count in the denominator of a mean. An unknown verdict is neither correct nor incorrect.
+        control: None; "random": agreement is drawn at random with the rate measured in the batch; "shuffled":
+            verdicts are permuted along the first dimension of the batch. Both are experimental controls and
+            take their randomness from the loss's `generator`.
+    """
+
+    agree: float | Pair = 1.8
+    conflict: float | Pair = 1.0
+    neutral: float = 1.0
+    tolerance: float = 0.0
+    keep: Literal["all", "correct", "incorrect"] = "all"
+    control: Literal["random", "shuffled"] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("agree", "conflict"):
+            value = getattr(self, name)
+            if isinstance(value, (tuple, list)):
+                if len(value) != 2:
+                    raise ValueError(
+                        f"Gate.{name} must be a number or a pair (in correct, in incorrect rollouts), got {value!r}"
+                    )
+                object.__setattr__(self, name, (_finite(name, value[0]), _finite(name, value[1])))
+            else:
+                object.__setattr__(self, name, _finite(name, value))
+        object.__setattr__(self, "neutral", _finite("neutral", self.neutral))
+        object.__setattr__(self, "tolerance", _finite("tolerance", self.tolerance))
+        if self.tolerance < 0:
+            raise ValueError(f"Gate.tolerance must be >= 0 nats, got {self.tolerance}")
+        if self.keep not in ("all", "correct", "incorrect"):
+            raise ValueError(f"Gate.keep must be 'all', 'correct' or 'incorrect', got {self.keep!r}")
+        if self.control not in (None, "random", "shuffled"):
+            raise ValueError(f"Gate.control must be None, 'random' or 'shuffled', got {self.control!r}")
+
+    @property
+    def agree_pair(self) -> Pair:
+        return self.agree if isinstance(self.agree, tuple) else (self.agree, self.agree)
+
+    @property
+    def conflict_pair(self) -> Pair:
+        return self.conflict if isinstance(self.conflict, tuple) else (self.conflict, self.conflict)
+
+
+def _finite(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"Gate.{name} must be a finite number, got {value!r}")
+    return float(value)
+
+
+PRESETS: dict[str, Gate] = {
+    "opd": Gate(1.0, 1.0),  # on-policy distillation: the gate is off
+    "sg-opd": Gate(1.8, 1.0),  # arXiv 2606.09304, with the values of arXiv 2608.24696, App. B.2
+    "opdvr": Gate(1.0, 0.0),  # arXiv 2608.24696: conflict tokens dropped
+    "protect": Gate(1.0, (0.0, 1.0)),  # a token of a verified-correct rollout is never pushed down
+    "inverse": Gate(0.0, 1.0),  # ablation: the wrong way round
+    "verified-only": Gate(1.0, 1.0, keep="correct"),  # ablation
+    "failure-only": Gate(1.0, 1.0, keep="incorrect"),  # ablation
+    "random": Gate(1.8, 1.0, control="random"),  # control; other weights: Gate(..., control="random")
+    "shuffled": Gate(1.8, 1.0, control="shuffled"),  # control
+}
+
+
+def resolve_gate(gate: str | Gate) -> Gate:
+    """A preset's name or a `Gate` -> `Gate`."""
+    if isinstance(gate, Gate):
+        return gate
+    if isinstance(gate, str):
+        if gate in PRESETS:
+            return replace(PRESETS[gate])
+        close = difflib.get_close_matches(gate, PRESETS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"gate: no preset {gate!r}{hint} Presets: {', '.join(PRESETS)}")
+    raise TypeError(f"gate must be a preset's name or a Gate, got {type(gate).__name__}")
+
+
+def cell_weights(
+    verdict: Tensor,
+    reliability: Tensor | None,
+    agree: Pair,
+    conflict: Pair,
+    neutral: float,
+    keep: str,
+) -> Tensor:
+    """The weights a token can take, by its rollout alone: [3, N] float32 (agree, conflict, neutral).
+
+    `verdict` [N], `reliability` [N] in [0, 1] or None. With reliability r, the conflict weight becomes
+    r + (1 - r) * conflict: a teacher known to be right on this prompt is trusted in conflicts too.
+    """
+    correct = verdict > 0
+    kept = {"all": torch.ones_like(correct), "correct": correct, "incorrect": verdict < 0}[keep].float()
+    agree_N = torch.where(correct, agree[0], agree[1])
+    conflict_N = torch.where(correct, conflict[0], conflict[1])
+    if reliability is not None:
+        conflict_N = reliability + (1.0 - reliability) * conflict_N
+    return torch.stack([agree_N, conflict_N, torch.full_like(agree_N, neutral)]).float() * kept
+
+
+def choose(
+    logratio: Tensor, verdict: Tensor, weights: Tensor, tolerance: float, forced: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The sign test itself, elementwise: (weight, agree).
+
+    `logratio` d [N], `verdict` [N], `weights` [3, N] from `cell_weights`. `forced` [N] (1 agree, 0 conflict,
+    -1 leave to the test) replaces the test's outcome for the `random` control.
+    """
+    signed = logratio * verdict
+    agrees, conflicts = signed > tolerance, signed < -tolerance
+    if forced is not None:
+        agrees, conflicts = (
+            torch.where(forced < 0, agrees, forced == 1),
+            torch.where(forced < 0, conflicts, forced == 0),
+        )
+    weight = torch.where(agrees, weights[0], torch.where(conflicts, weights[1], weights[2]))
+    return weight, agrees
+
+
+def draw_agreement(logratio: Tensor, verdict: Tensor, tolerance: float, uniform: Tensor) -> Tensor:
+    """The `random` control: tokens that would be tested get agreement by chance, at the measured rate.
+
+    Returns int8 [N]: 1 agree, 0 conflict, -1 not tested (neutral stays neutral). `uniform` [N] in [0, 1).
+    """
+    signed = logratio * verdict
+    tested = signed.abs() > tolerance
+    rate = (signed > tolerance).sum() / tested.sum().clamp(min=1)
+    return torch.where(tested, (uniform < rate).to(torch.int8), torch.full_like(tested, -1, dtype=torch.int8))

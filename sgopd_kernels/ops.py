@@ -1,0 +1,219 @@
+"""The loss as one torch.library op: opaque to torch.compile, differentiable, with a fake for shapes.
+
+For a scalar loss the gradients are made in the forward, where the logits are, and the backward only hands them
+over (times the incoming scalar). For a per-token loss they depend on the incoming gradient, so the backward
+runs the plan again with that gradient as the row scale.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import plan
+from .backends import get
+from .problem import Head, Problem, Spec
+
+# Order of the op's tensor arguments; the first three take gradients.
+TENSORS = (
+    "student_hidden",
+    "student_weight",
+    "student_bias",
+    "token_ids",
+    "verdict",
+    "denominator",
+    "row_scale",
+    "teacher_hidden",
+    "teacher_weight",
+    "teacher_bias",
+    "teacher_logprob",
+    "behaviour_logprob",
+    "reference_hidden",
+    "reference_weight",
+    "reference_bias",
+    "reliability",
+    "uniform",
+)
+
+
+def problem_of(spec: Spec, tensors: dict[str, Tensor | None]) -> Problem:
+    def head(name: str) -> Head | None:
+        weight = tensors[f"{name}_weight"]
+        if weight is None:
+            return None
+        return Head(
+            weight, tensors[f"{name}_bias"], getattr(spec, f"{name}_scale"), getattr(spec, f"{name}_softcap")
+        )
+
+    student = head("student")
+    hidden, token_ids, verdict = (tensors[k] for k in ("student_hidden", "token_ids", "verdict"))
+    assert student is not None and hidden is not None and token_ids is not None and verdict is not None
+    return Problem(
+        spec,
+        hidden,
+        student,
+        token_ids,
+        verdict,
+        teacher=head("teacher"),
+        reference=head("reference"),
+        **{
+            name: tensors[name]
+            for name in (
+                "teacher_hidden",
+                "teacher_logprob",
+                "behaviour_logprob",
+                "reference_hidden",
+                "reliability",
+                "uniform",
+            )
+        },
+    )
+
+
+def scale_of(problem: Problem, denominator: Tensor | None) -> Tensor:
+    """[N] fp32: what the reduction multiplies each token's loss by."""
+    n, device = problem.token_ids.numel(), problem.token_ids.device
+    if problem.spec.reduction != "mean":
+        return torch.ones(n, device=device)
+    if denominator is None:
+        denominator = problem.valid_rows().numel() * torch.ones((), dtype=torch.float64, device=device)
+        denominator = denominator.clamp(min=1)
+    return denominator.double().reciprocal().float().expand(n)
+
+
+def _makes_gradients(spec: Spec, row_scale: Tensor | None) -> bool:
+    """Not the forward of a per-token loss: its gradients need the incoming one."""
+    return spec.reduction != "none" or row_scale is not None
+
+
+@torch.library.custom_op("sgopd::fused_loss", mutates_args=())
+def fused_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    student_bias: Tensor | None,
+    token_ids: Tensor,
+    verdict: Tensor,
+    denominator: Tensor | None,
+    row_scale: Tensor | None,
+    teacher_hidden: Tensor | None,
+    teacher_weight: Tensor | None,
+    teacher_bias: Tensor | None,
+    teacher_logprob: Tensor | None,
+    behaviour_logprob: Tensor | None,
+    reference_hidden: Tensor | None,
+    reference_weight: Tensor | None,
+    reference_bias: Tensor | None,
+    reliability: Tensor | None,
+    uniform: Tensor | None,
+    spec: str,
+    backend: str,
+    need: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, stats [N, 8] float64, d_hidden, d_weight, d_bias); a gradient not needed is an empty tensor."""
+    arguments = locals()
+    chosen = Spec.decode(spec)
+    problem = problem_of(chosen, {name: arguments[name] for name in TENSORS})
+    wanted = plan.Need(*need) if _makes_gradients(chosen, row_scale) else plan.Need()
+    scale = row_scale if row_scale is not None else scale_of(problem, denominator)
+    result = plan.exact(problem, get(backend), scale, wanted)
+    losses = result.stats[:, plan.LOSS]
+    if chosen.reduction == "none":
+        loss = losses.float()
+    else:
+        # Summed before it is scaled: the value doesn't depend on how the tokens were chunked.
+        loss = losses.sum() if chosen.reduction == "sum" else losses.sum() * scale[:1].double().sum()
+        loss = loss.float()
+    empty = student_hidden.new_empty(0)
+    return (
+        loss,
+        result.stats,
+        empty if result.hidden is None else result.hidden,
+        empty.clone() if result.weight is None else result.weight,
+        empty.clone() if result.bias is None else result.bias,
+    )
+
+
+@fused_loss.register_fake
+def _(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    student_bias: Tensor | None,
+    token_ids: Tensor,
+    verdict: Tensor,
+    denominator: Tensor | None,
+    row_scale: Tensor | None,
+    teacher_hidden: Tensor | None,
+    teacher_weight: Tensor | None,
+    teacher_bias: Tensor | None,
+    teacher_logprob: Tensor | None,
+    behaviour_logprob: Tensor | None,
+    reference_hidden: Tensor | None,
+    reference_weight: Tensor | None,
+    reference_bias: Tensor | None,
+    reliability: Tensor | None,
+    uniform: Tensor | None,
+    spec: str,
+    backend: str,
+    need: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    n = student_hidden.shape[0]
+    chosen = Spec.decode(spec)
+    makes = _makes_gradients(chosen, row_scale)
+    loss = student_hidden.new_empty((n,) if chosen.reduction == "none" else (), dtype=torch.float32)
+    stats = student_hidden.new_empty((n, plan.COLUMNS), dtype=torch.float64)
+    gradients = [
+        torch.empty_like(leaf) if wanted and makes and leaf is not None else student_hidden.new_empty(0)
+        for wanted, leaf in zip(need, (student_hidden, student_weight, student_bias))
+    ]
+    return loss, stats, gradients[0], gradients[1], gradients[2]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    tensors, (spec, backend, need) = inputs[: len(TENSORS)], inputs[len(TENSORS) :]
+    ctx.spec, ctx.backend, ctx.need = spec, backend, need
+    ctx.per_token = Spec.decode(spec).reduction == "none"
+    ctx.gradients = None
+    if ctx.per_token:
+        ctx.present = [t is not None for t in tensors]
+        ctx.save_for_backward(*(t for t in tensors if t is not None))
+    else:
+        # Not save_for_backward: the backward hands these over without a copy, which only their last owner may do.
+        # Detached, they hold no reference to this node.
+        ctx.gradients = [g.detach() if wanted else None for wanted, g in zip(need, output[2:])]
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "gated_kl_loss is differentiable once: its gradient was asked for with create_graph=True; "
+            "use backend='reference' for second derivatives"
+        )
+    nothing = (None,) * (len(TENSORS) - 3 + 3)
+    if grad_loss is None:
+        return (None, None, None, *nothing)
+    if ctx.per_token:
+        saved = iter(ctx.saved_tensors)
+        tensors = dict(zip(TENSORS, (next(saved) if present else None for present in ctx.present)))
+        tensors["row_scale"] = grad_loss.contiguous()
+        _, _, *gradients = fused_loss(*tensors.values(), ctx.spec, ctx.backend, ctx.need)
+        return (*(g if wanted else None for wanted, g in zip(ctx.need, gradients)), *nothing)
+    if ctx.gradients is None:
+        raise RuntimeError(
+            "gated_kl_loss: backward was called twice; its gradients were handed over the first time. "
+            "Call the loss again, or sum the losses before backward"
+        )
+    gradients, ctx.gradients = ctx.gradients, None
+    for g in gradients:
+        if g is not None and not (grad_loss.device.type == "cpu" and _is_one(grad_loss)):
+            g.mul_(grad_loss)
+    return (*gradients, *nothing)
+
+
+def _is_one(grad: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and float(grad) == 1.0
+
+
+fused_loss.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,195 @@
+"""Plans: in which order the GEMMs and the row work run, and how much memory they may hold.
+
+`exact` is the only plan so far, and the oracle of those to come: token chunks; both models' logits of a chunk
+in fp32; one fused row pass that leaves the gradient in the student's logits; two gradient GEMMs. Nothing is
+recomputed (6 Hs + 2 Ht FLOP for each of the N V logits) and the memory is bounded by `workspace`, not by N.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .backends.torch import TILE_BYTES, TorchBackend
+from .gate import cell_weights, draw_agreement
+from .problem import Problem
+from .reference import TokenValues
+
+LOSS, STUDENT_LOGPROB, TEACHER_LOGPROB, GATE = (
+    TokenValues._fields.index(name) for name in ("loss", "student_logprob", "teacher_logprob", "gate")
+)
+COLUMNS = len(TokenValues._fields)
+
+
+@dataclass(frozen=True)
+class Need:
+    """Which gradients are wanted."""
+
+    hidden: bool = False
+    weight: bool = False
+    bias: bool = False
+
+    def __bool__(self) -> bool:
+        return self.hidden or self.weight or self.bias
+
+
+@dataclass
+class Result:
+    stats: Tensor  # [N, 8] float64, columns as TokenValues; rows of ignored tokens are 0
+    hidden: Tensor | None  # [N, Hs], dtype of student_hidden
+    weight: Tensor | None  # [V_S, Hs], dtype of the head; accumulated in fp32 and rounded once
+    bias: Tensor | None  # [V_S]
+
+
+def chunk_rows(problem: Problem, backend: TorchBackend, valid: int) -> int:
+    """Tokens a chunk: as many as the workspace holds fp32 logits for, in chunks of equal size."""
+    v = problem.vocabulary
+    heads = sum(h is not None for h in (problem.student, problem.teacher, problem.reference))
+    weights = [h.weight for h in (problem.student, problem.teacher, problem.reference) if h is not None]
+    cast = TILE_BYTES if any(w.dtype != torch.float32 for w in weights) else 0
+    widest = max(w.shape[1] for w in weights)
+    row_bytes = 4 * (v * heads + 3 * widest)  # logits; gathered hidden states and a gradient row
+    room = problem.spec.workspace - cast - backend.temporary_bytes(v)
+    rows = max(1, room // row_bytes)
+    if rows >= valid:
+        return max(1, valid)
+    rows = rows // 16 * 16 if rows > 16 else rows
+    return -(-valid // -(-valid // rows))
+
+
+def check_values(problem: Problem, rows: Tensor) -> None:
+    """What only the values tell: ids in range, verdicts in {1, 0, -1}, reliability in [0, 1]."""
+    v = problem.vocabulary
+    ids, verdict, reliability = problem.token_ids[rows], problem.verdict[rows], problem.reliability_of(rows)
+    in_range = (ids >= 0) & (ids < v)
+    known = (verdict == 1) | (verdict == 0) | (verdict == -1)
+    if ids.device.type == "cuda":  # no host synchronisation: the device asserts
+        torch._assert_async(in_range.all(), f"token_ids: ids must be in [0, {v}) or ignore_index")
+        torch._assert_async(known.all(), "verdict: values must be 1, -1 or 0")
+        return
+    if not bool(in_range.all()):
+        bad = ids[~in_range]
+        raise ValueError(
+            f"token_ids: {bad.numel()} of {ids.numel()} ids lie outside the shared vocabulary [0, {v}), the first "
+            f"is {int(bad[0])}; mask them with ignore_index={problem.spec.ignore_index}, or check that student and "
+            f"teacher share the tokenizer (heads have {problem.student.weight.shape[0]} and "
+            f"{problem.teacher.weight.shape[0] if problem.teacher else 'no'} rows)"
+        )
+    if not bool(known.all()):
+        raise ValueError(
+            f"verdict: values must be 1 (correct), -1 (incorrect) or 0 (unknown); got {float(verdict[~known][0])}"
+        )
+    if reliability is not None and not bool(((reliability >= 0) & (reliability <= 1)).all()):
+        raise ValueError(
+            f"reliability: values must lie in [0, 1]; got {float(reliability.min())} to {float(reliability.max())}"
+        )
+
+
+def exact(problem: Problem, backend: TorchBackend, row_scale: Tensor, need: Need) -> Result:
+    """Runs the exact plan. `row_scale` [N] fp32 multiplies each token's gradient (not `stats`)."""
+    spec, v = problem.spec, problem.vocabulary
+    rows = problem.valid_rows()
+    check_values(problem, rows)
+    weights = cell_weights(
+        problem.verdict[rows],
+        problem.reliability_of(rows),
+        spec.agree,
+        spec.conflict,
+        spec.neutral,
+        spec.keep,
+    )
+    if problem.uniform is None:
+        return _pass(problem, backend, rows, weights, None, row_scale, need)
+    # The `random` control draws agreement at the measured rate: measure it first.
+    measured = _pass(problem, backend, rows, weights, None, row_scale, Need()).stats[rows]
+    d = measured[:, TEACHER_LOGPROB] - measured[:, STUDENT_LOGPROB]
+    forced = draw_agreement(d, problem.verdict[rows].double(), spec.tolerance, problem.uniform[rows])
+    return _pass(problem, backend, rows, weights, forced, row_scale, need)
+
+
+def _pass(
+    problem: Problem,
+    backend: TorchBackend,
+    rows: Tensor,
+    weights: Tensor,
+    forced: Tensor | None,
+    row_scale: Tensor,
+    need: Need,
+) -> Result:
+    hidden, head, v = problem.student_hidden, problem.student, problem.vocabulary
+    device, total = hidden.device, rows.numel()
+    size = chunk_rows(problem, backend, total)
+
+    stats = torch.zeros(hidden.shape[0], COLUMNS, dtype=torch.float64, device=device)
+    d_hidden = torch.zeros_like(hidden) if need.hidden else None
+    d_weight = torch.zeros(head.weight.shape, dtype=torch.float32, device=device) if need.weight else None
+    d_bias = torch.zeros(head.weight.shape[0], dtype=torch.float32, device=device) if need.bias else None
+
+    def logits() -> Tensor:
+        return torch.empty(size, v, dtype=torch.float32, device=device)
+
+    space_s = logits()
+    space_t = None if problem.teacher is None else logits()
+    space_r = None if problem.reference is None else logits()
+
+    for first in range(0, total, size):
+        chunk = slice(first, min(first + size, total))
+        at = rows[chunk]
+        n = at.numel()
+        z_s, h = space_s[:n], hidden[at]
+        backend.project(h, head.weight[:v], z_s)
+        z_t = z_r = None
+        if problem.teacher is not None:
+            assert space_t is not None and problem.teacher_hidden is not None
+            z_t = space_t[:n]
+            backend.project(problem.teacher_hidden[at], problem.teacher.weight[:v], z_t)
+        if problem.reference is not None:
+            assert space_r is not None and problem.reference_hidden is not None
+            z_r = space_r[:n]
+            backend.project(problem.reference_hidden[at], problem.reference.weight[:v], z_r)
+        scale = row_scale[at]
+        values = backend.rows(
+            problem,
+            at,
+            z_s,
+            z_t,
+            z_r,
+            weights[:, chunk],
+            None if forced is None else forced[chunk],
+            scale,
+            bool(need),
+        )
+        stats[at] = values
+        if not need:
+            continue
+
+        # Rows without weight leave the backward: the others move up, in place.
+        if problem.reference is None:
+            active = (values[:, GATE] != 0) & (scale != 0)
+        else:
+            active = (weights[:, chunk] != 0).any(0) & (scale != 0)
+        kept = torch.nonzero(active).squeeze(-1)
+        if kept.numel() < n:
+            for to, origin in enumerate(kept.tolist()):
+                if to != origin:
+                    z_s[to].copy_(z_s[origin])
+            z_s, h, at = z_s[: kept.numel()], h[kept], at[kept]
+        if at.numel() == 0:
+            continue
+        if d_hidden is not None:
+            g_h = torch.zeros(at.numel(), hidden.shape[1], dtype=torch.float32, device=device)
+            backend.add_hidden_gradient(z_s, head.weight[:v], g_h)
+            d_hidden[at] = g_h.to(hidden.dtype)
+        if d_weight is not None:
+            backend.add_weight_gradient(z_s, h, d_weight[:v])
+        if d_bias is not None:
+            d_bias[:v] += z_s.sum(0)
+
+    return Result(
+        stats,
+        d_hidden,
+        None if d_weight is None else d_weight.to(head.weight.dtype),
+        None if d_bias is None or head.bias is None else d_bias.to(head.bias.dtype),
+    )

@@ -1,0 +1,88 @@
+"""What a loss call asks for, as plain data: operands (`Problem`) and choices (`Spec`). Plans and backends read it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .gate import Pair
+
+
+class Head(NamedTuple):
+    """A language-model head: logits = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)."""
+
+    weight: Tensor  # [V, H]
+    bias: Tensor | None = None  # [V]
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+
+@dataclass(frozen=True)
+class Spec:
+    """The call's choices, resolved: no names of presets, no defaults left open."""
+
+    estimator: str = "full"  # "full" | "sampled"
+    divergence: str = "reverse-kl"  # "reverse-kl" | "forward-kl" | "jsd"
+    beta: float = 0.5  # of "jsd"
+    temperature: float = 1.0
+    agree: Pair = (1.8, 1.8)  # in correct, in incorrect rollouts
+    conflict: Pair = (1.0, 1.0)
+    neutral: float = 1.0
+    tolerance: float = 0.0
+    keep: str = "all"
+    ratio_clip: float = 1.0  # bound on the importance ratio, with behaviour log-probabilities
+    ignore_index: int = -100
+    reduction: str = "mean"  # "mean" | "sum" | "none"
+    workspace: int = 256 * 2**20  # bytes a plan may hold above inputs and gradients
+    student_scale: float = 1.0
+    teacher_scale: float = 1.0
+    reference_scale: float = 1.0
+    student_softcap: float | None = None
+    teacher_softcap: float | None = None
+    reference_softcap: float | None = None
+
+    def encode(self) -> str:
+        """A custom op takes no dataclass: the spec crosses as JSON (floats survive exactly)."""
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def decode(text: str) -> Spec:
+        fields = json.loads(text)
+        fields["agree"], fields["conflict"] = tuple(fields["agree"]), tuple(fields["conflict"])
+        return Spec(**fields)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Operands of one call, flattened to N tokens. N may be 0."""
+
+    spec: Spec
+    student_hidden: Tensor  # [N, Hs]
+    student: Head
+    token_ids: Tensor  # [N] int64
+    verdict: Tensor  # [N] float32: 1, -1, 0
+    teacher_hidden: Tensor | None = None  # [N, Ht]
+    teacher: Head | None = None
+    teacher_logprob: Tensor | None = None  # [N], in place of a teacher head
+    behaviour_logprob: Tensor | None = None  # [N], of the policy that sampled token_ids
+    reference_hidden: Tensor | None = None  # [N, Hr]
+    reference: Head | None = None
+    reliability: Tensor | None = None  # [N] float32 in [0, 1]
+    uniform: Tensor | None = None  # [N] in [0, 1): draws of the `random` control
+
+    @property
+    def vocabulary(self) -> int:
+        """The shared prefix: the shorter of the heads."""
+        heads = (self.student, self.teacher, self.reference)
+        return min(head.weight.shape[0] for head in heads if head is not None)
+
+    def valid_rows(self) -> Tensor:
+        """Indices [M] of the tokens that are not ignored."""
+        return torch.nonzero(self.token_ids != self.spec.ignore_index).squeeze(-1)
+
+    def reliability_of(self, rows: Tensor) -> Tensor | None:
+        return None if self.reliability is None else self.reliability[rows]

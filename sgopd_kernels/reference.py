@@ -1,0 +1,154 @@
+"""The oracle: plain, slow, obviously right; any float dtype; [N, V] logits and torch's own autograd.
+
+Every fast path is compared with this in float64. It is written from the formulas of docs/method.md, section 2,
+and shares nothing with the fast paths but the gate.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .gate import cell_weights, choose, draw_agreement
+from .problem import Head, Problem
+
+
+class TokenValues(NamedTuple):
+    """Per valid token, [M]: the loss before reduction and what `stats` reports."""
+
+    loss: Tensor
+    kl: Tensor
+    student_logprob: Tensor
+    teacher_logprob: Tensor
+    student_entropy: Tensor
+    teacher_entropy: Tensor
+    gate: Tensor
+    agree: Tensor
+
+
+def logits(hidden: Tensor, head: Head, vocabulary: int, temperature: float) -> Tensor:
+    """[N, V] logits of one head: projection, bias, logit scale, softcap, temperature, in this order."""
+    z = hidden @ head.weight[:vocabulary].to(hidden.dtype).T
+    if head.bias is not None:
+        z = z + head.bias[:vocabulary].to(hidden.dtype)
+    z = z * head.logit_scale
+    if head.softcap is not None:
+        z = head.softcap * torch.tanh(z / head.softcap)
+    return z / temperature
+
+
+def _xlogx_sum(p: Tensor, log_ratio: Tensor) -> Tensor:
+    """sum_v p * log_ratio with 0 * anything = 0: a masked column (p = 0) takes no part."""
+    return torch.where(p > 0, p * torch.where(p > 0, log_ratio, torch.zeros_like(log_ratio)), 0.0).sum(-1)
+
+
+def _divergence(name: str, beta: float, log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Per-token divergence [N] of student p and teacher q; generalised JSD as in GKD (arXiv 2306.13649) and TRL."""
+    p, q = log_p.exp(), log_q.exp()
+    if name == "reverse-kl":
+        return _xlogx_sum(p, log_p - log_q)
+    if name == "forward-kl":
+        return _xlogx_sum(q, log_q - log_p)
+    # beta * KL(q || m) + (1 - beta) * KL(p || m), m = beta q + (1 - beta) p
+    log_m = torch.logaddexp(log_q + math.log(beta), log_p + math.log1p(-beta))
+    return beta * _xlogx_sum(q, log_q - log_m) + (1 - beta) * _xlogx_sum(p, log_p - log_m)
+
+
+def _support(z_student: Tensor, *others: Tensor) -> Tensor:
+    """Columns a target cannot produce (-inf) leave the student's distribution, as rows beyond V_T do."""
+    for other in others:
+        z_student = z_student.masked_fill(other == -torch.inf, -torch.inf)
+    return z_student
+
+
+def token_values(problem: Problem, hidden: Tensor, student: Head, dtype: torch.dtype) -> TokenValues:
+    """The loss of every valid token, differentiable in `hidden` and in `student`'s weight and bias."""
+    spec, rows = problem.spec, problem.valid_rows()
+    v, t = problem.vocabulary, spec.temperature
+    y = problem.token_ids[rows].unsqueeze(-1)
+    verdict = problem.verdict[rows].to(dtype)
+    z_s = logits(hidden[rows].to(dtype), student, v, t)
+
+    if problem.teacher is None:
+        assert problem.teacher_logprob is not None
+        log_p = torch.log_softmax(z_s, -1)
+        log_q_y = problem.teacher_logprob[rows].to(dtype)
+        nan = torch.full_like(log_q_y, torch.nan)
+        kl, entropy_q = nan, nan
+        log_q = log_r = None
+    else:
+        assert problem.teacher_hidden is not None
+        z_t = logits(problem.teacher_hidden[rows].to(dtype), problem.teacher, v, t)
+        z_s = _support(z_s, z_t)
+        log_p, log_q, log_r = torch.log_softmax(z_s, -1), torch.log_softmax(z_t, -1), None
+        log_q_y = log_q.gather(-1, y).squeeze(-1)
+        entropy_q = -_xlogx_sum(log_q.exp(), log_q)
+        if problem.reference is not None:
+            assert problem.reference_hidden is not None
+            z_r = logits(problem.reference_hidden[rows].to(dtype), problem.reference, v, t)
+            log_p = torch.log_softmax(_support(z_s, z_r), -1)
+            log_r = torch.log_softmax(z_r, -1)
+        kl = _divergence(spec.divergence, spec.beta, log_p, log_q)
+
+    log_p_y = log_p.gather(-1, y).squeeze(-1)
+    d = (log_q_y - log_p_y).detach()
+    weights = cell_weights(
+        verdict, problem.reliability_of(rows), spec.agree, spec.conflict, spec.neutral, spec.keep
+    ).to(dtype)
+    forced = None
+    if problem.uniform is not None:
+        forced = draw_agreement(d, verdict, spec.tolerance, problem.uniform[rows])
+    gate, agree = choose(d, verdict, weights, spec.tolerance, forced)
+
+    if log_r is not None:
+        assert log_q is not None
+        # log pi* = w log pi_T + (1 - w) log pi_R (G-OPD, arXiv 2602.12125); -inf where either is.
+        g = gate.unsqueeze(-1)
+        outside = (log_q == -torch.inf) | (log_r == -torch.inf)
+        target = g * log_q.masked_fill(outside, 0.0) + (1 - g) * log_r.masked_fill(outside, 0.0)
+        target = target.masked_fill(outside, -torch.inf)
+        kept = (weights != 0).any(0).to(dtype)
+        if spec.estimator == "full":
+            loss = kept * _divergence(spec.divergence, spec.beta, log_p, torch.log_softmax(target, -1))
+        else:
+            advantage = target.gather(-1, y).squeeze(-1) - log_p_y.detach()
+            loss = -kept * advantage * log_p_y
+    elif spec.estimator == "full":
+        loss = torch.where(gate != 0, gate * kl, 0.0)
+    else:
+        advantage = gate * d
+        if problem.behaviour_logprob is not None:
+            ratio = (log_p_y.detach() - problem.behaviour_logprob[rows].to(dtype)).exp()
+            advantage = advantage * ratio.clamp(max=spec.ratio_clip)
+        loss = torch.where(gate != 0, -advantage * log_p_y, 0.0)
+    entropy_p = -_xlogx_sum(log_p.exp(), log_p)
+    return TokenValues(loss, kl, log_p_y, log_q_y, entropy_p, entropy_q, gate, agree)
+
+
+def loss_and_gradients(
+    problem: Problem, row_scale: Tensor | None = None, dtype: torch.dtype = torch.float64
+) -> dict[str, Any]:
+    """What a plan returns, by autograd: per-token values (`TokenValues`), the summed loss and the gradients.
+
+    `row_scale` [N] multiplies each token's loss (1 / denominator, times an incoming gradient); default 1.
+    """
+    leaves = {
+        "hidden": problem.student_hidden,
+        "weight": problem.student.weight,
+        "bias": problem.student.bias,
+    }
+    leaves = {k: t.detach().to(dtype).requires_grad_() for k, t in leaves.items() if t is not None}
+    student = problem.student._replace(weight=leaves["weight"], bias=leaves.get("bias"))
+    with torch.enable_grad():
+        values = token_values(problem, leaves["hidden"], student, dtype)
+        rows = problem.valid_rows()
+        scale = torch.ones_like(values.loss) if row_scale is None else row_scale[rows].to(dtype)
+        total = (values.loss * scale).sum()
+        gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    result: dict[str, Any] = {"values": TokenValues(*(v.detach() for v in values)), "loss": total.detach()}
+    for (name, leaf), gradient in zip(leaves.items(), gradients):
+        result[name] = torch.zeros_like(leaf) if gradient is None else gradient
+    return result
