@@ -38,7 +38,7 @@ struct RowsArgs {
   HeadArgs student_head, teacher_head, reference_head;
   const int64_t* token_ids;        // [rows]
   const float* verdict;            // [rows]
-  const float* weights;            // [3, rows]: agree, conflict, neutral
+  const double* weights;           // [3, rows]: agree, conflict, neutral
   const int8_t* forced;            // [rows] or null: 1 agree, 0 conflict, -1 test
   const float* row_scale;          // [rows]: multiplies the gradient
   const float* teacher_logprob;    // [rows] or null

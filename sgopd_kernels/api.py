@@ -137,9 +137,7 @@ def gated_kl_loss(
     A column where a target's logit is -inf is outside the shared vocabulary: it leaves the student's distribution
     too. A student's -inf logit has probability 0. Equal models give loss 0 and gradient 0.
     """
-    call = _Call(
-        "gated_kl_loss", student_hidden, student_weight, student_bias, token_ids, verdict, reliability
-    )
+    call = _Call("gated_kl_loss", student_hidden, student_weight, student_bias, token_ids, verdict, reliability)
     teacher = call.head("teacher", teacher_hidden, teacher_weight, teacher_bias)
     reference: dict[str, Tensor | None] = {}
     if (reference_hidden is None) != (reference_weight is None):
@@ -148,9 +146,7 @@ def gated_kl_loss(
         assert reference_weight is not None
         reference = call.head("reference", reference_hidden, reference_weight, reference_bias)
     elif reference_bias is not None or reference_logit_scale != 1.0 or reference_softcap is not None:
-        raise ValueError(
-            "reference_bias, reference_logit_scale, reference_softcap need reference_hidden and _weight"
-        )
+        raise ValueError("reference_bias, reference_logit_scale, reference_softcap need reference_hidden and _weight")
     name, beta = _divergence(divergence)
     if estimator not in ("full", "sampled"):
         raise ValueError(f"estimator must be 'full' or 'sampled', got {estimator!r}")
@@ -225,9 +221,7 @@ def gated_logprob_loss(
 
     Returns: as `gated_kl_loss`; `Stats.kl` and `Stats.teacher_entropy` are NaN (0 where ignored).
     """
-    call = _Call(
-        "gated_logprob_loss", student_hidden, student_weight, student_bias, token_ids, verdict, reliability
-    )
+    call = _Call("gated_logprob_loss", student_hidden, student_weight, student_bias, token_ids, verdict, reliability)
     tensors: dict[str, Tensor | None] = {
         "teacher_logprob": call.per_token("teacher_logprob", teacher_logprob),
         "behaviour_logprob": None
@@ -297,7 +291,7 @@ def gated_advantage(
     forced = None
     if chosen.control == "random":
         forced = draw_agreement(d, verdict_N, chosen.tolerance, _uniform(d.numel(), device, generator))
-    weight, _ = choose(d, verdict_N, weights.double(), chosen.tolerance, forced)
+    weight, _ = choose(d, verdict_N, weights, chosen.tolerance, forced)
     advantage = weight * d
     if clip is not None:
         advantage = advantage.clamp(-clip, clip)
@@ -318,11 +312,7 @@ class _Call:
         reliability: Tensor | float | None,
     ) -> None:
         self.name = name
-        if (
-            not isinstance(token_ids, Tensor)
-            or token_ids.is_floating_point()
-            or token_ids.dtype == torch.bool
-        ):
+        if not isinstance(token_ids, Tensor) or token_ids.is_floating_point() or token_ids.dtype == torch.bool:
             raise TypeError("token_ids must be an integer tensor of sampled token ids")
         self.token_ids, self.shape, self.device = token_ids, token_ids.shape, token_ids.device
         self.verdict, self.reliability = verdict, reliability
@@ -342,9 +332,7 @@ class _Call:
                     f"{side}_{what} is a DTensor: call .full_tensor() on it first (sharded heads are not built yet)"
                 )
             if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-                raise TypeError(
-                    f"{side}_{what} must be float32, bfloat16, float16 or float64, got {tensor.dtype}"
-                )
+                raise TypeError(f"{side}_{what} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
             if tensor.device != self.device:
                 raise ValueError(f"{side}_{what} is on {tensor.device}, token_ids on {self.device}: move one")
         if weight.ndim != 2 or weight.shape[0] < 1:
@@ -368,9 +356,7 @@ class _Call:
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             raise TypeError(f"{name} must be a float tensor, got {type(tensor).__name__}")
         if tensor.shape != self.shape:
-            raise ValueError(
-                f"{name} must have token_ids' shape {tuple(self.shape)}, got {tuple(tensor.shape)}"
-            )
+            raise ValueError(f"{name} must have token_ids' shape {tuple(self.shape)}, got {tuple(tensor.shape)}")
         return tensor.detach().reshape(-1).float()
 
     def run(
@@ -424,15 +410,11 @@ class _Call:
         if num_items is not None:
             if not isinstance(num_items, Tensor) and not num_items > 0:
                 raise ValueError(f"num_items must be > 0 valid tokens, got {num_items!r}")
-            all_tensors["denominator"] = torch.as_tensor(
-                num_items, dtype=torch.float64, device=self.device
-            ).reshape(())
+            all_tensors["denominator"] = torch.as_tensor(num_items, dtype=torch.float64, device=self.device).reshape(())
 
         hidden, weight, bias = (all_tensors[k] for k in TENSORS[:3])
         assert hidden is not None and weight is not None
-        operands = [
-            t for k, t in all_tensors.items() if t is not None and k.endswith(("_hidden", "_weight", "_bias"))
-        ]
+        operands = [t for k, t in all_tensors.items() if t is not None and k.endswith(("_hidden", "_weight", "_bias"))]
         double = any(t.dtype == torch.float64 for t in operands)
         name = backends.resolve(backend, self.device, torch.float64 if double else hidden.dtype)
         if name == "reference":
@@ -455,7 +437,7 @@ class _Call:
         if spec.reduction == "none":
             loss = loss.reshape(self.shape)
         else:
-            loss = (loss * scale_of(problem, tensors["denominator"]).double()).sum()
+            loss = (loss * scale_of(problem, tensors["denominator"])).sum()
         loss = loss.to(torch.float64 if problem.student_hidden.dtype == torch.float64 else torch.float32)
         if not return_stats:
             return loss

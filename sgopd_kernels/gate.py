@@ -116,18 +116,18 @@ def cell_weights(
     neutral: float,
     keep: str,
 ) -> Tensor:
-    """The weights a token can take, by its rollout alone: [3, N] float32 (agree, conflict, neutral).
+    """The weights a token can take, by its rollout alone: [3, N] float64 (agree, conflict, neutral).
 
     `verdict` [N], `reliability` [N] in [0, 1] or None. With reliability r, the conflict weight becomes
     r + (1 - r) * conflict: a teacher known to be right on this prompt is trusted in conflicts too.
     """
-    correct = verdict > 0
-    kept = {"all": torch.ones_like(correct), "correct": correct, "incorrect": verdict < 0}[keep].float()
-    agree_N = torch.where(correct, agree[0], agree[1])
-    conflict_N = torch.where(correct, conflict[0], conflict[1])
+    correct = (verdict > 0).double()
+    kept = {"all": torch.ones_like(correct), "correct": correct, "incorrect": (verdict < 0).double()}[keep]
+    agree_N = agree[0] * correct + agree[1] * (1 - correct)
+    conflict_N = conflict[0] * correct + conflict[1] * (1 - correct)
     if reliability is not None:
-        conflict_N = reliability + (1.0 - reliability) * conflict_N
-    return torch.stack([agree_N, conflict_N, torch.full_like(agree_N, neutral)]).float() * kept
+        conflict_N = reliability + (1 - reliability) * conflict_N
+    return torch.stack([agree_N, conflict_N, torch.full_like(agree_N, neutral)]) * kept
 
 
 def choose(

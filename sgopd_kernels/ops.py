@@ -43,9 +43,7 @@ def problem_of(spec: Spec, tensors: dict[str, Tensor | None]) -> Problem:
         weight = tensors[f"{name}_weight"]
         if weight is None:
             return None
-        return Head(
-            weight, tensors[f"{name}_bias"], getattr(spec, f"{name}_scale"), getattr(spec, f"{name}_softcap")
-        )
+        return Head(weight, tensors[f"{name}_bias"], getattr(spec, f"{name}_scale"), getattr(spec, f"{name}_softcap"))
 
     student = head("student")
     hidden, token_ids, verdict = (tensors[k] for k in ("student_hidden", "token_ids", "verdict"))
@@ -73,14 +71,14 @@ def problem_of(spec: Spec, tensors: dict[str, Tensor | None]) -> Problem:
 
 
 def scale_of(problem: Problem, denominator: Tensor | None) -> Tensor:
-    """[N] fp32: what the reduction multiplies each token's loss by."""
+    """[N] float64: what the reduction multiplies each token's loss by."""
     n, device = problem.token_ids.numel(), problem.token_ids.device
     if problem.spec.reduction != "mean":
-        return torch.ones(n, device=device)
+        return torch.ones(n, dtype=torch.float64, device=device)
     if denominator is None:
         denominator = problem.valid_rows().numel() * torch.ones((), dtype=torch.float64, device=device)
         denominator = denominator.clamp(min=1)
-    return denominator.double().reciprocal().float().expand(n)
+    return denominator.double().reciprocal().expand(n)
 
 
 def _makes_gradients(spec: Spec, row_scale: Tensor | None) -> bool:
@@ -123,7 +121,7 @@ def fused_loss(
         loss = losses.float()
     else:
         # Summed before it is scaled: the value doesn't depend on how the tokens were chunked.
-        loss = losses.sum() if chosen.reduction == "sum" else losses.sum() * scale[:1].double().sum()
+        loss = losses.sum() if chosen.reduction == "sum" else losses.sum() * scale[:1].sum()
         loss = loss.float()
     empty = student_hidden.new_empty(0)
     return (

@@ -88,8 +88,8 @@ def check_values(problem: Problem, rows: Tensor) -> None:
 
 
 def exact(problem: Problem, backend: TorchBackend, row_scale: Tensor, need: Need) -> Result:
-    """Runs the exact plan. `row_scale` [N] fp32 multiplies each token's gradient (not `stats`)."""
-    spec, v = problem.spec, problem.vocabulary
+    """Runs the exact plan. `row_scale` [N] multiplies each token's gradient (not `stats`)."""
+    spec = problem.spec
     rows = problem.valid_rows()
     check_values(problem, rows)
     weights = cell_weights(

@@ -7,7 +7,7 @@ and shares nothing with the fast paths but the gate.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -126,29 +126,3 @@ def token_values(problem: Problem, hidden: Tensor, student: Head, dtype: torch.d
         loss = torch.where(gate != 0, -advantage * log_p_y, 0.0)
     entropy_p = -_xlogx_sum(log_p.exp(), log_p)
     return TokenValues(loss, kl, log_p_y, log_q_y, entropy_p, entropy_q, gate, agree)
-
-
-def loss_and_gradients(
-    problem: Problem, row_scale: Tensor | None = None, dtype: torch.dtype = torch.float64
-) -> dict[str, Any]:
-    """What a plan returns, by autograd: per-token values (`TokenValues`), the summed loss and the gradients.
-
-    `row_scale` [N] multiplies each token's loss (1 / denominator, times an incoming gradient); default 1.
-    """
-    leaves = {
-        "hidden": problem.student_hidden,
-        "weight": problem.student.weight,
-        "bias": problem.student.bias,
-    }
-    leaves = {k: t.detach().to(dtype).requires_grad_() for k, t in leaves.items() if t is not None}
-    student = problem.student._replace(weight=leaves["weight"], bias=leaves.get("bias"))
-    with torch.enable_grad():
-        values = token_values(problem, leaves["hidden"], student, dtype)
-        rows = problem.valid_rows()
-        scale = torch.ones_like(values.loss) if row_scale is None else row_scale[rows].to(dtype)
-        total = (values.loss * scale).sum()
-        gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-    result: dict[str, Any] = {"values": TokenValues(*(v.detach() for v in values)), "loss": total.detach()}
-    for (name, leaf), gradient in zip(leaves.items(), gradients):
-        result[name] = torch.zeros_like(leaf) if gradient is None else gradient
-    return result

@@ -2,6 +2,7 @@
 // the threads chosen here.
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <algorithm>
 #include <cmath>
@@ -36,8 +37,8 @@ std::vector<std::string> available() {
   std::vector<std::string> names;
 #ifdef SGOPD_X86
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
     names.emplace_back("avx512");
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) names.emplace_back("avx2");
 #endif
@@ -79,10 +80,9 @@ sgopd::HeadArgs head(const char* name, const HeadTuple& h) {
 void rows(int64_t n, int64_t vocabulary, Address student, int64_t student_stride, Address teacher,
           int64_t teacher_stride, Address reference, int64_t reference_stride, const HeadTuple& student_head,
           const HeadTuple& teacher_head, const HeadTuple& reference_head, Address token_ids, Address verdict,
-          Address weights, Address forced, Address row_scale, Address teacher_logprob,
-          Address behaviour_logprob, Address stats, int estimator, int divergence, double beta,
-          double tolerance, double ratio_clip, double temperature, bool gradient, int threads,
-          const std::string& isa) {
+          Address weights, Address forced, Address row_scale, Address teacher_logprob, Address behaviour_logprob,
+          Address stats, int estimator, int divergence, double beta, double tolerance, double ratio_clip,
+          double temperature, bool gradient, int threads, const std::string& isa) {
   if (n < 0 || vocabulary < 1) throw std::invalid_argument("rows: n must be >= 0 and vocabulary >= 1");
   if (n == 0) return;
   if (student_stride < vocabulary || (teacher != 0 && teacher_stride < vocabulary) ||
@@ -109,7 +109,7 @@ void rows(int64_t n, int64_t vocabulary, Address student, int64_t student_stride
   a.reference_head = head("reference bias", reference_head);
   a.token_ids = pointer<const int64_t>("token_ids", token_ids, true);
   a.verdict = pointer<const float>("verdict", verdict, true);
-  a.weights = pointer<const float>("weights", weights, true);
+  a.weights = pointer<const double>("weights", weights, true);
   a.forced = pointer<const int8_t>("forced", forced, false);
   a.row_scale = pointer<const float>("row_scale", row_scale, gradient);
   a.teacher_logprob = pointer<const float>("teacher_logprob", teacher_logprob, teacher == 0);
@@ -128,8 +128,8 @@ void rows(int64_t n, int64_t vocabulary, Address student, int64_t student_stride
   for (int64_t i = 0; i < n; ++i) {
     if (a.token_ids[i] < 0 || a.token_ids[i] >= vocabulary) {
       py::gil_scoped_acquire acquire;
-      throw std::out_of_range("token_ids: " + std::to_string(a.token_ids[i]) +
-                              " is outside the shared vocabulary of " + std::to_string(vocabulary));
+      throw std::out_of_range("token_ids: " + std::to_string(a.token_ids[i]) + " is outside the shared vocabulary of " +
+                              std::to_string(vocabulary));
     }
   }
   // Threads are made for the call: no pool to survive a fork, no runtime to spin beside torch's. Rows are
@@ -146,14 +146,13 @@ void rows(int64_t n, int64_t vocabulary, Address student, int64_t student_stride
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
-  m.doc() =
-      "Fused row pass of the gated distillation loss on the CPU (internal: use sgopd_kernels.gated_kl_loss).";
+  m.doc() = "Fused row pass of the gated distillation loss on the CPU (internal: use sgopd_kernels.gated_kl_loss).";
   m.def("available", &available, "Instruction sets this build and this processor share, best first.");
   m.attr("COLUMNS") = static_cast<int>(sgopd::kColumns);
   using namespace py::literals;
   m.def("rows", &rows, py::kw_only(), "n"_a, "vocabulary"_a, "student"_a, "student_stride"_a, "teacher"_a,
-        "teacher_stride"_a, "reference"_a, "reference_stride"_a, "student_head"_a, "teacher_head"_a,
-        "reference_head"_a, "token_ids"_a, "verdict"_a, "weights"_a, "forced"_a, "row_scale"_a,
-        "teacher_logprob"_a, "behaviour_logprob"_a, "stats"_a, "estimator"_a, "divergence"_a, "beta"_a,
-        "tolerance"_a, "ratio_clip"_a, "temperature"_a, "gradient"_a, "threads"_a, "isa"_a = "");
+        "teacher_stride"_a, "reference"_a, "reference_stride"_a, "student_head"_a, "teacher_head"_a, "reference_head"_a,
+        "token_ids"_a, "verdict"_a, "weights"_a, "forced"_a, "row_scale"_a, "teacher_logprob"_a, "behaviour_logprob"_a,
+        "stats"_a, "estimator"_a, "divergence"_a, "beta"_a, "tolerance"_a, "ratio_clip"_a, "temperature"_a,
+        "gradient"_a, "threads"_a, "isa"_a = "");
 }

@@ -66,8 +66,7 @@ inline float exp_f32(float x) {
   p = p * f + 1.6666665459e-1f;
   p = p * f + 5.0000001201e-1f;
   p = (p * f) * f + f + 1.f;
-  const float scale =
-      as_float(static_cast<int32_t>((static_cast<uint32_t>(as_int(shifted)) << 23) + 0x3f800000u));
+  const float scale = as_float(static_cast<int32_t>((static_cast<uint32_t>(as_int(shifted)) << 23) + 0x3f800000u));
   return x < -87.3365f ? 0.f : p * scale;
 }
 
@@ -90,8 +89,7 @@ bool head_is_plain(const HeadArgs& head, float inverse_temperature) {
 }
 
 // Projections -> logits: bias, scale, softcap, temperature.
-void transform(float* __restrict z, const HeadArgs& head, float inverse_temperature, int64_t first,
-               int64_t count) {
+void transform(float* __restrict z, const HeadArgs& head, float inverse_temperature, int64_t first, int64_t count) {
   z += first;
   if (head.bias != nullptr) {
     const float* __restrict bias = head.bias + first;
@@ -161,8 +159,7 @@ struct Pair {
   double mean_delta() const { return offset + p_delta / p.sum; }
   double reverse_kl() const { return mean_delta() - lse_difference(); }
   double forward_kl() const {
-    return q_outside > 0 ? std::numeric_limits<double>::infinity()
-                         : lse_difference() - (offset + q_delta / q.sum);
+    return q_outside > 0 ? std::numeric_limits<double>::infinity() : lse_difference() - (offset + q_delta / q.sum);
   }
 
   void recentre(float to) {
@@ -231,7 +228,7 @@ double precise_divergence(const float* __restrict z, const float* __restrict t, 
   const float ip = static_cast<float>(1.0 / s.p.sum), iq = static_cast<float>(1.0 / s.q.sum);
   const double lse_p = s.p.lse(), lse_q = s.q.lse(), lse_difference = s.lse_difference();
   const Split dlse(lse_difference);
-  double total = 0, mixture = 0;
+  double total = 0, mixture = 0, mass = 0;
   for (int64_t first = 0; first < v; first += kBlock) {
     const int64_t last = min64(v, first + kBlock);
     if (divergence == kJSD) {
@@ -243,6 +240,7 @@ double precise_divergence(const float* __restrict z, const float* __restrict t, 
           const double u = lse_difference - (static_cast<double>(z[i]) - t[i]);
           const double r = log_mixture_ratio(u, beta);
           mixture -= p * r;
+          mass += p;
           total += (q > 0 ? beta * q * (u - r) : 0.0) - (1 - beta) * p * r;
         } else if (q > 0) {
           total -= beta * q * std::log(beta);
@@ -257,23 +255,21 @@ double precise_divergence(const float* __restrict z, const float* __restrict t, 
       const float p = exp_f32(z[i] - mp) * ip, q = exp_f32(t[i] - mq) * iq;
       const float u = p > 0.f ? (dlse.hi - (z[i] - t[i])) + dlse.lo : 0.f;
       // e^u - 1 - u and e^u (u - 1) + 1, over u^2
-      const float rev =
-          0.5f + u * (1.f / 6 + u * (1.f / 24 + u * (1.f / 120 + u * (1.f / 720 + u * (1.f / 5040)))));
-      const float fwd =
-          0.5f + u * (1.f / 3 + u * (1.f / 8 + u * (1.f / 30 + u * (1.f / 144 + u * (1.f / 840)))));
+      const float rev = 0.5f + u * (1.f / 6 + u * (1.f / 24 + u * (1.f / 120 + u * (1.f / 720 + u * (1.f / 5040)))));
+      const float fwd = 0.5f + u * (1.f / 3 + u * (1.f / 8 + u * (1.f / 30 + u * (1.f / 144 + u * (1.f / 840)))));
       const float near = p * u * u * (reverse ? rev : fwd);
       const float far = reverse ? (q - p) - p * u : (q * u - q) + p;
       block += std::fabs(u) < 0.25f && p > 0.f ? near : far;
     }
     total += block;
   }
-  *kl_student_mixture = mixture;
+  // The gradient sums to 0 only if the mean is taken under weights that sum to 1.
+  *kl_student_mixture = mass > 0 ? mixture / mass : mixture;
   return total;
 }
 
 // d(loss)/d(projection) from d(loss)/d(logit): through temperature, softcap and scale, in place.
-void chain(float* __restrict g, const float* __restrict logits, const RowsArgs& a, int64_t first,
-           int64_t count) {
+void chain(float* __restrict g, const float* __restrict logits, const RowsArgs& a, int64_t first, int64_t count) {
   const HeadArgs& head = a.student_head;
   const float scale = head.logit_scale * a.inverse_temperature;
   if (head.softcap != 0.f) {
@@ -327,8 +323,7 @@ void gradient(float* __restrict z, const float* __restrict t, const RowsArgs& a,
         const float p = exp_f32(zb[i] - mp) * ip, q = exp_f32(tb[i] - mq) * iq;
         const float u = p > 0.f ? (dlse.hi - (zb[i] - tb[i])) + dlse.lo : 1.f;
         // p - q = -p expm1(u)
-        const float em1 =
-            u * (1.f + u * (0.5f + u * (1.f / 6 + u * (1.f / 24 + u * (1.f / 120 + u * (1.f / 720))))));
+        const float em1 = u * (1.f + u * (0.5f + u * (1.f / 6 + u * (1.f / 24 + u * (1.f / 120 + u * (1.f / 720))))));
         zb[i] = k.full * (std::fabs(u) < 0.25f ? -p * em1 : (zb[i] == kNegInf ? 0.f : p - q));
       }
     } else {
@@ -345,8 +340,7 @@ void gradient(float* __restrict z, const float* __restrict t, const RowsArgs& a,
 
 Pair statistics(const float* z, const float* t, int64_t v) {
   Pair s;
-  for (int64_t first = 0; first < v; first += kBlock)
-    s.add_block(z + first, t + first, min64(kBlock, v - first));
+  for (int64_t first = 0; first < v; first += kBlock) s.add_block(z + first, t + first, min64(kBlock, v - first));
   return s;
 }
 
@@ -371,8 +365,7 @@ Pair student_statistics(const float* z, int64_t v) {
   return s;
 }
 
-double divergence_of(const float* z, const float* t, int64_t v, const Pair& s, const RowsArgs& a,
-                     double* mixture) {
+double divergence_of(const float* z, const float* t, int64_t v, const Pair& s, const RowsArgs& a, double* mixture) {
   double value = a.divergence == kForwardKL ? s.forward_kl() : s.reverse_kl();
   if (a.divergence == kJSD || value < kPrecise) {
     value = precise_divergence(z, t, v, s, a.divergence, a.beta, mixture);
@@ -406,8 +399,7 @@ void one_row(const RowsArgs& a, int64_t n) {
     if (!head_is_plain(a.student_head, a.inverse_temperature))
       transform(z, a.student_head, a.inverse_temperature, first, count);
     const auto target = [&](float* logits, const HeadArgs& head) {
-      if (!head_is_plain(head, a.inverse_temperature))
-        transform(logits, head, a.inverse_temperature, first, count);
+      if (!head_is_plain(head, a.inverse_temperature)) transform(logits, head, a.inverse_temperature, first, count);
       restrict_support(z + first, logits + first, count);
     };
     if (t != nullptr) target(t, a.teacher_head);
@@ -425,7 +417,7 @@ void one_row(const RowsArgs& a, int64_t n) {
     agrees = a.forced[n] == 1;
     conflicts = !agrees;
   }
-  const float* weights = a.weights + n;
+  const double* weights = a.weights + n;
   const double w = agrees ? weights[0] : (conflicts ? weights[a.rows] : weights[2 * a.rows]);
 
   Coefficients k;

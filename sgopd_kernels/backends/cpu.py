@@ -97,7 +97,7 @@ class CpuBackend(TorchBackend):
             reference_head=head(problem.reference),
             token_ids=take(problem.token_ids[rows], torch.int64),
             verdict=take(problem.verdict[rows]),
-            weights=take(weights),
+            weights=take(weights, torch.float64),
             forced=take(forced, torch.int8),
             row_scale=take(row_scale),
             teacher_logprob=take(select(problem.teacher_logprob)),

@@ -105,9 +105,7 @@ _BLOCK_BYTES = 32 * 2**20
 _LIVE_COPIES = 8  # float64 [n, V] tensors alive at once in _block, at the most
 
 
-def _log_softmax(
-    z: Tensor, head: Head, temperature: float, outside: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def _log_softmax(z: Tensor, head: Head, temperature: float, outside: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Projections fp32 -> (log-probabilities float64, columns at -inf)."""
     z = z.double()
     if head.bias is not None:
@@ -183,7 +181,7 @@ def _block(
         entropy_q = -_expectation(q, log_q)
         del q
     d = log_q_y - log_p_y
-    gate, agree = choose(d, verdict, weights.double(), spec.tolerance, forced)
+    gate, agree = choose(d, verdict, weights, spec.tolerance, forced)
 
     row_weight, advantage, value = gate, d, kl
     if log_r is not None:

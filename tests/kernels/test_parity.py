@@ -1,0 +1,151 @@
+"""The loss against float64: values, gradients and statistics of every backend, where distillation lives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+BACKENDS = ["torch", "cpu"]
+
+# name: make_inputs(...). KL from 1e-6 to 50, flat to one-hot, ragged sizes, padded vocabularies.
+CASES = {
+    "flat": dict(peak=0.1),
+    "usual": dict(peak=3.0),
+    "peaked": dict(n=32, v=5003, peak=8.0),
+    "one-hot": dict(n=33, v=777, peak=25.0),
+    "widths": dict(hs=48, ht=80),
+    "teacher-padded": dict(v=1000, v_teacher=1088),
+    "student-padded": dict(v=1088, v_teacher=1000),
+    "one-token": dict(n=1, v=2, masked=0.0),
+    "two-columns": dict(n=127, v=2),
+    "ragged": dict(n=127, v=1025, hs=33),
+    "vocabulary": dict(n=12, v=49_152, hs=32, peak=3.0),
+    "near-1e-1": dict(near=1.5e-1),
+    "near-1e-2": dict(near=5e-2),
+    "near-1e-3": dict(near=1.5e-2),
+    "near-1e-4": dict(near=5e-3),
+    "near-1e-5": dict(near=1.5e-3),
+    "near-1e-5-peaked": dict(n=32, v=5003, peak=8.0, near=5e-4),
+    "near-vocabulary": dict(n=12, v=49_152, hs=32, peak=3.0, near=1.5e-3),
+}
+
+
+def check(kit: Any, inputs: Any, backend: str, floor: float = 1e-5, **kwargs: Any) -> None:
+    truth = kit.oracle(inputs, **kwargs)
+    limit = kit.oracle(inputs, **kwargs, projections=torch.float32)
+    loss, d_hidden, d_weight, stats = kit.call(inputs, backend=backend, **kwargs)
+    assert stats.backend == backend and stats.plan == "exact"
+    losses = kit.per_token(inputs, backend=backend, **kwargs)
+    # A sum of terms of both signs has no relative error of its own: measured against the sum of their sizes.
+    size = truth.losses.abs().sum() / max(int((inputs.token_ids != -100).sum()), 1)
+    allowed = max(floor, 1.5 * float((limit.loss - truth.loss).abs() / size))
+    assert float((loss.double() - truth.loss).abs()) <= allowed * float(size), "loss"
+    for name, got, exact, fp32 in (
+        ("loss per token", losses, truth.losses, limit.losses),
+        ("d_hidden", d_hidden, truth.d_hidden, limit.d_hidden),
+        ("d_weight", d_weight, truth.d_weight, limit.d_weight),
+        ("kl", stats.kl, truth.kl, limit.kl),
+    ):
+        error, allowed = kit.relative(got, exact), max(floor, 1.5 * kit.relative(fp32, exact))
+        assert error <= allowed, f"{name}: {error:.2e} > {allowed:.2e}"
+    # The sign test: no flip where the sign is above the noise.
+    clear = (truth.d.abs() > 1e-4) & (inputs.token_ids != -100)
+    assert torch.equal(stats.gate[clear], truth.gate.float()[clear])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("estimator", ["full", "sampled"])
+@pytest.mark.parametrize("case", CASES)
+def test_against_float64(kit: Any, case: str, estimator: str, backend: str) -> None:
+    inputs = kit.make_inputs(**CASES[case], seed=len(case))
+    check(kit, inputs, backend, estimator=estimator)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+@pytest.mark.parametrize("case", ["usual", "near-1e-4"])
+def test_temperature(kit: Any, case: str, temperature: float, backend: str) -> None:
+    check(kit, kit.make_inputs(**CASES[case], seed=7), backend, temperature=temperature)
+
+
+def test_the_range_of_divergences_is_covered(kit: Any) -> None:
+    mean = {c: float(kit.oracle(kit.make_inputs(**CASES[c], seed=len(c))).kl.mean()) for c in CASES}
+    assert min(mean.values()) < 1e-5 and max(mean.values()) > 50, mean
+
+
+@pytest.mark.parametrize("estimator", ["full", "sampled"])
+@pytest.mark.parametrize("case", ["usual", "teacher-padded", "near-1e-3"])
+def test_reference_is_the_oracle(kit: Any, case: str, estimator: str) -> None:
+    """Two independent derivations agree to float64's own rounding."""
+    inputs = kit.make_inputs(**CASES[case], seed=3, dtype=torch.float64)
+    truth = kit.oracle(inputs, estimator=estimator)
+    loss, d_hidden, d_weight, stats = kit.call(inputs, estimator=estimator)
+    assert stats.backend == "reference" and loss.dtype == torch.float64
+    assert kit.relative(loss, truth.loss) < 1e-12
+    assert kit.relative(d_hidden, truth.d_hidden) < 1e-12
+    assert kit.relative(d_weight, truth.d_weight) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("near", [None, 5e-3])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_low_precision_inputs(kit: Any, backend: str, near: float | None, dtype: torch.dtype) -> None:
+    """The truth is float64 on the same operands; gradients are rounded once, to the inputs' dtype."""
+    inputs = kit.make_inputs(near=near, seed=11, dtype=dtype)
+    truth = kit.oracle(inputs)
+    limit = kit.oracle(inputs, projections=torch.float32)
+    loss, d_hidden, d_weight, stats = kit.call(inputs, backend=backend)
+    assert loss.dtype == torch.float32 and d_hidden.dtype == d_weight.dtype == dtype
+    assert kit.relative(loss, truth.loss) <= max(1e-5, 1.5 * kit.relative(limit.loss, truth.loss))
+    assert kit.relative(stats.kl, truth.kl) <= max(1e-5, 1.5 * kit.relative(limit.kl, truth.kl))
+    for got, exact, fp32 in ((d_hidden, truth.d_hidden, limit.d_hidden), (d_weight, truth.d_weight, limit.d_weight)):
+        # Rounding once costs eps / 2 an entry at the most (fp16 may also underflow: allow its absolute step).
+        rounding = kit.relative(exact.to(dtype), exact)
+        assert kit.relative(got, exact) <= 1.1 * rounding + 1.5 * kit.relative(fp32, exact) + 1e-6
+
+
+def test_instruction_sets_agree(kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sgopd_kernels.backends import cpu
+
+    assert cpu.instruction_sets()[-1] == "base"
+    for isa in cpu.instruction_sets():
+        monkeypatch.setattr(cpu.CpuBackend, "isa", isa)
+        for case in ("usual", "near-1e-5", "one-hot"):
+            check(kit, kit.make_inputs(**CASES[case], seed=5), "cpu")
+    monkeypatch.setattr(cpu.CpuBackend, "isa", "sse9")
+    with pytest.raises(ValueError, match="isa"):
+        kit.call(kit.make_inputs(), backend="cpu")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_chunking_and_threads_change_nothing(kit: Any, backend: str) -> None:
+    inputs = kit.make_inputs(n=333, v=2000, seed=2)
+    whole = kit.call(inputs, backend=backend)
+    again = kit.call(inputs, backend=backend)
+    for a, b in zip(whole[:3], again[:3]):
+        assert torch.equal(a, b)
+    small = kit.call(inputs, backend=backend, workspace=(33 if backend == "torch" else 1) * 2**20)
+    for a, b in zip(whole[:3], small[:3]):
+        assert kit.relative(b, a) <= 1e-6
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        single = kit.call(inputs, backend=backend)
+    finally:
+        torch.set_num_threads(threads)
+    assert kit.relative(single[1], whole[1]) <= 1e-6
+    assert torch.equal(single[3].kl, whole[3].kl) or kit.relative(single[3].kl, whole[3].kl) <= 1e-6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_low_precision_matmul_settings_are_ignored(kit: Any, backend: str) -> None:
+    """`torch.set_float32_matmul_precision('medium')` lets fp32 products round to bf16; the exact plan doesn't."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        check(kit, kit.make_inputs(near=5e-3, seed=9), backend)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
