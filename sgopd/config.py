@@ -1,0 +1,309 @@
+"""Every setting of a run, in one flat dataclass: defaults, then a YAML file, then `--key value` flags.
+
+The names are TRL's and transformers' where the meaning is the same. The resolved config is written to
+`<output_dir>/config.yaml`, which is itself a valid config file.
+"""
+
+# ruff: noqa: RUF009 (`field` below is dataclasses.field)
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+
+class UserError(Exception):
+    """Something the user can put right: its message says what came, what was expected and the remedy."""
+
+
+def field(help: str, default: Any = MISSING) -> Any:
+    """A dataclass field with the text that `--help` prints."""
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=lambda: dict(default), metadata={"help": help})
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class Config:
+    # --- models ---
+    model_name_or_path: str = field("the student: a folder or a hub name; it is trained")
+    teacher_model_name_or_path: str = field("the teacher: a folder or a hub name; it stays frozen")
+    # --- data ---
+    dataset_name: str = field("prompts: a .jsonl or .parquet file, a `datasets` name, or task:<name> (sgopd/tasks.py)")
+    # --- run directory ---
+    output_dir: str = field("the run directory: config.yaml, metrics.jsonl, completions/, checkpoints/, final/")
+
+    # --- models ---
+    reference_model_name_or_path: str | None = field(
+        "frozen reference policy: the gate's weight then extrapolates from it to the teacher (method.md, section 2)",
+        None,
+    )
+    dtype: Literal["float32", "bfloat16"] = field("dtype of the student's weights; part of the recipe", "float32")
+    teacher_dtype: Literal["float32", "bfloat16"] = field("dtype of the teacher's and reference's weights", "float32")
+    bf16: bool = field("autocast the student's forward and backward to bfloat16; its weights keep `dtype`", False)
+    attn_implementation: str | None = field("attention: eager, sdpa or flash_attention_2; transformers chooses", None)
+    trust_remote_code: bool = field("allow code that comes with a model or data set to run", False)
+    gradient_checkpointing: bool = field("recompute activations in the backward pass: less memory, more time", False)
+    use_cpu: bool = field("run on the CPU even where there is a GPU", False)
+    num_threads: int | None = field("CPU threads of torch; torch's own choice by default", None)
+
+    # --- data ---
+    dataset_config: str | None = field("configuration of a `datasets` name", None)
+    dataset_train_split: str = field("split the prompts come from", "train")
+    dataset_size: int = field("examples made by a procedural task; other data sets are taken whole", 10_000)
+    dataset_kwargs: dict = field("further arguments of the task or of datasets.load_dataset", {})
+    eval_dataset_name: str | None = field("evaluation questions; a task's or a `datasets` name's own by default", None)
+    dataset_test_split: str | None = field("split of the evaluation questions; null trains without evaluation", "test")
+    eval_dataset_size: int = field("at most this many evaluation questions", 256)
+    prompt_column: str = field("column with the prompt: text, or a list of {role, content} messages", "prompt")
+    answer_column: str = field("column with the reference answer", "answer")
+    system_prompt: str | None = field("system message put before a conversational prompt", None)
+    apply_chat_template: bool = field("make a user message of a plain-text prompt; conversations always are", False)
+    chat_template_kwargs: dict = field("arguments of the chat template, such as {enable_thinking: false}", {})
+    max_prompt_length: int | None = field("drop prompts with more tokens; the count is reported", None)
+
+    # --- rollouts ---
+    max_completion_length: int = field("tokens a rollout may have", 512)
+    num_generations: int = field("rollouts per prompt", 1)
+    temperature: float = field("of sampling, and of both models in the loss", 1.0)
+    top_p: float = field("nucleus sampling: keep the likeliest tokens of this total mass; 1 is off", 1.0)
+    top_k: int = field("keep the k likeliest tokens; 0 is off", 0)
+    generation_batch_size: int | None = field("rollouts generated at once per process; all of a batch by default", None)
+
+    # --- verifier ---
+    verifier: str = field("math, exact, reasoning-gym, or package.module:function", "math")
+    verifier_workers: int = field("verifier processes", 2)
+    verifier_timeout: float = field("seconds a single answer may take before its worker is killed", 3.0)
+    verifier_memory_mb: int = field("MiB of memory a verifier process may use", 2048)
+    truncated_is_incorrect: bool = field("a rollout that ran out of tokens is incorrect without being read", True)
+
+    # --- loss (sgopd_kernels.gated_kl_loss) ---
+    gate: str = field("sg-opd, opd, opdvr, protect, inverse, verified-only, failure-only, random, shuffled", "sg-opd")
+    gate_agree: float | list[float] | None = field(
+        "weight where teacher and verdict agree; a pair is (in correct, in incorrect rollouts); the preset's", None
+    )
+    gate_conflict: float | list[float] | None = field(
+        "weight where they disagree; a pair is (in correct, in incorrect rollouts); the preset's", None
+    )
+    gate_neutral: float | None = field(
+        "weight where neither: d within the tolerance, or no verdict; the preset's", None
+    )
+    gate_tolerance: float | None = field("nats around d = 0 that count as neither; the preset's", None)
+    estimator: Literal["full", "sampled"] = field("exact KL over the vocabulary, or the sampled token only", "full")
+    divergence: Literal["reverse-kl", "forward-kl", "jsd"] = field("what is minimised", "reverse-kl")
+    jsd_beta: float = field("of divergence jsd, in (0, 1); 0.5 is the symmetric one", 0.5)
+    precision: float | str = field("exact, bf16, auto, or a relative gradient error such as 1e-3", "auto")
+    backend: str = field("kernel: auto, torch, cpu, triton or cuda", "auto")
+
+    # --- phased teacher sampling ---
+    cold_start_steps: int = field("updates during which teacher rollouts may fill slots; 0 is off", 0)
+    teacher_share: float = field("share of the rollout slots offered to the teacher at the first update", 0.5)
+    teacher_share_schedule: Literal["linear", "cosine", "constant"] = field(
+        "how that share falls to 0 over cold_start_steps", "linear"
+    )
+    teacher_rollout_loss: Literal["same", "forward-kl", "nll"] = field(
+        "loss on teacher rollouts: the same as on the student's, the gated forward KL over the vocabulary, or the "
+        "plain negative log-likelihood",
+        "same",
+    )
+    teacher_reliability: Literal["off", "all", "incorrect"] = field(
+        "trust the teacher in conflicts as far as the verifier endorsed its own rollouts on the prompt: in no, "
+        "all, or only incorrect rollouts",
+        "off",
+    )
+    teacher_probes: int = field("teacher rollouts drawn for every prompt at least, to measure reliability", 0)
+
+    # --- optimisation ---
+    max_steps: int = field("optimiser updates", 1000)
+    per_device_train_batch_size: int = field("rollouts per process and forward pass", 8)
+    gradient_accumulation_steps: int = field("forward passes per update", 1)
+    num_iterations: int = field("updates made on each batch of rollouts", 1)
+    learning_rate: float = field("peak learning rate of AdamW", 1e-6)
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"] = (
+        field("learning-rate schedule over max_steps (transformers.get_scheduler)", "linear")
+    )
+    warmup_steps: int = field("updates over which the learning rate rises from 0", 0)
+    weight_decay: float = field("of AdamW", 0.0)
+    adam_beta1: float = field("of AdamW", 0.9)
+    adam_beta2: float = field("of AdamW", 0.999)
+    adam_epsilon: float = field("of AdamW", 1e-8)
+    max_grad_norm: float = field("clip the gradient to this norm; 0 is off", 1.0)
+    max_skipped_steps: int = field("stop once this many updates were skipped for a non-finite loss or gradient", 10)
+    seed: int = field("of data order, sampling and dropout", 0)
+
+    # --- evaluation ---
+    eval_steps: int | None = field("evaluate every so many updates; at the end only by default", None)
+    eval_on_start: bool = field("evaluate the student before the first update", False)
+    eval_teacher: bool = field("evaluate the teacher before the first update", False)
+    num_generations_eval: int = field("rollouts per question: avg@k over all of them", 16)
+    eval_k: int | None = field("k of pass@k; num_generations_eval by default", None)
+    eval_temperature: float = field("of evaluation rollouts; 0 is greedy", 1.0)
+    per_device_eval_batch_size: int = field("evaluation rollouts generated at once per process", 64)
+
+    # --- logging and checkpoints ---
+    logging_steps: int = field("print, track and keep completions every so many updates (metrics.jsonl has all)", 10)
+    num_completions_to_log: int = field("rollouts kept per interval in completions/; 0 is off", 64)
+    report_to: str | list[str] = field("none, or accelerate's trackers: wandb, tensorboard, trackio, …", "none")
+    run_name: str | None = field("name of the run for the trackers; the folder's name by default", None)
+    save_steps: int | None = field("checkpoint every so many updates; at the end only by default", None)
+    save_total_limit: int | None = field("newest checkpoints kept, besides the best by avg@k; null keeps all", 2)
+    resume_from_checkpoint: str | None = field(
+        "a checkpoint folder, or auto: the newest valid one of output_dir, else from the start", None
+    )
+
+    def __post_init__(self) -> None:
+        at_least = {
+            0: "top_k cold_start_steps teacher_probes warmup_steps weight_decay max_grad_norm eval_temperature "
+            "num_completions_to_log adam_epsilon",
+            1: "dataset_size eval_dataset_size max_completion_length num_generations verifier_workers max_steps "
+            "verifier_memory_mb per_device_train_batch_size gradient_accumulation_steps num_iterations eval_steps "
+            "num_generations_eval eval_k per_device_eval_batch_size logging_steps save_steps save_total_limit "
+            "max_prompt_length generation_batch_size num_threads max_skipped_steps",
+        }
+        for least, names in at_least.items():
+            for name in names.split():
+                self._expect(name, getattr(self, name) is None or getattr(self, name) >= least, f">= {least}")
+        for name in ("temperature", "learning_rate", "verifier_timeout"):
+            self._expect(name, getattr(self, name) > 0, "> 0")
+        for name in ("top_p", "teacher_share"):
+            self._expect(name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
+        self._expect("top_p", self.top_p > 0, "> 0")
+        for name in ("jsd_beta", "adam_beta1", "adam_beta2"):
+            self._expect(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
+        for name in ("save_steps", "eval_steps", "max_steps"):
+            steps = getattr(self, name)
+            self._expect(
+                name,
+                steps is None or steps % self.num_iterations == 0,
+                f"a multiple of num_iterations ({self.num_iterations}): a batch of rollouts is used up before",
+            )
+        self._expect(
+            "num_generations",
+            self.rollouts_per_batch % self.num_generations == 0,
+            "a divisor of per_device_train_batch_size x gradient_accumulation_steps "
+            f"({self.per_device_train_batch_size} x {self.gradient_accumulation_steps})",
+        )
+        self._expect(
+            "num_iterations",
+            self.num_iterations == 1 or self.estimator == "full",
+            "1 with estimator sampled: its gradient is only right on fresh rollouts. Use estimator full",
+        )
+        self._expect(
+            "divergence",
+            self.divergence == "reverse-kl" or self.estimator == "full",
+            "reverse-kl with estimator sampled, which is the policy gradient of that divergence. Use estimator full",
+        )
+        self._expect(
+            "eval_k",
+            (self.eval_k or 1) <= self.num_generations_eval,
+            f"<= num_generations_eval ({self.num_generations_eval})",
+        )
+
+    def _expect(self, name: str, right: bool, expected: str) -> None:
+        if not right:
+            raise UserError(f"{name}: got {getattr(self, name)!r}, expected {expected}")
+
+    @property
+    def rollouts_per_batch(self) -> int:
+        """Rollouts per process between two updates of the data position."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    @classmethod
+    def load(cls, path: str | Path | None, overrides: dict[str, Any] | None = None) -> Config:
+        """A YAML file (or none), then `overrides`; values are checked against the fields' types.
+
+        Raises:
+            UserError: unreadable file, unknown or missing key, wrong type or value.
+        """
+        values = {**(read_yaml(path) if path is not None else {}), **(overrides or {})}
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        for name in values:
+            if name not in fields:
+                raise UserError(unknown("setting", name, fields))
+        missing = [n for n, f in fields.items() if f.default is f.default_factory is MISSING and n not in values]
+        if missing:
+            raise UserError(
+                f"missing settings: {', '.join(missing)}. Put them in the YAML file, or pass --{missing[0]} …"
+            )
+        hints = typing.get_type_hints(cls)
+        return cls(**{name: convert(name, value, hints[name]) for name, value in values.items()})
+
+    def to_yaml(self) -> str:
+        """The resolved config as YAML: `Config.load` gives an equal one back."""
+        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML mapping of settings."""
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the config file {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected `key: value` lines, got {type(values).__name__}")
+    return values
+
+
+def unknown(what: str, name: object, known: typing.Iterable[str]) -> str:
+    """The message for a name that does not exist, with the nearest one that does."""
+    near = difflib.get_close_matches(str(name), list(known), n=1)
+    return f"unknown {what} {name!r}" + (
+        f"; did you mean {near[0]!r}?" if near else "; `sgopd train --help` lists them"
+    )
+
+
+def convert(name: str, value: Any, hint: Any) -> Any:
+    """`value` as the field's type, or a UserError that says what was expected.
+
+    An int is taken for a float; so is text such as "1e-6", which YAML 1.1 does not read as a number.
+    """
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for kind in kinds:
+        if isinstance(kind, types.GenericAlias):  # list[str], list[float]
+            (item,) = typing.get_args(kind)
+            if isinstance(value, (list, tuple)):
+                return [convert(name, v, item) for v in value]
+        elif typing.get_origin(kind) is Literal:
+            if value in typing.get_args(kind):
+                return value
+        elif kind is float and not isinstance(value, bool):
+            try:
+                return float(value)
+            except (TypeError, ValueError):
+                continue
+        elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+            return value
+    raise UserError(f"{name}: got {value!r} ({type(value).__name__}), expected {describe(hint)}")
+
+
+def describe(hint: Any) -> str:
+    """A field's type in words."""
+    if isinstance(hint, types.UnionType):
+        return " or ".join(describe(kind) for kind in typing.get_args(hint))
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(typing.get_args(hint))
+    if isinstance(hint, types.GenericAlias):
+        return f"a list of {describe(typing.get_args(hint)[0])}"
+    words = {str: "text", int: "a whole number", float: "a number", bool: "true or false", dict: "a mapping"}
+    return words.get(hint, "null")
+
+
+def parse_flag(name: str, text: str) -> Any:
+    """The value of `--name text`: as it stands for a text field, else read as YAML (so null, [0, 1], {a: 1} work)."""
+    hint = typing.get_type_hints(Config)[name]
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if all(kind is str or kind is types.NoneType or typing.get_origin(kind) is Literal for kind in kinds):
+        return None if text == "null" and types.NoneType in kinds else text
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text

@@ -1,0 +1,95 @@
+"""avg@k and pass@k with standard errors over questions (docs/metrics.md)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sgopd.config import Config
+from sgopd.data import Prompts, derive_seed
+from sgopd.processes import Processes
+from sgopd.rollout import generate, sampling_of
+from sgopd.verifier import CORRECT, VerifierPool
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Prompts,
+    pool: VerifierPool,
+    config: Config,
+    processes: Processes,
+    *,
+    eos_ids: tuple[int, ...],
+    vocabulary: int,
+) -> dict[str, Any]:
+    """num_generations_eval rollouts for each question, verified: the eval/* metrics.
+
+    The questions are dealt out over the processes. The sampling seed depends on the run's seed alone, so every
+    evaluation of a run draws the same random numbers, and none of them disturbs training.
+    """
+    began = time.perf_counter()
+    samples = config.num_generations_eval
+    mine = range(processes.rank, len(prompts), processes.count)
+    sampling = dataclasses.replace(
+        sampling_of(config, eos_ids, vocabulary),
+        temperature=config.eval_temperature,
+        batch_size=config.per_device_eval_batch_size,
+    )
+    asked = [question for question in mine for _ in range(samples)]
+    seed = derive_seed(config.seed, "evaluation", processes.rank)
+    completions = generate(model, tokenizer, [prompts.ids[q] for q in asked], sampling, seed)
+    verdicts = pool.verify(
+        [completion.text for completion in completions],
+        [prompts.examples[q] for q in asked],
+        [completion.truncated for completion in completions],
+    )
+    # (question, correct, tokens, clipped) of each rollout
+    own = [
+        (question, verdict.value == CORRECT, len(completion.ids), completion.truncated)
+        for question, verdict, completion in zip(asked, verdicts, completions)
+    ]
+    rows = processes.gather(own)
+    correct = dict.fromkeys(range(len(prompts)), 0)
+    for question, right, _, _ in rows:
+        correct[question] += right
+    return {
+        **scores(list(correct.values()), samples, config.eval_k or samples),
+        "eval/length_mean": sum(length for _, _, length, _ in rows) / len(rows),
+        "eval/length_clipped": sum(clipped for _, _, _, clipped in rows) / len(rows),
+        "time/eval": time.perf_counter() - began,
+    }
+
+
+def scores(correct: Sequence[int], samples: int, k: int) -> dict[str, Any]:
+    """avg@k and pass@k from the number of right answers to each question, out of `samples`."""
+    average, average_se = mean_and_se([count / samples for count in correct])
+    passing, passing_se = mean_and_se([pass_at_k(samples, count, k) for count in correct])
+    return {
+        "eval/k": k,
+        "eval/samples": samples,
+        "eval/questions": len(correct),
+        "eval/avg_at_k": average,
+        "eval/avg_at_k_se": average_se,
+        "eval/pass_at_k": passing,
+        "eval/pass_at_k_se": passing_se,
+    }
+
+
+def pass_at_k(samples: int, correct: int, k: int) -> float:
+    """Unbiased estimate of the chance that one of k samples is right (Chen et al. 2021, arXiv 2107.03374, eq. 1)."""
+    return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
+
+
+def mean_and_se(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and its standard error; the latter is NaN for a single value."""
+    n = len(values)
+    mean = sum(values) / n
+    if n < 2:
+        return mean, math.nan
+    return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n)

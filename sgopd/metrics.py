@@ -1,0 +1,204 @@
+"""What is measured and where it goes. docs/metrics.md defines every name.
+
+metrics.jsonl gets one JSON object a line, always; it is the source of the report and of every tracker's curves.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from sgopd.data import Prompts
+from sgopd.processes import Processes
+from sgopd.rollout import Rollout
+from sgopd_kernels import Stats
+
+VERIFIER_FAULTS = ("timeout", "error", "no_answer", "truncated", "crashed")
+
+
+class MetricsFile:
+    """Appends records to a JSON Lines file, each flushed: a killed run loses nothing that it has written.
+
+    `position` is what a checkpoint keeps; opening the file there drops the lines that came after it.
+    """
+
+    def __init__(self, path: Path, position: int) -> None:
+        self._file = open(path, "ab")  # noqa: SIM115 (it lives as long as the run)
+        self._file.truncate(position)
+        self._file.seek(0, os.SEEK_END)
+
+    @property
+    def position(self) -> int:
+        return self._file.tell()
+
+    def write(self, record: dict[str, Any]) -> None:
+        self._file.write((json.dumps(finite(record), ensure_ascii=False, allow_nan=False) + "\n").encode())
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Makes everything written so far survive a power cut."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def finite(value: Any) -> Any:
+    """`value` with NaN and infinities as None: JSON has no word for them."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl; a last line cut short by a kill is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+class Sums:
+    """Weighted means over micro-batches and processes. Values stay on the device until `means` asks for them."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, list[Any]] = {}  # name -> [total, weight]
+        self._counts: dict[str, Any] = {}
+        self._largest: dict[str, Any] = {}
+
+    def add(self, name: str, total: Tensor | float, weight: Tensor | float) -> None:
+        pair = self._sums.setdefault(name, [0.0, 0.0])
+        pair[0], pair[1] = pair[0] + total, pair[1] + weight
+
+    def count(self, name: str, number: Tensor | float) -> None:
+        """Something to be added up rather than averaged."""
+        self._counts[name] = self._counts.get(name, 0) + number
+
+    def largest(self, name: str, value: Tensor | float) -> None:
+        self._largest[name] = max(self._largest.get(name, value), value)
+
+    def reduced(self, processes: Processes) -> dict[str, float]:
+        """Means, counts and largest values over all processes; a mean whose weight is 0 is left out."""
+        sums = {name: (float(total), float(weight)) for name, (total, weight) in self._sums.items()}
+        largest = {name: float(value) for name, value in self._largest.items()}
+        counts = {name: n.item() if isinstance(n, Tensor) else n for name, n in self._counts.items()}
+        everyone = processes.gather([(sums, counts, largest)])
+        result: dict[str, float] = {}
+        for name in names(part[0] for part in everyone):
+            totals, weights = zip(*(part[0][name] for part in everyone if name in part[0]))
+            if sum(weights):
+                result[name] = sum(totals) / sum(weights)
+        for name in names(part[1] for part in everyone):
+            result[name] = sum(part[1].get(name, 0) for part in everyone)
+        for name in names(part[2] for part in everyone):
+            result[name] = max(part[2][name] for part in everyone if name in part[2])
+        return result
+
+
+def names(dicts: Iterable[dict[str, Any]]) -> list[str]:
+    """All keys, in order of first appearance."""
+    return list(dict.fromkeys(name for one in dicts for name in one))
+
+
+def add_token_metrics(
+    sums: Sums, stats: Stats, verdict: Tensor, engine_logprob: Tensor | None, tolerance: float
+) -> None:
+    """Statistics of N tokens of student rollouts.
+
+    Args:
+        stats: the loss's, each [N].
+        verdict: [N] 1, -1 or 0, as the gate saw it.
+        engine_logprob: [N] log-probabilities from sampling; None once the weights have moved since.
+        tolerance: the gate's, in nats.
+    """
+    N = verdict.numel()
+    if N == 0:
+        return
+    d = stats.logratio
+    sums.add("kl", stats.kl.sum(), N)
+    sums.add("logratio/mean", d.sum(), N)
+    sums.add("logratio/abs_mean", d.abs().sum(), N)
+    sums.add("gate/mean", stats.gate.sum(), N)
+    agree = stats.agree.to(d.dtype)
+    sums.add("gate/agree_fraction", agree.sum(), N)
+    sums.add("gate/agree_fraction_weighted", (agree * d.abs()).sum(), d.abs().sum())
+    sums.add("entropy/student", stats.student_entropy.sum(), N)
+    sums.add("entropy/teacher", stats.teacher_entropy.sum(), N)
+    for word, sign in (("correct", 1), ("incorrect", -1)):
+        for cell, inside in (("agree", d * sign > tolerance), ("conflict", d * sign < -tolerance)):
+            inside = (inside & (verdict == sign)).to(d.dtype)
+            count = inside.sum()
+            sums.add(f"cell/{word}_{cell}/share", count, N)
+            sums.add(f"cell/{word}_{cell}/logratio_mean", (inside * d).sum(), count)
+            sums.add(f"cell/{word}_{cell}/logratio_abs_mean", (inside * d.abs()).sum(), count)
+            sums.add(f"cell/{word}_{cell}/gate_mean", (inside * stats.gate).sum(), count)
+    if engine_logprob is not None:
+        gap = (engine_logprob - stats.student_logprob).abs()
+        sums.add("engine/logprob_gap_mean", gap.sum(), N)
+        sums.largest("engine/logprob_gap_max", gap.max())
+
+
+def add_rollout_metrics(sums: Sums, rollouts: Sequence[Rollout]) -> None:
+    """Statistics of a batch's rollouts."""
+    for rollout in rollouts:
+        sums.count("phase/teacher_rollouts", rollout.source == "teacher")
+        if rollout.source == "teacher":
+            continue
+        # The prompts of slots that the teacher tried and failed are harder: they would bias the accuracy.
+        if not rollout.in_teacher_slot:
+            sums.add("rollout/accuracy", rollout.verdict == 1, 1)
+        ids = rollout.completion.ids.tolist()
+        sums.add("rollout/length_mean", len(ids), 1)
+        sums.add("rollout/length_clipped", rollout.completion.truncated, 1)
+        sums.add("rollout/repetition", repetition(ids), 1)
+        for word, verdict in (("correct", 1), ("incorrect", -1), ("unknown", 0)):
+            sums.count(f"rollout/{word}", rollout.verdict == verdict)
+
+
+def add_verifier_metrics(sums: Sums, reasons: Sequence[str]) -> None:
+    """How often the verifier could not simply say correct or incorrect, by its reasons."""
+    for fault in VERIFIER_FAULTS:
+        sums.add(f"verifier/{fault}", reasons.count(fault), len(reasons))
+
+
+def write_completions(
+    folder: Path, step: int, rollouts: Sequence[Rollout], prompts: Prompts, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Writes `folder`/step-….parquet, one row a rollout; none for no rollouts."""
+    rows = [
+        {
+            "step": step,
+            "prompt": tokenizer.decode(rollout.prompt_ids),
+            "completion": rollout.completion.text,
+            "answer": prompts.examples[rollout.example]["answer"],
+            "verdict": rollout.verdict,
+            "reason": rollout.reason,
+            "source": rollout.source,
+            "tokens": len(rollout.completion.ids),
+            "truncated": rollout.completion.truncated,
+        }
+        for rollout in rollouts
+    ]
+    if rows:
+        folder.mkdir(exist_ok=True)
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / f"step-{step:06d}.parquet")
+
+
+def repetition(ids: Sequence[int], n: int = 4) -> float:
+    """Share of a text's n-grams that it has had before; 0 for fewer than two of them."""
+    grams = list(zip(*(ids[i:] for i in range(n))))
+    return 1.0 - len(set(grams)) / len(grams) if grams else 0.0

@@ -1,0 +1,207 @@
+"""Rollouts: batched sampling through the model's own forward, with a key-value cache and an explicit generator.
+
+`transformers.generate` would do; this loop is here because a run must resume bit-exactly (so the random numbers come
+from a generator that the caller names) and because at 100k parameters half of generate's time is its own overhead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from sgopd.config import Config
+
+
+@dataclass
+class Sampling:
+    """How to sample.
+
+    Args:
+        max_completion_length: tokens per completion, the end-of-sequence token included.
+        eos_ids: tokens that end a completion.
+        vocabulary: ids >= this are never sampled: the shared prefix of student's and teacher's vocabulary.
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k, top_p: filters on the tempered distribution; 0 and 1 are off.
+        batch_size: completions sampled at once; None is all of them.
+        bf16: autocast the forward to bfloat16.
+    """
+
+    max_completion_length: int
+    eos_ids: tuple[int, ...]
+    vocabulary: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    batch_size: int | None = None
+    bf16: bool = False
+
+
+@dataclass
+class Completion:
+    """One sampled completion of T tokens."""
+
+    ids: Tensor  # [T] int64 on the CPU, with the end-of-sequence token if there is one
+    logprobs: Tensor  # [T] float32: log-probability of each token, at the temperature, before top-k and top-p
+    truncated: bool  # ran out of tokens
+    text: str  # without special tokens
+
+
+@dataclass
+class Rollout:
+    """A completion in its place in the batch, with the verifier's word on it."""
+
+    example: int  # index of the prompt's example
+    prompt_ids: list[int]
+    completion: Completion
+    source: str  # "student" or "teacher"
+    in_teacher_slot: bool  # the teacher tried for this slot (and failed, where source is "student")
+    verdict: int  # 1 correct, -1 incorrect, 0 unknown
+    reason: str  # the verifier's
+    reliability: float = 0.0  # how far the teacher is trusted in conflicts, in [0, 1]
+
+    def __len__(self) -> int:
+        """Tokens of prompt and completion."""
+        return len(self.prompt_ids) + len(self.completion.ids)
+
+
+def sampling_of(config: Config, eos_ids: tuple[int, ...], vocabulary: int) -> Sampling:
+    """The training rollouts' settings."""
+    return Sampling(
+        max_completion_length=config.max_completion_length,
+        eos_ids=eos_ids,
+        vocabulary=vocabulary,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        batch_size=config.generation_batch_size,
+        bf16=config.bf16,
+    )
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    sampling: Sampling,
+    seed: int,
+) -> list[Completion]:
+    """One completion for each prompt (token ids, not empty). The same seed and batch give the same completions."""
+    generator = torch.Generator(model.device).manual_seed(seed)
+    was_training = model.training
+    model.eval()
+    completions: list[Completion] = []
+    size = sampling.batch_size or max(len(prompts), 1)
+    for start in range(0, len(prompts), size):
+        completions += _generate_batch(model, tokenizer, prompts[start : start + size], sampling, generator)
+    model.train(was_training)
+    return completions
+
+
+# no_grad, not inference_mode: tensors made in inference mode may not take part in later in-place updates.
+@torch.no_grad()
+def _generate_batch(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    sampling: Sampling,
+    generator: torch.Generator,
+) -> list[Completion]:
+    device = model.device
+    B, P, T = len(prompts), max(map(len, prompts)), sampling.max_completion_length
+    # Left padding, so that every prompt ends in the last column; the mask hides it and positions skip it.
+    input_ids = torch.zeros(B, P, dtype=torch.long)
+    mask = torch.zeros(B, P, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        input_ids[row, P - len(prompt) :] = torch.tensor(prompt)
+        mask[row, P - len(prompt) :] = 1
+    input_ids, mask = input_ids.to(device), mask.to(device)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+
+    eos_ids = torch.tensor(sampling.eos_ids, device=device)
+    ids_BT = torch.zeros(B, T, dtype=torch.long, device=device)
+    logprobs_BT = torch.zeros(B, T, dtype=torch.float32, device=device)
+    length_B = torch.full((B,), T, device=device)
+    ended_B = torch.zeros(B, dtype=torch.bool, device=device)
+    rows = torch.arange(B, device=device)  # the unfinished ones
+    cache = DynamicCache(config=model.config)
+    for t in range(T):
+        with torch.autocast(device.type, torch.bfloat16, enabled=sampling.bf16):
+            output = model(
+                input_ids=input_ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        logits = output.logits[:, -1, : sampling.vocabulary].float()
+        token, logprob = sample(logits, sampling, generator)
+        ids_BT[rows, t], logprobs_BT[rows, t] = token, logprob
+        running = ~torch.isin(token, eos_ids)
+        if not running.all():
+            ended_B[rows[~running]] = True
+            length_B[rows[~running]] = t + 1
+            # Finished rows leave the batch: growing the cache copies it anyway, and long tails get cheap.
+            keep = running.nonzero().squeeze(-1)
+            if len(keep) == 0:
+                break
+            rows, token, mask, positions = rows[keep], token[keep], mask[keep], positions[keep]
+            for layer in cache.layers:
+                layer.reorder_cache(keep)  # type: ignore[arg-type]
+        input_ids = token.unsqueeze(-1)
+        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+        positions = positions[:, -1:] + 1
+
+    lengths, ended = length_B.tolist(), ended_B.tolist()
+    ids = [row[:length] for row, length in zip(ids_BT.cpu(), lengths)]
+    logprobs = [row[:length] for row, length in zip(logprobs_BT.cpu(), lengths)]
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    return [Completion(*parts) for parts in zip(ids, logprobs, (not end for end in ended), texts)]
+
+
+def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """logits [B, V] float32 -> token ids [B] and their log-probabilities [B], before top-k and top-p."""
+    if sampling.temperature == 0:
+        token = logits.argmax(-1)
+        logprobs = torch.log_softmax(logits, -1)
+    else:
+        logprobs = torch.log_softmax(logits / sampling.temperature, -1)
+        probs = filtered(logprobs.exp(), sampling.top_k, sampling.top_p)
+        token = torch.multinomial(probs, 1, generator=generator).squeeze(-1)
+    return token, logprobs.gather(-1, token.unsqueeze(-1)).squeeze(-1)
+
+
+def filtered(probs: Tensor, top_k: int, top_p: float) -> Tensor:
+    """probs [B, V] with the tokens outside the top k, and outside the nucleus of mass p, set to 0; not renormalised."""
+    if 0 < top_k < probs.shape[-1]:
+        kth = probs.topk(top_k, dim=-1).values[:, -1:]
+        probs = torch.where(probs >= kth, probs, 0.0)
+    if top_p < 1:
+        total = probs.sum(-1, keepdim=True)
+        ordered, order = probs.sort(dim=-1, descending=True)
+        # A token stays if the mass before it is short of p: the likeliest one always does.
+        outside = ordered.cumsum(-1) - ordered >= top_p * total
+        probs = probs.scatter(-1, order, ordered.masked_fill(outside, 0.0))
+    return probs
+
+
+def collate(rollouts: Sequence[Rollout]) -> tuple[Tensor, Tensor, Tensor]:
+    """B rollouts, right-padded to T tokens: ids and attention mask [B, T] int64, predicts [B, T - 1] bool.
+
+    predicts[b, t] says that token t + 1 is part of the completion: position t's hidden state predicts it.
+    """
+    B, T = len(rollouts), max(map(len, rollouts))
+    ids_BT = torch.zeros(B, T, dtype=torch.long)
+    mask_BT = torch.zeros(B, T, dtype=torch.long)
+    predicts_BT = torch.zeros(B, T - 1, dtype=torch.bool)
+    for row, rollout in enumerate(rollouts):
+        start, end = len(rollout.prompt_ids), len(rollout)
+        ids_BT[row, :start] = torch.tensor(rollout.prompt_ids)
+        ids_BT[row, start:end] = rollout.completion.ids
+        mask_BT[row, :end] = 1
+        predicts_BT[row, start - 1 : end - 1] = True
+    return ids_BT, mask_BT, predicts_BT

@@ -1,0 +1,223 @@
+"""What is checked before the first rollout: the run directory, the two models, the prompts.
+
+Each check refuses with a `UserError` what cannot work, and returns a line for what a person should know; lines that
+ask for action begin with "warning".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sgopd import checkpoint
+from sgopd.config import Config, UserError, read_yaml
+from sgopd.data import Prompts
+from sgopd.teacher import LOGIT_DIVISORS, LOGIT_FACTORS, eos_ids_of, head_of, hidden_states, load_tokenizer
+from sgopd.verifier import VerifierPool
+
+
+def open_run_dir(config: Config) -> tuple[Path | None, list[str]]:
+    """The checkpoint to resume from, if any, and what to say about it. Changes nothing in the run directory.
+
+    Raises:
+        UserError: it cannot be written, or holds a run and resume_from_checkpoint is not set.
+    """
+    run_dir = Path(config.output_dir)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        probe = run_dir / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"output_dir: cannot write in {run_dir}: {error.strerror}. Choose another folder") from error
+    if config.resume_from_checkpoint is None:
+        if (run_dir / "metrics.jsonl").exists():
+            raise UserError(
+                f"output_dir: {run_dir} already holds a run. Pass --resume_from_checkpoint auto to go on with it, or "
+                "choose another folder"
+            )
+        return None, []
+    path, said = checkpoint.find(config.resume_from_checkpoint, run_dir / "checkpoints")
+    if path is None:
+        return None, [*said, f"no whole checkpoint in {run_dir}: starting from the beginning"]
+    if (run_dir / "config.yaml").is_file():
+        before, now = read_yaml(run_dir / "config.yaml"), dataclasses.asdict(config)
+        for name in sorted(now.keys() - {"resume_from_checkpoint", "output_dir"}):
+            if before.get(name) != now[name]:
+                said.append(f"warning: {name} was {before.get(name)!r} and is {now[name]!r} from here on")
+    return path, [*said, f"resuming from {path}"]
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel, setting: str) -> None:
+    """Refuses a model whose logits are not what `head_of` and `hidden_states` make of them."""
+    head = head_of(model)
+    ids = torch.arange(8, device=model.device).unsqueeze(0) % head.weight.shape[0]
+    was_training = model.training
+    model.eval()
+    expected = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float()
+    ours = head.logits(hidden_states(model, ids, torch.ones_like(ids))).float()
+    model.train(was_training)
+    tolerance = 1e-3 if head.weight.dtype == torch.float32 else 0.1
+    error = (ours - expected).abs().max().item() / max(expected.abs().max().item(), 1e-6)
+    if not error <= tolerance:
+        raise UserError(
+            f"{setting}: the logits of {type(model).__name__} differ from head(last hidden state) by {error:.2g} "
+            "relative, so something happens between them that this version does not know "
+            f"(known: {', '.join((*LOGIT_FACTORS, *LOGIT_DIVISORS))}, final_logit_softcapping)"
+        )
+
+
+def check_models(
+    config: Config, models: dict[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase, prompts: Prompts
+) -> list[str]:
+    """All checks on `models`: the "student" and, compared with it, the "teacher" and perhaps the "reference"."""
+    check_head(models["student"], "model_name_or_path")
+    texts = [prompt if isinstance(prompt := e["prompt"], str) else prompt[-1]["content"] for e in prompts.examples[:8]]
+    findings = []
+    for whose, model in models.items():
+        if whose == "student":
+            continue
+        setting = f"{whose}_model_name_or_path"
+        check_head(model, setting)
+        try:
+            theirs = load_tokenizer(getattr(config, setting), config, setting)
+        except UserError:
+            theirs = None
+        findings += check_pair(models["student"], model, tokenizer, theirs, texts, whose)
+    return findings
+
+
+def check_pair(
+    student: PreTrainedModel,
+    other: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    other_tokenizer: PreTrainedTokenizerBase | None,
+    texts: Sequence[str] = (),
+    whose: str = "teacher",
+) -> list[str]:
+    """Vocabulary, end of sequence, padding and chat template of the student and another model.
+
+    Args:
+        other_tokenizer: None if there is none beside the other model.
+        texts: prompts that both tokenizers should split alike.
+        whose: what to call the other model.
+
+    Raises:
+        UserError: an id stands for different tokens, a head lacks ids of the tokenizer, or nothing ends a sequence.
+    """
+    rows_S, rows_T = head_of(student).weight.shape[0], head_of(other).weight.shape[0]
+    ids = tokenizer.get_vocab()
+    largest = max(ids.values())
+    if largest >= min(rows_S, rows_T):
+        raise UserError(
+            f"the student's tokenizer makes token ids up to {largest}, but the heads have {rows_S} (student) and "
+            f"{rows_T} ({whose}) rows. Use the tokenizer that belongs to the models, or resize_token_embeddings"
+        )
+    rows = f"{rows_S} rows in both heads"
+    if rows_S != rows_T:
+        rows = f"heads of {rows_S} (student) and {rows_T} ({whose}) rows, compared on the first {min(rows_S, rows_T)}"
+    findings = [f"vocabulary: {len(ids)} tokens, {rows}"]
+    eos_S = eos_ids_of(student, tokenizer)
+    if not eos_S:
+        raise UserError("the student has no end-of-sequence token: set eos_token in its tokenizer or generation config")
+    if other_tokenizer is None:
+        findings.append(f"warning: there is no tokenizer beside the {whose}; it is taken to share the student's")
+        return findings
+
+    other_ids = other_tokenizer.get_vocab()
+    other_tokens = {id: token for token, id in other_ids.items()}
+    conflicts = [(t, id) for t, id in ids.items() if other_ids.get(t, id) != id or other_tokens.get(id, t) != t]
+    if conflicts:
+        token, id = conflicts[0]
+        raise UserError(
+            f"student and {whose} disagree on {len(conflicts)} tokens. The student's {token!r} is id {id}; for the "
+            f"{whose} id {id} is {other_tokens.get(id)!r}, and {token!r} is {other_ids.get(token)}. Distributions "
+            "cannot be compared token by token then: use models of one family, with the same tokenizer"
+        )
+    if one_sided := len(ids.keys() ^ other_ids.keys()):
+        findings.append(f"warning: {one_sided} tokens are known to one of the two tokenizers (student, {whose}) only")
+    for text in texts:
+        if tokenizer(text)["input_ids"] != other_tokenizer(text)["input_ids"]:
+            findings.append(
+                f"warning: the {whose}'s tokenizer splits {text[:40]!r} differently; the {whose} gets the student's "
+                "tokens, perhaps in a form it was not trained on"
+            )
+            break
+
+    eos_T = eos_ids_of(other, other_tokenizer)
+    names = ", ".join(tokenizer.convert_ids_to_tokens(list(eos_S)))
+    if eos_S == eos_T:
+        findings.append(f"end of sequence: {names}, the same in both")
+    else:
+        findings.append(
+            f"warning: sequences end with {list(eos_S)} ({names}) for the student and {list(eos_T)} for the {whose}. "
+            "This is the usual cause of answers that grow without end: set the same eos_token_id in both generation "
+            "configs"
+        )
+    pads = tokenizer.pad_token, other_tokenizer.pad_token
+    findings.append(f"padding: {pads[0]}" + ("" if pads[0] == pads[1] else f" and {pads[1]} (masked, so no matter)"))
+    if tokenizer.chat_template == other_tokenizer.chat_template:
+        findings.append("chat template: " + ("none" if tokenizer.chat_template is None else "the same in both"))
+    else:
+        findings.append(
+            f"warning: the chat templates differ. The student's is used, so the {whose} may read prompts in a form it "
+            f"was not trained on: copy the {whose}'s chat_template into the student's tokenizer if the student knows it"
+        )
+    return findings
+
+
+def check_prompts(
+    config: Config,
+    prompts: Prompts,
+    questions: Prompts | None,
+    tokenizer: PreTrainedTokenizerBase,
+    models: dict[str, PreTrainedModel],
+) -> list[str]:
+    """What became of the prompts, and whether there is room for the completions."""
+    findings = [f"data: {len(prompts)} prompts"]
+    findings[0] += f", {len(questions)} evaluation questions" if questions else ", no evaluation questions"
+    for data in (prompts, questions):
+        if data is not None and data.dropped:
+            dropped = " and ".join(f"{count} {reason}" for reason, count in data.dropped.items())
+            findings.append(f"warning: dropped {dropped} prompts, {len(data)} are left")
+    plain = isinstance(prompts.examples[0]["prompt"], str)
+    if plain and tokenizer.chat_template is not None and not config.apply_chat_template:
+        findings.append("prompts are plain text: the chat template is not used (apply_chat_template: true would)")
+    longest = max(map(len, prompts.ids)) + config.max_completion_length
+    for whose, model in models.items():
+        room = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        if room is not None and longest > room:
+            findings.append(
+                f"warning: prompt and completion can have {longest} tokens, the {whose} was made for {room}: lower "
+                "max_completion_length or max_prompt_length"
+            )
+    return findings
+
+
+def check_golds(verifier: VerifierPool, prompts: Prompts, questions: Prompts | None) -> list[str]:
+    """Reference answers that the verifier cannot use: their rollouts' verdicts are unknown.
+
+    Raises:
+        UserError: the verifier does not start, or can use none of the answers.
+    """
+    findings = []
+    for data, name in ((prompts, "training"), (questions, "evaluation")):
+        if data is None:
+            continue
+        try:
+            bad = verifier.check_golds(data.examples)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"verifier: {error}") from error
+        if not bad:
+            continue
+        index, reason = bad[0]
+        said = f"{len(bad)} of {len(data)} {name} answers, such as {data.examples[index]['answer']!r:.80} ({reason})"
+        if len(bad) == len(data):
+            raise UserError(f"verifier: cannot use {said}. Check answer_column, or choose another verifier")
+        findings.append(f"warning: the verifier cannot use {said}; their rollouts count as unknown")
+    return findings

@@ -1,0 +1,111 @@
+"""Models as the loss sees them: last hidden states and a head. The teacher is one of them, frozen.
+
+Everything here serves student and teacher alike, so that both are read in the same way. `sgopd.startup` checks
+that what is read here is what the model computes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from sgopd.config import Config, UserError
+
+
+class Head(NamedTuple):
+    """A language-model head: logits = softcap * tanh(z / softcap), z = logit_scale * (hidden @ weight.T + bias)."""
+
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    logit_scale: float
+    softcap: float | None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [..., H] -> logits [..., V], unfused: for checks and small pieces."""
+        logits = nn.functional.linear(hidden, self.weight, self.bias) * self.logit_scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+# What transformers' models do to the logits after the head, by the name in their config; `check_head` tells
+# whether this list covers a model.
+LOGIT_FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # Cohere, Falcon-H1, Muse
+LOGIT_DIVISORS = ("logits_scaling",)  # Granite
+
+
+def head_of(model: PreTrainedModel) -> Head:
+    """The head of a causal language model, with what its config does to the logits."""
+    output = model.get_output_embeddings()
+    if output is None:
+        raise UserError(f"{type(model).__name__} has no output embeddings; expected a causal language model")
+    config = model.config.get_text_config(decoder=True)
+    scale = 1.0
+    for name in LOGIT_FACTORS:
+        scale *= getattr(config, name, None) or 1.0
+    for name in LOGIT_DIVISORS:
+        scale /= getattr(config, name, None) or 1.0
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return Head(output.weight, getattr(output, "bias", None), scale, softcap)
+
+
+def hidden_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Last hidden states [B, T, H], after the final norm, of right-padded input_ids [B, T]; no logits are made."""
+    output = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    return output.last_hidden_state
+
+
+def load_model(path: str, config: Config, setting: str, dtype: str) -> PreTrainedModel:
+    """A causal language model from a folder or the hub; `setting` is the config's field that errors name.
+
+    Raises:
+        UserError: it cannot be loaded, or a weight is not finite.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=getattr(torch, dtype),
+            attn_implementation=config.attn_implementation,
+            trust_remote_code=config.trust_remote_code,
+        )
+    except Exception as error:  # transformers, safetensors, the hub and json all raise their own
+        hint = "" if Path(path).is_dir() else " (there is no such folder, so it was taken for a hub name)"
+        raise UserError(f"{setting}: cannot load {path!r}{hint}: {type(error).__name__}: {error}") from error
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            count = int((~torch.isfinite(parameter)).sum())
+            raise UserError(
+                f"{setting}: {count} weights of {name} in {path!r} are not finite (NaN or infinite): the checkpoint is "
+                "damaged, or its training diverged. Use an earlier one"
+            )
+    return model
+
+
+def move(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """`model.to(device)`, which transformers wraps so that type checkers lose sight of it."""
+    nn.Module.to(model, device)
+    return model
+
+
+def load_frozen(path: str, config: Config, setting: str, device: torch.device) -> PreTrainedModel:
+    """A model that is only read: the teacher, the reference."""
+    return move(load_model(path, config, setting, config.teacher_dtype), device).eval().requires_grad_(False)
+
+
+def load_tokenizer(path: str, config: Config, setting: str) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model."""
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+    except Exception as error:
+        raise UserError(f"{setting}: cannot load a tokenizer from {path!r}: {type(error).__name__}: {error}") from error
+
+
+def eos_ids_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Tokens that end a completion: the generation config's and the tokenizer's."""
+    ids = getattr(model.generation_config, "eos_token_id", None)
+    ids = [] if ids is None else list(ids) if isinstance(ids, (list, tuple)) else [ids]
+    if tokenizer.eos_token_id is not None:
+        ids.append(tokenizer.eos_token_id)
+    return tuple(sorted(set(ids)))

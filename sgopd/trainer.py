@@ -1,0 +1,534 @@
+"""The training loop: sign-gated on-policy distillation with a verifier in the loop.
+
+    Trainer(config).train()
+
+One batch: prompts -> rollouts of the student (and, in the cold start, of the teacher) -> verdicts -> hidden states of
+both models -> the gated loss -> one or more updates. Read `train` for the order of things, `make_batch` for how
+rollouts come about, `update` and `loss_of` for what is done with them.
+
+It is simpler than a trainer could be. Every process holds the whole student, teacher and optimiser state (no FSDP, no
+DeepSpeed). Sampling takes a generator named by (seed, step, process), so there is no sampling state to carry over, and
+evaluation does not disturb training. Runs stop and resume only where a batch of rollouts is used up.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint as recomputed
+from transformers import get_scheduler, set_seed
+
+from sgopd import __version__, checkpoint, startup
+from sgopd.config import Config, UserError
+from sgopd.data import derive_seed, has_eval_data, load_prompts, take
+from sgopd.evaluate import evaluate
+from sgopd.metrics import (
+    MetricsFile,
+    Sums,
+    add_rollout_metrics,
+    add_token_metrics,
+    add_verifier_metrics,
+    write_completions,
+)
+from sgopd.phases import Phases
+from sgopd.processes import Interrupt, Processes
+from sgopd.report import write_report
+from sgopd.rollout import Rollout, collate, generate, sampling_of
+from sgopd.teacher import Head, eos_ids_of, head_of, hidden_states, load_frozen, load_model, load_tokenizer
+from sgopd.verifier import VerifierPool
+from sgopd_kernels import CORRECT, Gate, Stats, gated_kl_loss
+from sgopd_kernels.gate import resolve_gate
+
+Record = dict[str, Any]
+
+
+class Trainer:
+    """One run. Making it loads and checks everything; nothing is written before `train`.
+
+    Args:
+        config: all settings.
+        say: receives lines for a person, on the main process only.
+        on_record: receives every record of metrics.jsonl, on the main process only.
+
+    Raises:
+        UserError: what the user can put right, found before the first rollout where possible.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        say: Callable[[str], None] = print,
+        on_record: Callable[[Record], None] = lambda record: None,
+    ) -> None:
+        self.config = config
+        self.gate = gate_of(config)
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+        self.processes = processes = Processes(config)
+        self.device = processes.device
+        self.say = say if processes.main else lambda text: None
+        self.on_record = on_record if processes.main else lambda record: None
+        self.run_dir = Path(config.output_dir)
+        resume_from, said = processes.on_main(lambda: startup.open_run_dir(config))
+        for line in said:
+            self.say(line)
+        # What is left to the global generators (dropout) differs between processes.
+        set_seed(derive_seed(config.seed, "global", processes.rank) % 2**32)
+
+        # --- models ---
+        source = str(resume_from or config.model_name_or_path)
+        self.tokenizer = load_tokenizer(source, config, "model_name_or_path")
+        self.student = load_model(source, config, "model_name_or_path", config.dtype).to(self.device).train()
+        self.teacher = load_frozen(config.teacher_model_name_or_path, config, "teacher_model_name_or_path", self.device)
+        self.reference = None
+        if (path := config.reference_model_name_or_path) is not None:
+            self.reference = load_frozen(path, config, "reference_model_name_or_path", self.device)
+        if config.gradient_checkpointing:
+            self.student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        models = {"student": self.student, "teacher": self.teacher, "reference": self.reference}
+        models = {whose: model for whose, model in models.items() if model is not None}
+
+        # --- data, and whether it all fits together ---
+        self.prompts = load_prompts(config, self.tokenizer, "train")
+        self.questions = load_prompts(config, self.tokenizer, "eval") if has_eval_data(config) else None
+        self.findings = startup.check_models(config, models, self.tokenizer, self.prompts)
+        self.findings += startup.check_prompts(config, self.prompts, self.questions, self.tokenizer, models)
+        self.eos_ids = eos_ids_of(self.student, self.tokenizer)
+        self.vocabulary = min(head_of(model).weight.shape[0] for model in models.values())
+
+        # --- optimiser ---
+        self.parameters = [p for p in self.student.parameters() if p.requires_grad]
+        matrices = [p for p in self.parameters if p.ndim >= 2]
+        vectors = [p for p in self.parameters if p.ndim < 2]  # norms and biases do not decay
+        self.optimizer = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_epsilon,
+        )
+        self.scheduler = get_scheduler(
+            config.lr_scheduler_type,
+            self.optimizer,
+            num_warmup_steps=config.warmup_steps,
+            num_training_steps=config.max_steps,
+        )
+
+        # --- where the run stands: all of this is in a checkpoint ---
+        self.step = 0  # updates made
+        self.position = 0  # prompts taken, over all processes
+        self.skipped = 0  # updates left out for a non-finite loss or gradient
+        self.phases = Phases(config)
+        self.evaluated_at: int | None = None  # step of the student's last evaluation …
+        self.metric: float | None = None  # … and its avg@k
+        self.metrics_position = 0  # length of metrics.jsonl, in bytes
+        self.saved_at: int | None = None
+        self.stopped_by: int | None = None  # the signal that ended `train` early
+        if resume_from is not None:
+            self.restore(resume_from)
+
+    # --- the loop ---
+
+    def train(self) -> Path:
+        """Trains from where the run stands to max_steps, or until SIGTERM or SIGINT. Returns the run directory."""
+        config, processes = self.config, self.processes
+        began = time.perf_counter()
+        with self.start_verifier() as self.verifier, Interrupt() as interrupt:
+            self.findings += processes.on_main(lambda: startup.check_golds(self.verifier, self.prompts, self.questions))
+            for line in self.findings:
+                self.say(line)
+            processes.on_main(self.start_writing)
+            while True:
+                last = self.step == config.max_steps
+                self.stopped_by = processes.any(interrupt.signal)
+                if self.stopped_by is None:
+                    self.evaluate_if_due(last)
+                if last or self.stopped_by is not None or due(self.step, config.save_steps):
+                    self.save()
+                if last or self.stopped_by is not None:
+                    break
+                rollouts, record = self.make_batch()
+                for iteration in range(config.num_iterations):
+                    record |= self.update(rollouts, fresh=iteration == 0)
+                    self.log(record, rollouts)
+                    record = {}
+                if self.skipped >= config.max_skipped_steps:
+                    raise UserError(
+                        f"stopped at step {self.step}: {self.skipped} updates had a loss or gradient that was not "
+                        "finite. The checkpoints are from before; lower learning_rate or the gate's weights, or use "
+                        "float32 throughout"
+                    )
+
+        if self.stopped_by is None:
+            processes.on_main(self.save_final)
+        status = "finished" if self.stopped_by is None else f"stopped by {signal.Signals(self.stopped_by).name}"
+        self.write({"step": self.step, "kind": "end", "status": status, "time/total": time.perf_counter() - began})
+        processes.accelerator.end_training()
+        if processes.main:
+            write_report(self.run_dir)
+        return self.run_dir
+
+    # --- a batch of rollouts ---
+
+    def make_batch(self) -> tuple[list[Rollout], Record]:
+        """The next prompts' rollouts with their verdicts, and what was measured on the way.
+
+        The teacher goes first: it tries some of each prompt group's slots and keeps those in which the verifier
+        endorses it; the student fills the others.
+        """
+        config, processes, sums = self.config, self.processes, Sums()
+        slots_per_group = config.num_generations
+        groups = config.rollouts_per_batch // slots_per_group
+        taken = take(self.position, groups * processes.count, len(self.prompts), config.seed)
+        examples = taken[processes.rank * groups : (processes.rank + 1) * groups]
+        self.position += len(taken)
+
+        offered = self.phases.slots(self.step, groups, derive_seed(config.seed, "slots", self.step, processes.rank))
+        tries = [
+            (examples[group], number < offered[group], group)
+            for group in range(groups)
+            for number in range(max(offered[group], config.teacher_probes))
+        ]
+        tried = self.roll_out("teacher", [(example, in_slot) for example, in_slot, _ in tries], sums)
+        outcomes = [(rollout.example, rollout.verdict == CORRECT, rollout.in_teacher_slot) for rollout in tried]
+        self.phases.record(processes.gather(outcomes))
+
+        rollouts, filled = [], [0] * groups
+        for rollout, (_, _, group) in zip(tried, tries):
+            if rollout.in_teacher_slot and rollout.verdict == CORRECT:
+                rollouts.append(rollout)
+                filled[group] += 1
+        open_slots = [
+            (examples[group], number < offered[group] - filled[group])
+            for group in range(groups)
+            for number in range(slots_per_group - filled[group])
+        ]
+        rollouts += self.roll_out("student", open_slots, sums)
+
+        if config.teacher_reliability != "off":
+            for rollout in rollouts:
+                if config.teacher_reliability == "all" or rollout.verdict != CORRECT:
+                    rollout.reliability = self.phases.reliability(rollout.example)
+                sums.add("phase/reliability", rollout.reliability, 1)
+        add_rollout_metrics(sums, rollouts)
+        sums.count("phase/teacher_proposed", sum(offered))
+        sums.count("phase/teacher_endorsed", sum(filled))
+        sums.add("phase/acceptance", sum(filled), sum(offered))
+        return rollouts, {"phase/teacher_share": self.phases.share(self.step), **sums.reduced(processes)}
+
+    def roll_out(self, source: str, slots: list[tuple[int, bool]], sums: Sums) -> list[Rollout]:
+        """A verified rollout of the student or the teacher for each (example, whether the slot is the teacher's)."""
+        if not slots:
+            return []
+        config, began = self.config, time.perf_counter()
+        model = self.student if source == "student" else self.teacher
+        prompts = [self.prompts.ids[example] for example, _ in slots]
+        sampling = sampling_of(config, self.eos_ids, self.vocabulary)
+        seed = derive_seed(config.seed, source, self.step, self.processes.rank)
+        completions = generate(model, self.tokenizer, prompts, sampling, seed)
+        generated = time.perf_counter()
+        verdicts = self.verifier.verify(
+            [completion.text for completion in completions],
+            [self.prompts.examples[example] for example, _ in slots],
+            [completion.truncated for completion in completions],
+        )
+        sums.count("time/rollout", (generated - began) / self.processes.count)  # a mean over processes
+        sums.count("time/verify", (time.perf_counter() - generated) / self.processes.count)
+        add_verifier_metrics(sums, [verdict.reason for verdict in verdicts])
+        return [
+            Rollout(example, prompt, completion, source, in_teacher_slot, verdict.value, verdict.reason)
+            for (example, in_teacher_slot), prompt, completion, verdict in zip(slots, prompts, completions, verdicts)
+        ]
+
+    # --- an update ---
+
+    def update(self, rollouts: list[Rollout], fresh: bool) -> Record:
+        """One optimiser step on a batch. `fresh`: the rollouts are from the present weights."""
+        config, sums, began = self.config, Sums(), time.perf_counter()
+        rollouts = sorted(rollouts, key=Rollout.__len__)  # rows of like length share a forward pass
+        generator = torch.Generator().manual_seed(derive_seed(config.seed, "gate", self.step, self.processes.rank))
+        verdicts = torch.tensor([rollout.verdict for rollout in rollouts])
+        if self.gate.control == "shuffled":  # over the rollouts of the batch, not over the tokens of a micro-batch
+            verdicts = verdicts[torch.randperm(len(verdicts), generator=generator)]
+
+        # Every gradient is divided by the tokens of the whole update, over all micro-batches and processes.
+        tokens = self.processes.sum(sum(len(rollout.completion.ids) for rollout in rollouts))
+        for start in range(0, len(rollouts), config.per_device_train_batch_size):
+            part = slice(start, start + config.per_device_train_batch_size)
+            self.loss_of(rollouts[part], verdicts[part], max(tokens, 1), generator, sums, fresh).backward()
+        self.processes.add_gradients(self.parameters)
+
+        learning_rate = self.scheduler.get_last_lr()[0]
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm or math.inf).item()
+        measured = sums.reduced(self.processes)
+        if math.isfinite(norm) and math.isfinite(measured["loss"]):
+            self.optimizer.step()
+        else:
+            self.skipped += 1
+        self.optimizer.zero_grad()
+        self.scheduler.step()
+        self.step += 1
+        return {
+            **measured,
+            "optim/lr": learning_rate,
+            "optim/grad_norm": norm,
+            "optim/clipped_share": float(0 < config.max_grad_norm < norm),
+            "optim/skipped": self.skipped,
+            "tokens": tokens,
+            "time/update": time.perf_counter() - began,
+        }
+
+    def loss_of(
+        self,
+        rollouts: Sequence[Rollout],
+        verdicts: Tensor,
+        num_items: int,
+        generator: torch.Generator,
+        sums: Sums,
+        fresh: bool,
+    ) -> Tensor:
+        """The loss of a micro-batch of B rollouts, divided by `num_items`; adds what it measured to `sums`."""
+        config = self.config
+        ids_BT, mask_BT, predicts_BT = (tensor.to(self.device) for tensor in collate(rollouts))
+        rows, columns = predicts_BT.nonzero(as_tuple=True)  # the N positions that predict a completion's token
+        token_ids = ids_BT[rows, columns + 1]
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.bf16):
+            student_NH = hidden_states(self.student, ids_BT, mask_BT)[rows, columns]
+            with torch.no_grad():
+                teacher_NH = hidden_states(self.teacher, ids_BT, mask_BT)[rows, columns]
+                reference_NH = None
+                if self.reference is not None:
+                    reference_NH = hidden_states(self.reference, ids_BT, mask_BT)[rows, columns]
+        verdict = verdicts.to(self.device)[rows]
+        reliability = torch.tensor([rollout.reliability for rollout in rollouts], device=self.device)[rows]
+        from_teacher = torch.tensor([rollout.source == "teacher" for rollout in rollouts], device=self.device)[rows]
+
+        def gated(part: Tensor, **choices: Any) -> tuple[Tensor, Stats]:
+            if reference_NH is not None:
+                choices["reference_hidden"] = reference_NH[part]
+            if config.teacher_reliability != "off":
+                choices["reliability"] = reliability[part]
+            choices |= {"num_items": num_items, "generator": generator}
+            return self.gated_loss(student_NH[part], teacher_NH[part], token_ids[part], verdict[part], **choices)
+
+        own, theirs = (~from_teacher).nonzero().squeeze(-1), from_teacher.nonzero().squeeze(-1)
+        loss, stats = gated(own)
+        engine_logprob = torch.cat([rollout.completion.logprobs for rollout in rollouts]).to(self.device)
+        add_token_metrics(sums, stats, verdict[own], engine_logprob[own] if fresh else None, self.gate.tolerance)
+        if len(theirs):
+            if config.teacher_rollout_loss == "nll":
+                head = head_of(self.student)
+                their_loss = nll(student_NH[theirs], head, token_ids[theirs], self.vocabulary, config.temperature)
+                their_loss = their_loss / num_items
+            elif config.teacher_rollout_loss == "forward-kl":
+                their_loss, _ = gated(theirs, estimator="full", divergence="forward-kl")
+            else:
+                their_loss, _ = gated(theirs)
+            sums.add("loss/teacher_rollouts", their_loss.detach() * num_items, len(theirs))
+            loss = loss + their_loss
+        sums.count("loss", loss.detach())  # added up over micro-batches and processes: the loss of the update
+        return loss
+
+    def gated_loss(
+        self, student_NH: Tensor, teacher_NH: Tensor, token_ids: Tensor, verdict: Tensor, **choices: Any
+    ) -> tuple[Tensor, Stats]:
+        """sgopd_kernels.gated_kl_loss with this run's heads and settings, and its statistics."""
+        config = self.config
+        student, teacher = head_of(self.student), head_of(self.teacher)
+        student_weight = student.weight
+        if config.bf16:  # as autocast treats a head: bf16 operands (the kernel keeps its logits in fp32)
+            student_NH, student_weight = student_NH.bfloat16(), student_weight.bfloat16()
+        if self.reference is not None:
+            reference = head_of(self.reference)
+            choices |= {
+                "reference_weight": reference.weight,
+                "reference_bias": reference.bias,
+                "reference_logit_scale": reference.logit_scale,
+                "reference_softcap": reference.softcap,
+            }
+        settings = {
+            "gate": dataclasses.replace(self.gate, control=None) if self.gate.control == "shuffled" else self.gate,
+            "estimator": config.estimator,
+            "divergence": ("jsd", config.jsd_beta) if config.divergence == "jsd" else config.divergence,
+            "student_bias": student.bias,
+            "teacher_bias": teacher.bias,
+            "temperature": config.temperature,
+            "student_logit_scale": student.logit_scale,
+            "teacher_logit_scale": teacher.logit_scale,
+            "student_softcap": student.softcap,
+            "teacher_softcap": teacher.softcap,
+            "precision": config.precision,
+            "backend": config.backend,
+        }
+        heads = student_NH, student_weight, teacher_NH, teacher.weight
+        loss, stats = gated_kl_loss(*heads, token_ids, verdict, return_stats=True, **(settings | choices))
+        assert isinstance(stats, Stats)
+        return loss, stats
+
+    # --- evaluation ---
+
+    def evaluate_if_due(self, last: bool) -> None:
+        """At the start, every eval_steps and at the end, unless this step's evaluation is done."""
+        config = self.config
+        if self.questions is None:
+            return
+        if self.step == 0 and config.eval_teacher:
+            self.evaluate("teacher")
+        wanted = config.eval_on_start if self.step == 0 else last or due(self.step, config.eval_steps)
+        if wanted and self.evaluated_at != self.step:
+            self.metric, self.evaluated_at = self.evaluate("student"), self.step
+
+    def evaluate(self, whose: str) -> float:
+        """Evaluates the "student" or the "teacher", writes the record and returns avg@k."""
+        assert self.questions is not None
+        model = self.student if whose == "student" else self.teacher
+        result = evaluate(
+            model,
+            self.tokenizer,
+            self.questions,
+            self.verifier,
+            self.config,
+            self.processes,
+            eos_ids=self.eos_ids,
+            vocabulary=self.vocabulary,
+        )
+        self.write({"step": self.step, "kind": "eval", "model": whose, **result})
+        return result["eval/avg_at_k"]
+
+    # --- what is written ---
+
+    def start_writing(self) -> None:
+        """From here on the run directory changes: what lies beyond the checkpoint that was resumed from goes."""
+        (self.run_dir / "config.yaml").write_text(self.config.to_yaml(), encoding="utf-8")
+        for path in (self.run_dir / "completions").glob("step-*.parquet"):
+            if int(path.stem.removeprefix("step-")) > self.step:
+                path.unlink()
+        self.metrics = MetricsFile(self.run_dir / "metrics.jsonl", self.metrics_position)
+        settings = dataclasses.asdict(self.config)
+        self.processes.accelerator.init_trackers("sgopd", config={k: str(v) for k, v in settings.items()})
+        if self.metrics_position == 0:
+            facts = {
+                "version": __version__,
+                "processes": self.processes.count,
+                "device": str(self.device),
+                "parameters": sum(p.numel() for p in self.parameters),
+                "findings": self.findings,
+            }
+            self.write({"step": 0, "kind": "config", **settings, **facts})
+
+    def log(self, record: Record, rollouts: Sequence[Rollout]) -> None:
+        """A train record; every logging_steps also to the trackers, with some completions."""
+        seconds = sum(value for name, value in record.items() if name.startswith("time/"))
+        record = {"step": self.step, "kind": "train", **record, "tokens_per_second": record["tokens"] / seconds}
+        self.write(record)
+        if self.step == 1 or due(self.step, self.config.logging_steps):
+            self.processes.accelerator.log({k: v for k, v in record.items() if k not in ("step", "kind")}, self.step)
+            if self.processes.main:
+                kept = rollouts[: self.config.num_completions_to_log]
+                write_completions(self.run_dir / "completions", self.step, kept, self.prompts, self.tokenizer)
+
+    def write(self, record: Record) -> None:
+        if self.processes.main:
+            self.metrics.write(record)
+            self.on_record(record)
+
+    def save(self) -> None:
+        """A checkpoint of this step, unless there is one."""
+        if self.saved_at != self.step:
+            random_states = self.processes.gather([checkpoint.random_state()])
+            self.processes.on_main(lambda: self.save_checkpoint(random_states))
+            self.saved_at = self.step
+
+    def save_checkpoint(self, random_states: list[dict[str, Any]]) -> None:
+        self.metrics.sync()
+        checkpoint.save(
+            self.run_dir / "checkpoints",
+            self.step,
+            model=self.student,
+            tokenizer=self.tokenizer,
+            optimizer={"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()},
+            random_states=random_states,
+            state={
+                "step": self.step,
+                "position": self.position,
+                "skipped": self.skipped,
+                "phases": self.phases.state_dict(),
+                "evaluated_at": self.evaluated_at,
+                "metric": self.metric if self.evaluated_at == self.step else None,
+                "metrics_position": self.metrics.position,
+            },
+        )
+        checkpoint.prune(self.run_dir / "checkpoints", self.config.save_total_limit)
+
+    def restore(self, path: Path) -> None:
+        """Everything but the weights, which are loaded already."""
+        state, optimizer, random_states = checkpoint.load(path)
+        if len(random_states) != self.processes.count:
+            raise UserError(
+                f"{path} was written by {len(random_states)} processes, this run has {self.processes.count}: launch as "
+                "many, or start a new run with that folder as model_name_or_path"
+            )
+        checkpoint.set_random_state(random_states[self.processes.rank])
+        self.optimizer.load_state_dict(optimizer["optimizer"])
+        self.scheduler.load_state_dict(optimizer["scheduler"])
+        self.step = self.saved_at = state["step"]
+        self.position, self.skipped = state["position"], state["skipped"]
+        self.phases.load_state_dict(state["phases"])
+        self.evaluated_at, self.metric = state["evaluated_at"], state["metric"]
+        self.metrics_position = state["metrics_position"]
+
+    def save_final(self) -> None:
+        """final/: the trained model and its tokenizer, for from_pretrained."""
+        with checkpoint.new_folder(self.run_dir / "final") as path:
+            self.student.save_pretrained(path)
+            self.tokenizer.save_pretrained(path)
+
+    def start_verifier(self) -> VerifierPool:
+        config = self.config
+        try:
+            return VerifierPool(
+                config.verifier,
+                workers=config.verifier_workers,
+                timeout=config.verifier_timeout,
+                memory_mb=config.verifier_memory_mb,
+                truncated_is_incorrect=config.truncated_is_incorrect,
+            )
+        except ValueError as error:
+            raise UserError(f"verifier: {error}") from error
+
+
+def gate_of(config: Config) -> Gate:
+    """The preset with the config's numbers in place of its own."""
+    numbers = {name: getattr(config, f"gate_{name}") for name in ("agree", "conflict", "neutral", "tolerance")}
+    try:
+        return dataclasses.replace(resolve_gate(config.gate), **{k: v for k, v in numbers.items() if v is not None})
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def nll(hidden_NH: Tensor, head: Head, token_ids: Tensor, vocabulary: int, temperature: float) -> Tensor:
+    """Sum of -log pi_S(token) over N tokens, 1,024 at a time; the backward pass makes the logits again."""
+
+    def piece(hidden: Tensor, ids: Tensor) -> Tensor:
+        logits = head.logits(hidden)[:, :vocabulary].float() / temperature
+        return torch.nn.functional.cross_entropy(logits, ids, reduction="sum")
+
+    pieces = zip(hidden_NH.split(1024), token_ids.split(1024))
+    return torch.stack([recomputed(piece, hidden, ids, use_reentrant=False) for hidden, ids in pieces]).sum()
+
+
+def due(step: int, every: int | None) -> bool:
+    return every is not None and step > 0 and step % every == 0
+
+
+def train(config: Config, **callbacks: Any) -> Path:
+    """`Trainer(config).train()`; returns the run directory."""
+    return Trainer(config, **callbacks).train()

@@ -1,0 +1,97 @@
+"""Tiny random Llama models over characters, so that whole runs take seconds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+CHARACTERS = "0123456789+=\\boxed{}? "
+TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}="
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def make_tokenizer(characters: str = CHARACTERS, **special: Any) -> PreTrainedTokenizerFast:
+    tokens = ["<pad>", "<eos>", "<unk>", *dict.fromkeys(characters)]
+    tokenizer = Tokenizer(models.WordLevel({token: id for id, token in enumerate(tokens)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    from tokenizers import decoders
+
+    tokenizer.decoder = decoders.Fuse()
+    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>", **special}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=TEMPLATE, **special)
+
+
+def make_model(seed: int, width: int = 16, layers: int = 1, vocab_size: int = 32, **changes: Any) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    settings = {
+        "vocab_size": vocab_size,
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 256,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+        "eos_token_id": 1,
+        "initializer_range": 0.5,  # peaked enough that models differ
+        **changes,
+    }
+    return LlamaForCausalLM(LlamaConfig(**settings)).eval()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """Folders student/, teacher/ and a data file; `make_model` and `make_tokenizer` for variations."""
+    folder = tmp_path_factory.mktemp("tiny")
+    for name, seed, width, layers in (("student", 1, 16, 1), ("teacher", 2, 24, 2)):
+        make_model(seed, width, layers).save_pretrained(folder / name)
+        make_tokenizer().save_pretrained(folder / name)
+    rows = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(8) for b in range(0, 40, 7)]
+    data = folder / "sums.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return SimpleNamespace(
+        folder=folder,
+        student=folder / "student",
+        teacher=folder / "teacher",
+        data=data,
+        make_model=make_model,
+        make_tokenizer=make_tokenizer,
+    )
+
+
+@pytest.fixture
+def settings(tiny: SimpleNamespace, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Settings of a run of seconds; keyword arguments change them."""
+
+    def make(**changes: Any) -> dict[str, Any]:
+        return {
+            "model_name_or_path": str(tiny.student),
+            "teacher_model_name_or_path": str(tiny.teacher),
+            "dataset_name": str(tiny.data),
+            "output_dir": str(tmp_path / "run"),
+            "use_cpu": True,
+            "num_threads": 1,
+            "verifier": "exact",
+            "max_completion_length": 6,
+            "per_device_train_batch_size": 8,
+            "learning_rate": 1e-2,
+            "max_steps": 4,
+            "logging_steps": 2,
+            "num_generations_eval": 2,
+            "seed": 3,
+            **changes,
+        }
+
+    return make
