@@ -1,0 +1,198 @@
+"""report.html: one self-contained page about a run (no network, no scripts), made from its run directory."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from sgopd.report.checks import checks
+from sgopd.report.figures import CELLS, SMOOTHED_FROM, average_name, drawings
+from sgopd.report.quantities import last_tenth, number, show
+from sgopd.report.run import Record, Run, read_run
+
+__all__ = ["write_report"]
+
+TEXT_SHOWN = 4000  # characters of a prompt or completion
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Writes `report.html` into a run directory and returns its path.
+
+    Reads metrics.jsonl and, where they exist, config.yaml and completions/*.parquet. The page depends on these
+    files alone: writing it twice gives the same bytes. A run that is still going, was killed, or measured only a part
+    gives a page with gaps.
+
+    Raises:
+        FileNotFoundError: there is no metrics.jsonl in `run_dir`.
+    """
+    run_dir = Path(run_dir)
+    page = render(read_run(run_dir))
+    path, draft = run_dir / "report.html", run_dir / ".report.html.tmp"
+    draft.write_text(page, encoding="utf-8", errors="replace")
+    os.replace(draft, path)  # a reader never sees half a page
+    return path
+
+
+def render(run: Run) -> str:
+    """The page. The template escapes every text of the run; only figures and definitions are markup."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.jinja").render(
+        run=run,
+        facts=facts(run),
+        headline=headline(run),
+        results=results(run),
+        **result_names(run),
+        checks=checks(run),
+        sections=[(section, Markup(section.note), drawn, absent) for section, drawn, absent in drawings(run)],
+        cells=cells(run),
+        completions=[shown_completion(row) for row in run.completions],
+        smoothed=len(run.train) >= SMOOTHED_FROM,
+    )
+
+
+@dataclass(frozen=True)
+class Score:
+    """One quantity of the results table, as text and as a share of the bar."""
+
+    text: str
+    error: str
+    share: float  # in [0, 1]
+
+
+@dataclass(frozen=True)
+class Result:
+    """One row of the results table."""
+
+    who: str
+    average: Score
+    passing: Score
+    length: str
+
+
+def facts(run: Run) -> list[tuple[str, str]]:
+    """What was run, in a line."""
+    config = run.config
+    named = [
+        ("student", _model_name(config.get("model_name_or_path"))),
+        ("teacher", _model_name(config.get("teacher_model_name_or_path"))),
+        ("data", config.get("dataset_name")),
+        ("gate", config.get("gate")),
+        ("estimator", config.get("estimator")),
+        ("divergence", config.get("divergence")),
+        ("updates", f"{len(run.train):,}" if run.train else None),
+        ("tokens", _tokens(run)),
+        ("time", _duration(run)),
+    ]
+    return [(name, str(value)) for name, value in named if value]
+
+
+def headline(run: Run) -> str:
+    """What came out, in a sentence."""
+    before, after, teacher = run.before, run.after, run.teacher
+    if before is None or after is None:
+        accuracy = run.series("rollout/accuracy")
+        if not any(map(math.isfinite, accuracy)):
+            return "No accuracy was measured in this run."
+        at_the_end = show(last_tenth(accuracy), "%")
+        return f"Rollout accuracy was {at_the_end} at the end. The student was not evaluated both before and after."
+    a, b = number(before["eval/avg_at_k"]), number(after["eval/avg_at_k"])
+    moved = "rose" if b > a else "fell" if b < a else "stayed"
+    text = f"{average_name(after)} {moved} from {show(a, '%')} to {show(b, '%')} in {after['step']:,} updates"
+    if teacher is not None:
+        text += f"; the teacher has {show(number(teacher['eval/avg_at_k']), '%')}"
+    return text + "."
+
+
+def results(run: Run) -> list[Result]:
+    """The student before and after, and the teacher: whichever were evaluated."""
+    who = (("Student, before", run.before), ("Student, after", run.after), ("Teacher", run.teacher))
+    return [
+        Result(name, _score(record, "avg"), _score(record, "pass"), show(number(record.get("eval/length_mean"))))
+        for name, record in who
+        if record is not None
+    ]
+
+
+def result_names(run: Run) -> dict[str, str]:
+    """Names of the columns of the results table, and how many questions it is over."""
+    evaluations = [*run.evaluations("student"), *run.evaluations("teacher")]
+    last = evaluations[-1] if evaluations else {}
+    return {
+        "average_name": average_name(last),
+        "passing_name": f"pass@{last.get('eval/k', 'k')}",
+        "questions": str(last.get("eval/questions", "the")),
+    }
+
+
+def cells(run: Run) -> list[tuple[str, list[str]]]:
+    """The four cells at the end of the run: share of tokens, mean d, mean |d|, mean w."""
+    rows = []
+    for cell, label, _, _ in CELLS:
+        values = [
+            show(last_tenth(run.series(f"cell/{cell}/{quantity}")), unit)
+            for quantity, unit in (("share", "%"), ("logratio_mean", ""), ("logratio_abs_mean", ""), ("gate_mean", ""))
+        ]
+        rows.append((label, values))
+    return rows if run.has("cell/correct_agree/share") else []
+
+
+def shown_completion(row: Record) -> dict[str, Any]:
+    """A row of completions/*.parquet as the template takes it: text only, cut to a readable length."""
+    verdict = {1: "correct", -1: "incorrect"}.get(row.get("verdict", 0), "unknown")
+    return {
+        "step": row.get("step"),
+        "source": row.get("source") or "student",
+        "verdict": verdict,
+        "reason": row.get("reason") or "",
+        "answer": _cut(row.get("answer")),
+        "prompt": _cut(_prompt_text(row.get("prompt"))),
+        "completion": _cut(row.get("completion")),
+    }
+
+
+def _prompt_text(prompt: Any) -> str:
+    if isinstance(prompt, list):
+        return "\n".join(f"[{m.get('role')}] {m.get('content')}" for m in prompt if isinstance(m, dict))
+    return "" if prompt is None else str(prompt)
+
+
+def _cut(text: Any) -> str:
+    text = "" if text is None else str(text)
+    left_out = len(text) - TEXT_SHOWN
+    return text if left_out <= 0 else f"{text[:TEXT_SHOWN]}\n[… {left_out:,} more characters]"
+
+
+def _score(record: Record, which: str) -> Score:
+    value, error = number(record.get(f"eval/{which}_at_k")), number(record.get(f"eval/{which}_at_k_se"))
+    text, deviation = (show(x, "%").removesuffix("\u00a0%") for x in (value, error))  # the column's head has the unit
+    return Score(text, deviation, value if math.isfinite(value) else 0.0)
+
+
+def _model_name(path: Any) -> str | None:
+    return Path(str(path)).name if path else None
+
+
+def _tokens(run: Run) -> str | None:
+    tokens = sum(value for value in run.series("tokens") if math.isfinite(value))
+    return f"{tokens:,.0f}" if tokens else None
+
+
+def _duration(run: Run) -> str | None:
+    parts = ("time/rollout", "time/verify", "time/update")
+    seconds = sum(value for part in parts for value in run.series(part) if math.isfinite(value))
+    if not seconds:
+        return None
+    minutes, hours = seconds / 60, seconds / 3600
+    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if hours < 2 else f"{hours:.1f} h"

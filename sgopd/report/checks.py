@@ -1,0 +1,274 @@
+"""The known failure modes of on-policy distillation, looked for in a run's numbers.
+
+Each check says what it found and, where something is wrong, what to do. The thresholds are rules of thumb: they
+point at curves to look at, and prove nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from sgopd.report.quantities import first_tenth, last_tenth, mean, number, show, total
+from sgopd.report.run import Run
+
+TREND_STEPS = 10  # updates; a shorter run has no trend to judge
+LENGTH_GROWTH = 1.5  # × the first tenth's mean length
+CLIPPED_SHARE = 0.2
+ENTROPY_OF_TEACHER = 0.5  # × the teacher's entropy on the same tokens
+ENTROPY_OF_START = 0.2  # × the student's first tenth, where the teacher's entropy is not known
+UNKNOWN_SHARE = 0.05
+ENGINE_GAP = 0.05  # nats, mean per token; two engines in bfloat16 differ by about 0.01
+KL_GROWTH = 1.2  # × the first tenth's mean
+REPETITION_SHARE = 0.3
+
+
+@dataclass(frozen=True)
+class Check:
+    """What one check came to. `advice` is empty unless something is wrong."""
+
+    name: str
+    state: Literal["warning", "fine", "not measured"]
+    finding: str
+    advice: str = ""
+
+
+def fine(name: str, finding: str) -> Check:
+    return Check(name, "fine", finding)
+
+
+def warning(name: str, finding: str, advice: str) -> Check:
+    return Check(name, "warning", finding, advice)
+
+
+def not_measured(name: str, why: str) -> Check:
+    return Check(name, "not measured", why)
+
+
+def checks(run: Run) -> list[Check]:
+    """All checks, warnings first."""
+    found = [check(run) for check in CHECKS]
+    order = ("warning", "fine", "not measured")
+    return sorted(found, key=lambda check: order.index(check.state))
+
+
+def completed(run: Run) -> Check:
+    name = "End of the run"
+    if run.finished:
+        return fine(name, f"{len(run.train)} updates were recorded, and the end of the run.")
+    return warning(
+        name,
+        f"The record stops after update {run.steps[-1] if run.train else 0}, without the end of the run.",
+        "If it is not still running, continue it with resume_from_checkpoint: auto.",
+    )
+
+
+def learned(run: Run) -> Check:
+    name = "Accuracy"
+    if run.before is None or run.after is None:
+        return not_measured(name, "There is no evaluation both before and after training (eval_on_start).")
+    before, after = number(run.before["eval/avg_at_k"]), number(run.after["eval/avg_at_k"])
+    error = math.hypot(number(run.before.get("eval/avg_at_k_se")), number(run.after.get("eval/avg_at_k_se")))
+    change = f"{100 * (after - before):+.1f} points".replace("-", "−")
+    finding = f"avg@k changed by {change} (two standard errors: {200 * error:.1f})."
+    if after - before < -2 * error or (after < before and not math.isfinite(error)):
+        return warning(
+            name,
+            finding,
+            "The student got worse. Lower the learning rate, check that the teacher is better than the student on "
+            "these questions, and try gate: opd to see whether the gate is the cause.",
+        )
+    return fine(name, finding)
+
+
+def length_inflation(run: Run) -> Check:
+    name = "Length"
+    lengths = run.series("rollout/length_mean")
+    if not run.has("rollout/length_mean") or len(lengths) < TREND_STEPS:
+        return _short(name, run, "rollout/length_mean")
+    first, last = first_tenth(lengths), last_tenth(lengths)
+    clipped = last_tenth(run.series("rollout/length_clipped"))
+    finding = (
+        f"Mean length went from {show(first)} to {show(last, 'tokens')}; {show(clipped, '%')} were clipped at the end."
+    )
+    if last > LENGTH_GROWTH * first:
+        return warning(
+            name,
+            finding,
+            "The usual cause is an end-of-sequence token or a chat template that differs between student and "
+            "teacher: read what the run said of them at its start, and set the same eos_token_id in both generation "
+            "configs.",
+        )
+    if clipped > CLIPPED_SHARE:
+        return warning(
+            name,
+            finding,
+            "Many rollouts run out of tokens, and a truncated rollout counts as incorrect: raise "
+            "max_completion_length, or check that the student ever writes its end-of-sequence token.",
+        )
+    return fine(name, finding)
+
+
+def entropy_collapse(run: Run) -> Check:
+    name = "Entropy"
+    student = run.series("entropy/student")
+    if not run.has("entropy/student") or len(student) < TREND_STEPS:
+        return _short(name, run, "entropy/student")
+    first, last = first_tenth(student), last_tenth(student)
+    teacher = last_tenth(run.series("entropy/teacher"))
+    finding = (
+        f"The student's went from {show(first)} to {show(last, 'nats')}; the teacher's is {show(teacher, 'nats')}."
+    )
+    if math.isfinite(teacher):
+        collapsed = last < first and last < ENTROPY_OF_TEACHER * teacher
+    else:
+        collapsed = last < ENTROPY_OF_START * first
+    if collapsed:
+        return warning(
+            name,
+            finding,
+            "The student is surer than the teacher it learns from. Bring gate_agree back towards 1 (extrapolation "
+            "sharpens), lower the learning rate, and compare pass@k with avg@k: diversity goes first.",
+        )
+    return fine(name, finding)
+
+
+def divergence(run: Run) -> Check:
+    name = "KL to the teacher"
+    kl = run.series("kl")
+    if not run.has("kl") or len(kl) < TREND_STEPS:
+        return _short(name, run, "kl")
+    first, last = first_tenth(kl), last_tenth(kl)
+    finding = f"KL to the teacher went from {show(first)} to {show(last, 'nats')} per token."
+    if last > KL_GROWTH * first:
+        return warning(
+            name,
+            finding,
+            "The student moves away from the teacher: the learning rate, or the extrapolation (gate_agree well above "
+            "1), is too large. Go back to gate: opd first; if it still rises, lower the learning rate.",
+        )
+    return fine(name, finding)
+
+
+def teacher_acceptance(run: Run) -> Check:
+    name = "Teacher acceptance"
+    proposed, endorsed = run.series("phase/teacher_proposed"), run.series("phase/teacher_endorsed")
+    if not any(value > 0 for value in proposed):
+        return not_measured(name, "No slot was offered to the teacher (cold_start_steps).")
+    accepted = total(endorsed)
+    finding = f"The verifier endorsed {accepted:,.0f} of {total(proposed):,.0f} teacher rollouts."
+    if accepted == 0:
+        return warning(
+            name,
+            finding,
+            "The cold start did nothing. Read some teacher rollouts: does it solve the task at all, end its answer in "
+            "the form that the verifier reads, within max_completion_length? Is answer_column the right one?",
+        )
+    return fine(name, finding)
+
+
+def verdict_balance(run: Run) -> Check:
+    name = "Verdicts"
+    if not run.has("rollout/correct"):
+        return not_measured(name, "rollout/correct was not recorded.")
+    correct, incorrect = mean(run.series("rollout/correct")), mean(run.series("rollout/incorrect"))
+    finding = f"{show(correct, '%')} of the student's rollouts were correct and {show(incorrect, '%')} incorrect."
+    if correct == 0:
+        return warning(
+            name,
+            finding,
+            "Without one correct rollout the gate sees half of its cells. Check the verifier on a few completions by "
+            "hand, use easier prompts, or start with teacher rollouts (cold_start_steps).",
+        )
+    return fine(name, finding)
+
+
+def unknown_verdicts(run: Run) -> Check:
+    name = "Unknown verdicts"
+    if not run.has("rollout/unknown"):
+        return not_measured(name, "rollout/unknown was not recorded.")
+    unknown = mean(run.series("rollout/unknown"))
+    finding = f"{show(unknown, '%')} of the student's rollouts got no verdict."
+    if unknown > UNKNOWN_SHARE:
+        faults = {fault: mean(run.series(f"verifier/{fault}")) for fault in ("timeout", "error", "crashed")}
+        known = {fault: share for fault, share in faults.items() if share > 0}
+        cause = f" Most often: {max(known, key=known.__getitem__)}." if known else ""
+        return warning(
+            name,
+            finding + cause,
+            "They train as plain distillation, without the gate. Raise verifier_timeout for timeouts, "
+            "verifier_memory_mb for crashes; reference answers that cannot be read were listed when the data was "
+            "loaded.",
+        )
+    return fine(name, finding)
+
+
+def engine_gap(run: Run) -> Check:
+    name = "Engine and trainer"
+    if not run.has("engine/logprob_gap_mean"):
+        return not_measured(name, "engine/logprob_gap_mean was not recorded.")
+    gap = max(value for value in run.series("engine/logprob_gap_mean") if math.isfinite(value))
+    finding = f"Their log-probabilities differ by {show(gap, 'nats')} per token at most (mean of an update)."
+    if gap > ENGINE_GAP:
+        return warning(
+            name,
+            finding,
+            "Rollouts are not sampled from the policy in training: use one dtype in both engines (float32 to find "
+            "out), leave top_k and top_p off, and check that the weights are handed over after every update.",
+        )
+    return fine(name, finding)
+
+
+def repetition(run: Run) -> Check:
+    name = "Repetition"
+    if not run.has("rollout/repetition"):
+        return not_measured(name, "rollout/repetition was not recorded.")
+    share = last_tenth(run.series("rollout/repetition"))
+    finding = f"{show(share, '%')} of the 4-grams in a rollout repeat earlier ones at the end."
+    if share > REPETITION_SHARE:
+        return warning(
+            name,
+            finding,
+            "Read the completions below: a loop that the teacher continues with confidence has a small KL, so "
+            "distillation will not cure it. Lower max_completion_length, or raise the temperature of sampling.",
+        )
+    return fine(name, finding)
+
+
+def skipped_updates(run: Run) -> Check:
+    name = "Skipped updates"
+    if not run.has("optim/skipped"):
+        return not_measured(name, "optim/skipped was not recorded.")
+    skipped = total(run.series("optim/skipped"))
+    finding = f"{skipped:,.0f} of {len(run.train):,} updates were skipped."
+    if skipped:
+        return warning(
+            name,
+            finding,
+            "Their loss or gradient was not finite. Try dtype: float32, a smaller learning rate, a smaller gate_agree; "
+            "if it happens at the first update, look for NaN in the checkpoints.",
+        )
+    return fine(name, finding)
+
+
+CHECKS: tuple[Callable[[Run], Check], ...] = (
+    completed,
+    learned,
+    divergence,
+    length_inflation,
+    entropy_collapse,
+    teacher_acceptance,
+    verdict_balance,
+    unknown_verdicts,
+    engine_gap,
+    repetition,
+    skipped_updates,
+)
+
+
+def _short(name: str, run: Run, key: str) -> Check:
+    if not run.has(key):
+        return not_measured(name, f"{key} was not recorded.")
+    return not_measured(name, f"A run of fewer than {TREND_STEPS} updates has no trend.")

@@ -1,0 +1,155 @@
+"""Reads a run directory. Whatever is missing or cut short leaves a gap in the report, never an error."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import yaml
+
+from sgopd.report.quantities import number
+
+Record = dict[str, Any]
+
+COMPLETIONS_SHOWN = 6  # of the first and of the last step kept, each
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run directory holds."""
+
+    name: str
+    train: list[Record]  # one an update, by step
+    evals: list[Record]  # by step; "model" says whose
+    config: Record
+    config_text: str
+    finished: bool  # the run wrote its "end" record
+    unreadable: list[str] = field(default_factory=list)  # what could not be read, in sentences
+    completions: list[Record] = field(default_factory=list)  # of the first and of the last step kept
+
+    @property
+    def steps(self) -> list[int]:
+        return [record["step"] for record in self.train]
+
+    def series(self, key: str) -> list[float]:
+        """`key` at every update; NaN where it was not measured."""
+        return [number(record.get(key)) for record in self.train]
+
+    def has(self, key: str) -> bool:
+        return any(math.isfinite(value) for value in self.series(key))
+
+    def evaluations(self, model: str) -> list[Record]:
+        """Evaluations of the "student" or the "teacher" that gave an accuracy, by step."""
+        mine = [record for record in self.evals if record.get("model", "student") == model]
+        return [record for record in mine if math.isfinite(number(record.get("eval/avg_at_k")))]
+
+    @property
+    def before(self) -> Record | None:
+        """The student's evaluation before the first update."""
+        return next((record for record in self.evaluations("student") if record["step"] == 0), None)
+
+    @property
+    def after(self) -> Record | None:
+        """The student's last evaluation after some update."""
+        later = [record for record in self.evaluations("student") if record["step"] > 0]
+        return later[-1] if later else None
+
+    @property
+    def teacher(self) -> Record | None:
+        evaluations = self.evaluations("teacher")
+        return evaluations[-1] if evaluations else None
+
+
+def read_run(run_dir: Path) -> Run:
+    """Reads metrics.jsonl, config.yaml and completions/*.parquet of `run_dir`.
+
+    Raises:
+        FileNotFoundError: there is no metrics.jsonl: it is not a run directory.
+    """
+    path = run_dir / "metrics.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"run_dir {str(run_dir)!r} has no metrics.jsonl; expected the output_dir of a run of `sgopd train`"
+        )
+    unreadable: list[str] = []
+    records, bad_lines = _read_metrics(path)
+    if bad_lines:
+        unreadable.append(
+            f"{bad_lines} line{'s' * (bad_lines > 1)} of metrics.jsonl could not be read and "
+            f"{'were' if bad_lines > 1 else 'was'} left out (a killed run may cut its last line short)."
+        )
+    # A resumed run may have written a step twice: the later record holds.
+    train = {r["step"]: r for r in records if r["kind"] == "train"}
+    evals = {(r["step"], r.get("model", "student")): r for r in records if r["kind"] == "eval"}
+    config, config_text = _read_config(run_dir / "config.yaml", unreadable)
+    return Run(
+        name=run_dir.resolve().name,
+        train=[train[step] for step in sorted(train)],
+        evals=[evals[key] for key in sorted(evals)],
+        config=config,
+        config_text=config_text,
+        finished=any(r["kind"] == "end" for r in records),
+        unreadable=unreadable,
+        completions=_read_completions(run_dir / "completions", unreadable),
+    )
+
+
+def _read_metrics(path: Path) -> tuple[list[Record], int]:
+    records, bad_lines = [], 0
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            well_formed = isinstance(record["step"], int) and isinstance(record["kind"], str)
+        except (json.JSONDecodeError, KeyError, TypeError):
+            well_formed = False
+        if well_formed:
+            records.append(record)
+        else:
+            bad_lines += 1
+    return records, bad_lines
+
+
+def _read_config(path: Path, unreadable: list[str]) -> tuple[Record, str]:
+    if not path.is_file():
+        return {}, ""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        config = yaml.safe_load(text)
+    except yaml.YAMLError:
+        config = None
+    if not isinstance(config, dict):
+        unreadable.append("config.yaml is not a YAML mapping; it is shown as it stands.")
+        config = {}
+    return config, text
+
+
+def _read_completions(folder: Path, unreadable: list[str]) -> list[Record]:
+    """Rows of the first and of the last step, those that differ in verdict and source first."""
+    paths = sorted(folder.glob("*.parquet"))
+    rows: list[Record] = []
+    for path in dict.fromkeys([*paths[:1], *paths[-1:]]):
+        try:
+            rows += pyarrow.parquet.read_table(path).to_pylist()
+        except (OSError, pyarrow.ArrowException):
+            unreadable.append(f"completions/{path.name} is not a readable parquet file and was left out.")
+    steps = sorted({row["step"] for row in rows if isinstance(row.get("step"), int)})
+    shown: list[Record] = []
+    for step in dict.fromkeys([*steps[:1], *steps[-1:]]):
+        shown += _varied([row for row in rows if row.get("step") == step], COMPLETIONS_SHOWN)
+    return shown
+
+
+def _varied(rows: list[Record], count: int) -> list[Record]:
+    """`count` rows that take turns over (source, verdict), so that a rare kind is seen too."""
+    kinds: dict[tuple[Any, Any], list[Record]] = {}
+    for row in rows:
+        kinds.setdefault((row.get("source"), row.get("verdict")), []).append(row)
+    turns = [(turn, row) for kind in kinds.values() for turn, row in enumerate(kind)]
+    return [row for _, row in sorted(turns, key=lambda pair: pair[0])[:count]]
