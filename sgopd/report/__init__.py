@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from sgopd.report.checks import checks
 from sgopd.report.figures import CELLS, SMOOTHED_FROM, average_name, drawings
-from sgopd.report.quantities import last_tenth, number, show
+from sgopd.report.quantities import last_tenth, number, show, total
 from sgopd.report.run import Record, Run, read_run
 
 __all__ = ["write_report"]
@@ -55,6 +55,7 @@ def render(run: Run) -> str:
         results=results(run),
         **result_names(run),
         checks=checks(run),
+        findings=findings(run),
         sections=[(section, Markup(section.note), drawn, absent) for section, drawn, absent in drawings(run)],
         cells=cells(run),
         completions=[shown_completion(row) for row in run.completions],
@@ -91,11 +92,23 @@ def facts(run: Run) -> list[tuple[str, str]]:
         ("gate", config.get("gate")),
         ("estimator", config.get("estimator")),
         ("divergence", config.get("divergence")),
+        ("parameters", _count(run.start.get("parameters"))),
+        ("device", run.start.get("device")),
         ("updates", f"{len(run.train):,}" if run.train else None),
-        ("tokens", _tokens(run)),
+        ("tokens", _count(total(run.series("tokens")))),
         ("time", _duration(run)),
     ]
     return [(name, str(value)) for name, value in named if value]
+
+
+def findings(run: Run) -> tuple[list[str], list[str]]:
+    """What the run said before its first rollout: what asks for action, and the rest."""
+    said = run.start.get("findings")
+    lines = [str(line) for line in said] if isinstance(said, list) else []
+    mark = "warning: "
+    return [line.removeprefix(mark) for line in lines if line.startswith(mark)], [
+        line for line in lines if not line.startswith(mark)
+    ]
 
 
 def headline(run: Run) -> str:
@@ -184,14 +197,14 @@ def _model_name(path: Any) -> str | None:
     return Path(str(path)).name if path else None
 
 
-def _tokens(run: Run) -> str | None:
-    tokens = sum(value for value in run.series("tokens") if math.isfinite(value))
-    return f"{tokens:,.0f}" if tokens else None
+def _count(value: Any) -> str | None:
+    count = number(value)
+    return f"{count:,.0f}" if count > 0 else None
 
 
 def _duration(run: Run) -> str | None:
     parts = ("time/rollout", "time/verify", "time/update")
-    seconds = sum(value for part in parts for value in run.series(part) if math.isfinite(value))
+    seconds = sum(total(run.series(part)) for part in parts)
     if not seconds:
         return None
     minutes, hours = seconds / 60, seconds / 3600

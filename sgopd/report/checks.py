@@ -173,9 +173,9 @@ def verdict_balance(run: Run) -> Check:
     name = "Verdicts"
     if not run.has("rollout/correct"):
         return not_measured(name, "rollout/correct was not recorded.")
-    correct, incorrect = mean(run.series("rollout/correct")), mean(run.series("rollout/incorrect"))
-    finding = f"{show(correct, '%')} of the student's rollouts were correct and {show(incorrect, '%')} incorrect."
-    if correct == 0:
+    share = verdict_share(run, "correct")
+    finding = f"{show(share, '%')} of the student's rollouts were correct."
+    if share == 0:
         return warning(
             name,
             finding,
@@ -189,7 +189,7 @@ def unknown_verdicts(run: Run) -> Check:
     name = "Unknown verdicts"
     if not run.has("rollout/unknown"):
         return not_measured(name, "rollout/unknown was not recorded.")
-    unknown = mean(run.series("rollout/unknown"))
+    unknown = verdict_share(run, "unknown")
     finding = f"{show(unknown, '%')} of the student's rollouts got no verdict."
     if unknown > UNKNOWN_SHARE:
         faults = {fault: mean(run.series(f"verifier/{fault}")) for fault in ("timeout", "error", "crashed")}
@@ -241,7 +241,7 @@ def skipped_updates(run: Run) -> Check:
     name = "Skipped updates"
     if not run.has("optim/skipped"):
         return not_measured(name, "optim/skipped was not recorded.")
-    skipped = total(run.series("optim/skipped"))
+    skipped = max(value for value in run.series("optim/skipped") if math.isfinite(value))  # counted since the start
     finding = f"{skipped:,.0f} of {len(run.train):,} updates were skipped."
     if skipped:
         return warning(
@@ -251,6 +251,12 @@ def skipped_updates(run: Run) -> Check:
             "if it happens at the first update, look for NaN in the checkpoints.",
         )
     return fine(name, finding)
+
+
+def verdict_share(run: Run, verdict: str) -> float:
+    """Share of the student's rollouts with this verdict, over the whole run."""
+    counts = {word: total(run.series(f"rollout/{word}")) for word in ("correct", "incorrect", "unknown")}
+    return counts[verdict] / (sum(counts.values()) or math.nan)
 
 
 CHECKS: tuple[Callable[[Run], Check], ...] = (

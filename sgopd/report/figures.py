@@ -19,15 +19,15 @@ import matplotlib
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from sgopd.report.quantities import last_tenth, mean, number, show
+from sgopd.report.quantities import last_tenth, mean, number, show, total
 from sgopd.report.run import Record, Run
 
 MAX_POINTS = 240  # a longer curve is drawn as the means of this many stretches of updates
 SMOOTHED_FROM = 40  # updates; a shorter curve is drawn as it is
 SIZE = (3.9, 2.15)  # inches of 72 px, before scaling to the column
+PLOT = (0.15, 0.12, 0.82, 0.85)  # left, bottom, width, height in it: the same in all, so that neighbours line up
 
 # Placeholder colours (nothing else in an SVG has them) and the CSS variables that take their place.
 COLORS = {name: f"#fe01{index:02x}" for index, name in enumerate(("blue", "orange", "green", "purple", "grey"), 16)}
@@ -54,6 +54,7 @@ class Figure:
     definition: str  # trusted HTML
     series: tuple[Series, ...]
     stacked: bool = False
+    shares: bool = False  # the series are counts: draw their shares of an update's sum
     log: bool = False
     unless_zero: bool = False  # nothing to see where all values are 0
 
@@ -212,6 +213,7 @@ SECTIONS = (
                 "answer that cannot be read) never moves the gate.",
                 VERDICTS,
                 stacked=True,
+                shares=True,
             ),
             Figure(
                 "Engine and trainer",
@@ -270,6 +272,14 @@ SECTIONS = (
                 "they are not its own samples.",
                 (Series("loss/teacher_rollouts", "teacher rollouts", "orange"),),
             ),
+            Figure(
+                "Reliability",
+                "%",
+                "How far the teacher is trusted where it contradicts the verdict: the share of its own rollouts on the "
+                "prompt that the verifier endorsed, mean over rollouts.",
+                (Series("phase/reliability", "reliability"),),
+                unless_zero=True,
+            ),
         ),
     ),
     Section(
@@ -285,14 +295,11 @@ SECTIONS = (
                 log=True,
             ),
             Figure(
-                "Clipped and skipped",
+                "Clipped updates",
                 "%",
-                "Clipped: share of updates whose gradient was scaled down to max_grad_norm. Skipped: updates left out "
-                "because the loss or the gradient was not finite.",
-                (
-                    Series("optim/clipped_share", "clipped"),
-                    Series("optim/skipped", "skipped", "orange"),
-                ),
+                "Share of updates whose gradient was scaled down to max_grad_norm. Near 100 % the learning rate alone "
+                "sets the size of a step.",
+                (Series("optim/clipped_share", "clipped"),),
             ),
         ),
     ),
@@ -339,7 +346,7 @@ def drawings(run: Run) -> list[tuple[Section, list[Drawing], list[str]]]:
         for figure in section.figures:
             if measured(run, figure):
                 figures.append(draw(run, figure))
-            else:
+            elif not figure.unless_zero:
                 absent.append(figure.title)
         drawn.append((section, figures, absent))
     return drawn
@@ -353,10 +360,12 @@ def measured(run: Run, figure: Figure) -> bool:
 def draw(run: Run, figure: Figure) -> Drawing:
     """A figure over the updates of the run."""
     shown = [series for series in figure.series if run.has(series.key)]
-    legend = [(series, _in_axis_unit(last_tenth(run.series(series.key)), figure.unit)) for series in shown]
+    curves = [run.series(series.key) for series in shown]
+    if figure.shares:
+        curves = _shares(curves)
+    legend = [(series, _in_axis_unit(last_tenth(values), figure.unit)) for series, values in zip(shown, curves)]
 
     def plot(axes: Axes) -> None:
-        curves = [run.series(series.key) for series in shown]
         if figure.stacked:
             _stack(axes, run.steps, curves, shown)
         else:
@@ -364,7 +373,7 @@ def draw(run: Run, figure: Figure) -> Drawing:
                 _line(axes, run.steps, values, series)
         _finish(axes, figure.unit, [v for curve in curves for v in curve], log=figure.log, stacked=figure.stacked)
 
-    changes = "; ".join(_change(series.label, run.steps, run.series(series.key), figure.unit) for series in shown)
+    changes = "; ".join(_change(series.label, run.steps, values, figure.unit) for series, values in zip(shown, curves))
     svg = to_svg(plot, f"{figure.title}. {changes}")
     return Drawing(figure.title, figure.unit, svg, legend, Markup(figure.definition), figure.stacked)
 
@@ -428,6 +437,12 @@ def _evaluation_drawing(key: str, definition: str, student: list[Record], teache
     if math.isfinite(level):
         description += f"; teacher {show(level, '%')}"
     return Drawing(title, "%", to_svg(plot, description), legend, Markup(definition))
+
+
+def _shares(curves: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Counts as shares of their sum, update by update; NaN where there was nothing to count."""
+    sums = [total(counts) for counts in zip(*curves)]
+    return [[count / whole if whole else math.nan for count, whole in zip(curve, sums)] for curve in curves]
 
 
 def _line(axes: Axes, steps: Sequence[int], values: Sequence[float], series: Series) -> None:
@@ -511,8 +526,8 @@ def to_svg(plot: Callable[[Axes], None], description: str) -> Markup:
         "axes.unicode_minus": True,
     }
     with matplotlib.rc_context(style):
-        canvas = Canvas(figsize=SIZE, layout=ConstrainedLayoutEngine(w_pad=0.01, h_pad=0.02))
-        plot(canvas.add_subplot())
+        canvas = Canvas(figsize=SIZE)
+        plot(canvas.add_axes(PLOT))
         buffer = io.StringIO()
         canvas.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     return _inline(buffer.getvalue(), description)
@@ -566,6 +581,8 @@ def _in_axis_unit(value: float, unit: str) -> str:
 def _change(label: str, steps: Sequence[int], values: Sequence[float], unit: str) -> str:
     """A curve in words, for those who cannot see it."""
     points = [(step, value) for step, value in zip(steps, values) if math.isfinite(value)]
+    if not points:
+        return f"{label}: not measured"
     (first, a), (last, b) = points[0], points[-1]
     if first == last:
         return f"{label}: {show(a, unit)} at step {first}"

@@ -28,6 +28,7 @@ class Run:
     evals: list[Record]  # by step; "model" says whose
     config: Record
     config_text: str
+    start: Record  # the "config" record: the program's version, the device, what was found before the first rollout
     finished: bool  # the run wrote its "end" record
     unreadable: list[str] = field(default_factory=list)  # what could not be read, in sentences
     completions: list[Record] = field(default_factory=list)  # of the first and of the last step kept
@@ -93,6 +94,7 @@ def read_run(run_dir: Path) -> Run:
         evals=[evals[key] for key in sorted(evals)],
         config=config,
         config_text=config_text,
+        start=next((r for r in records if r["kind"] == "config"), {}),
         finished=any(r["kind"] == "end" for r in records),
         unreadable=unreadable,
         completions=_read_completions(run_dir / "completions", unreadable),

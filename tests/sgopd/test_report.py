@@ -25,7 +25,9 @@ def healthy_run(updates: int = 200) -> list[Record]:
     """Records of a made-up run in which everything goes well."""
     rng = random.Random(0)
     accuracy = lambda step: 0.2 + 0.38 * (1 - math.exp(-3 * step / 200))  # noqa: E731
-    records: list[Record] = [evaluation("teacher", 0, 0.65, 0.88), evaluation("student", 0, accuracy(0), 0.95)]
+    findings = ["vocabulary: 17 tokens, 17 rows in both heads", "end of sequence: <eos>, the same in both"]
+    start = {"kind": "config", "step": 0, "device": "cpu", "parameters": 83_000, "findings": findings}
+    records: list[Record] = [start, evaluation("teacher", 0, 0.65, 0.88), evaluation("student", 0, accuracy(0), 0.95)]
     for step in range(1, updates + 1):
         progress = step / 200
         kl = 0.4 * math.exp(-4 * progress) + 0.02
@@ -45,9 +47,9 @@ def healthy_run(updates: int = 200) -> list[Record]:
             "entropy/student": 0.55 - 0.2 * progress + rng.gauss(0, 0.01),
             "entropy/teacher": 0.33 + rng.gauss(0, 0.01),
             "rollout/accuracy": correct,
-            "rollout/correct": correct,
-            "rollout/incorrect": 1 - correct,
-            "rollout/unknown": 0.0,
+            "rollout/correct": round(64 * correct),
+            "rollout/incorrect": 64 - round(64 * correct),
+            "rollout/unknown": 0,
             "rollout/length_mean": 24 + rng.gauss(0, 0.4),
             "rollout/length_clipped": max(0.0, rng.gauss(0.01, 0.01)),
             "rollout/repetition": abs(rng.gauss(0.02, 0.005)),
@@ -342,6 +344,12 @@ def test_a_folder_without_metrics_is_refused(tmp_path: Path) -> None:
         write_report(tmp_path)
 
 
+def test_a_figure_without_numbers_is_named(tmp_path: Path) -> None:
+    page = report(write_run(tmp_path, [{"kind": "train", "step": 1, "kl": 0.5}]))
+    assert page.tags.count("svg") == 1
+    assert "Not measured in this run: Loss, Log-ratio, Gate weight" in page.text
+
+
 def test_a_step_written_twice_counts_once(tmp_path: Path) -> None:
     records = [{"kind": "train", "step": step, "kl": kl} for step, kl in ((1, 0.5), (2, 0.4), (2, 0.3))]
     page = report(write_run(tmp_path, records))
@@ -351,10 +359,10 @@ def test_a_step_written_twice_counts_once(tmp_path: Path) -> None:
     )
 
 
-def test_ten_thousand_updates_stay_a_small_page(tmp_path: Path) -> None:
+def test_thousands_of_updates_stay_a_small_page(tmp_path: Path) -> None:
     rng = random.Random(0)
-    keys = healthy_run(1)[2].keys() - {"kind", "step"}
-    records = [{"kind": "train", "step": s, **{key: rng.random() for key in keys}} for s in range(1, 10_001)]
+    keys = healthy_run(1)[3].keys() - {"kind", "step"}
+    records = [{"kind": "train", "step": s, **{key: rng.random() for key in keys}} for s in range(1, 3001)]
     path = write_report(write_run(tmp_path, records))
     assert path.stat().st_size < 1_000_000
 
@@ -367,11 +375,11 @@ def test_ten_thousand_updates_stay_a_small_page(tmp_path: Path) -> None:
         (lambda r, t: {"entropy/student": 0.5 - 0.4 * t}, "Entropy", "gate_agree"),
         (lambda r, t: {"kl": 0.1 + t}, "KL to the teacher", "gate: opd"),
         (lambda r, t: {"phase/teacher_endorsed": 0}, "Teacher acceptance", "The cold start did nothing"),
-        (lambda r, t: {"rollout/correct": 0.0, "rollout/incorrect": 1.0}, "Verdicts", "cold_start_steps"),
-        (lambda r, t: {"rollout/unknown": 0.06, "verifier/timeout": 0.06}, "Unknown verdicts", "Most often: timeout"),
+        (lambda r, t: {"rollout/correct": 0, "rollout/incorrect": 64}, "Verdicts", "cold_start_steps"),
+        (lambda r, t: {"rollout/unknown": 4, "verifier/timeout": 0.06}, "Unknown verdicts", "Most often: timeout"),
         (lambda r, t: {"engine/logprob_gap_mean": 0.06}, "Engine and trainer", "float32"),
         (lambda r, t: {"rollout/repetition": 0.5}, "Repetition", "Read the completions"),
-        (lambda r, t: {"optim/skipped": 1 if r["step"] == 7 else 0}, "Skipped updates", "not finite"),
+        (lambda r, t: {"optim/skipped": 2 * (r["step"] >= 7)}, "Skipped updates", "2 of 200 updates"),
     ],
 )
 def test_each_failure_mode_is_found_and_no_other(tmp_path: Path, change: Any, name: str, advice: str) -> None:
@@ -389,3 +397,10 @@ def test_a_student_that_got_worse_is_warned_of(tmp_path: Path) -> None:
     assert "avg@16 fell from" in page.text
     assert ("div", "class", "check warning") in page.attributes
     assert "The student got worse." in page.text
+
+
+def test_what_the_run_found_at_its_start_is_repeated(tmp_path: Path) -> None:
+    said = ["vocabulary: 17 tokens", "warning: sequences end with [2] for the student and [0] for the teacher."]
+    page = report(write_run(tmp_path, [{"kind": "config", "step": 0, "findings": said}]))
+    assert "Before the first rollout sequences end with [2]" in page.text
+    assert "Student and teacher vocabulary: 17 tokens." in page.text
