@@ -1,0 +1,449 @@
+r"""Verdicts on rollouts, from worker processes that can be killed.
+
+    with VerifierPool("math", workers=2, timeout=3.0) as verifier:
+        verdicts = verifier.verify(responses, examples, truncated)
+
+Checking mathematics means running sympy on what a language model wrote, and `\boxed{10^{10^{10}}}` is enough
+to freeze a Python process for good. So the trainer's process only extracts answers and settles the plain
+ones (`sgopd.grading`); the rest goes to processes that import neither torch nor the caller's `__main__`,
+take one piece of work at a time, and are killed and replaced when it runs past its deadline.
+
+What is not known is `UNKNOWN`, and an unknown verdict never pushes the gate:
+
+| reason | value | |
+|---|---|---|
+| correct, incorrect | +1, −1 | graded |
+| no_answer | −1 | the response ended without an answer |
+| truncated | −1 | the response was cut off, and was not read (`truncated_is_incorrect`) |
+| unknown | 0 | a custom verifier returned None |
+| timeout | 0 | grading ran past the deadline; the worker was killed |
+| crashed | 0 | the worker died: out of memory, a segmentation fault, `os._exit` |
+| error | 0 | the grader raised |
+| bad_gold | 0 | the reference answer cannot be read, and the response is not spelled like it |
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import logging
+import math
+import os
+import pickle
+import re
+import selectors
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections import Counter, deque
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import NamedTuple
+
+from sgopd import grading
+from sgopd.grading import Example, Work
+
+logger = logging.getLogger(__name__)
+
+CORRECT, INCORRECT, UNKNOWN = 1, -1, 0
+VALUES = {
+    "correct": CORRECT,
+    "incorrect": INCORRECT,
+    "no_answer": INCORRECT,
+    "truncated": INCORRECT,
+    "unknown": UNKNOWN,
+    "timeout": UNKNOWN,
+    "crashed": UNKNOWN,
+    "error": UNKNOWN,
+    "bad_gold": UNKNOWN,
+}
+KINDS = ("math", "exact", "reasoning-gym")
+
+_START_SECONDS = 120.0  # to import what a kind needs, on a busy machine
+_START_ATTEMPTS = 3
+# The caller's search path, not the folder it happens to run in; nothing but `sys` is imported before it is set.
+_WORKER = r"import sys; sys.path[:] = sys.argv[1].split('\n'); import sgopd.verifier_worker as w; w.main()"
+_WORKER_ENVIRONMENT = {
+    "PYTHONHASHSEED": "0",  # sympy's ordering, hence sometimes its answer, follows the hashes of names
+    "OMP_NUM_THREADS": "1",  # a worker is one core, and thread stacks count as address space
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+}
+
+
+class Verdict(NamedTuple):
+    """What the verifier says of one response."""
+
+    value: int  # CORRECT, INCORRECT or UNKNOWN
+    reason: str  # a key of VALUES
+    seconds: float  # from dispatch to the answer; 0 if no worker was needed
+
+
+class _Outcome(NamedTuple):
+    reason: str
+    detail: str
+    seconds: float
+
+
+class VerifierPool:
+    r"""Grades responses; see the module's docstring for verdicts and reasons.
+
+    A verdict does not depend on the number of workers or on what else is graded (only a timeout depends on
+    how busy the machine is). `verify` may be called from several threads; they take turns.
+
+    Args:
+        kind: how a response is compared with `example["answer"]`.
+            "math": the last balanced `\boxed{}` outside `<think>…</think>`, by spelling, by value if both are plain
+            numbers, else by math-verify. Gold: LaTeX, or a solution that ends in `\boxed{}` or `#### 72`.
+            "exact": string equality of the box, else of `<answer>…</answer>`, else of the last line. Needs no workers.
+            "reasoning-gym": the scorer of `example["source_dataset"]` on that same answer, full score only.
+            "package.module:function": `function(response: str, example: dict) -> bool | None`, given the whole
+            response, imported in the workers only and found on the caller's `sys.path`. None means unknown.
+        workers: processes, ≥ 1. They start at once, in the background.
+        timeout: seconds for one response, from dispatch to a ready worker. Past it the worker is killed.
+        memory_mb: MiB of address space of a worker, its imports included (sympy 60, reasoning_gym 200).
+        truncated_is_incorrect: call a truncated response incorrect without reading it; otherwise grade it like any.
+
+    Raises:
+        ValueError: an argument out of range, or an unknown kind.
+        RuntimeError: (first use) the workers cannot start, for instance because a custom verifier cannot be imported.
+    """
+
+    def __init__(
+        self,
+        kind: str = "math",
+        *,
+        workers: int = 2,
+        timeout: float = 3.0,
+        memory_mb: int = 2048,
+        truncated_is_incorrect: bool = True,
+    ) -> None:
+        if kind not in KINDS and not re.fullmatch(r"[\w.]+:[\w.]+", kind):
+            near = difflib.get_close_matches(kind, KINDS, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"kind is {kind!r}; expected one of {KINDS} or 'package.module:function'{hint}")
+        if workers < 1:
+            raise ValueError(f"workers is {workers}; expected one process or more")
+        if not timeout > 0:
+            raise ValueError(f"timeout is {timeout}; expected seconds above 0")
+        if memory_mb < 256:
+            raise ValueError(f"memory_mb is {memory_mb}; expected 256 MiB or more: importing reasoning_gym takes 200")
+        self.kind = kind
+        self.timeout = timeout
+        self.memory_mb = memory_mb
+        self.truncated_is_incorrect = truncated_is_incorrect
+        self._worker_count = 0 if kind == "exact" else workers
+        self._search_path = "\n".join(os.path.abspath(entry) for entry in sys.path)
+        self._workers: list[_Worker] = []
+        self._started = False  # whether a worker was ever ready
+        self._failed_starts = 0
+        self._counts: Counter[str] = Counter()
+        self._lock = threading.Lock()
+        self._selector = selectors.DefaultSelector()
+        # Linux sends a worker its death signal when the *thread* that started it ends: let one outlive them all.
+        self._spawner = ThreadPoolExecutor(1, thread_name_prefix="sgopd-verifier")
+        self._logged: set[str] = set()
+        self._closed = False
+        self._finalizer = weakref.finalize(self, _end_all, self._workers, self._selector, os.getpid())
+        self._fill()
+
+    def verify(
+        self, responses: Sequence[str], examples: Sequence[Example], truncated: Sequence[bool] | None = None
+    ) -> list[Verdict]:
+        """One verdict a response, in order.
+
+        Args:
+            responses: B completions, without their prompts.
+            examples: B dicts with "answer" and whatever columns the kind reads.
+            truncated: B flags, true where generation stopped at its length limit; None: nowhere.
+
+        Raises:
+            ValueError: lengths differ, or an example lacks what the kind needs.
+            TypeError: an example holds something that cannot be pickled.
+            RuntimeError: the pool is closed, or its workers cannot start.
+        """
+        flags = [False] * len(responses) if truncated is None else truncated
+        if not len(responses) == len(examples) == len(flags):
+            raise ValueError(
+                f"verify got {len(responses)} responses, {len(examples)} examples and {len(flags)} truncated flags; "
+                "expected as many of each"
+            )
+        decisions: list[str | Work] = []
+        for response, example, cut in zip(responses, examples, flags):
+            skip = cut and self.truncated_is_incorrect
+            decisions.append("truncated" if skip else self._decide(response, example))
+        works = [decision for decision in decisions if not isinstance(decision, str)]
+        outcomes = iter(self._run(works))
+        verdicts = []
+        for decision in decisions:
+            reason, _, seconds = _Outcome(decision, "", 0.0) if isinstance(decision, str) else next(outcomes)
+            verdicts.append(Verdict(VALUES[reason], reason, seconds))
+        with self._lock:
+            self._counts.update(verdict.reason for verdict in verdicts)
+        return verdicts
+
+    def check_golds(self, examples: Sequence[Example]) -> list[tuple[int, str]]:
+        """Indices of examples whose reference answer is of no use, each with the reason. To be called before training.
+
+        Runs in the workers like any grading, so a hostile reference answer costs its deadline and no more. A
+        custom verifier's examples are not looked at, but that it can be imported is.
+
+        Raises:
+            RuntimeError: the workers cannot start.
+            ValueError: reasoning-gym examples that lack columns or whose scorer is left out.
+        """
+        golds = [self._decide_gold(example) for example in examples]
+        # Golds repeat: each is looked at once.
+        keys = [None if isinstance(gold, str) else pickle.dumps(gold) for gold in golds]
+        unique = {key: gold for key, gold in zip(keys, golds) if not isinstance(gold, str)}
+        outcomes = dict(zip(unique, self._run(list(unique.values()), wait_for_start=True)))
+        bad = []
+        for index, (key, gold) in enumerate(zip(keys, golds)):
+            reason = gold if isinstance(gold, str) else self._complaint(outcomes[key])
+            if reason:
+                bad.append((index, reason))
+        return bad
+
+    def counts(self) -> dict[str, int]:
+        """Verdicts given since the start, by reason; every reason is present."""
+        return {reason: self._counts[reason] for reason in VALUES}
+
+    def close(self) -> None:
+        """Kills the workers. Idempotent; waits for a `verify` under way in another thread."""
+        with self._lock:
+            self._closed = True
+            self._finalizer()  # once; a pool that is forgotten or lives to the exit ends by it too
+            self._spawner.shutdown()
+
+    def __enter__(self) -> VerifierPool:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # --- per kind: what is decided here, what a worker gets, what it means for a gold ---
+
+    def _decide(self, response: str, example: Example) -> str | Work:
+        if self.kind == "math":
+            return grading.decide_math(response, example)
+        if self.kind == "exact":
+            return grading.decide_exact(response, example)
+        if self.kind == "reasoning-gym":
+            return grading.decide_reasoning_gym(response, example)
+        return response, example
+
+    def _decide_gold(self, example: Example) -> str | Work:
+        """A complaint ("" if there is none), or the work that will tell."""
+        if self.kind == "math":
+            return grading.decide_gold(example)
+        if self.kind == "exact":
+            return "" if str(example.get("answer") or "").strip() else "it is empty"
+        if self.kind == "reasoning-gym":
+            dataset, entry = grading.reasoning_gym_entry(example)
+            has_answer = entry["answer"] not in (None, "None")  # some puzzles have a scorer only
+            return (dataset, entry["answer"], entry) if has_answer else ""
+        return ""
+
+    def _complaint(self, outcome: _Outcome) -> str:
+        if outcome.reason == "bad_gold":
+            return "math-verify cannot parse it: only an answer spelled the same would be correct"
+        if outcome.reason == "incorrect" and self.kind == "reasoning-gym":
+            return "the dataset's own scorer does not give it full score"
+        if outcome.reason in ("timeout", "crashed", "error"):
+            return f"checking it ended with {outcome.reason}: {outcome.detail.strip().splitlines()[-1]}"
+        return ""
+
+    # --- the pool ---
+
+    def _run(self, works: Sequence[Work], wait_for_start: bool = False) -> list[_Outcome]:
+        """Has the workers do `works`; outcomes in the same order. May wait for a first worker even without work."""
+        requests = deque(enumerate(_request(work) for work in works))
+        outcomes: dict[int, _Outcome] = {}
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("the verifier pool is closed; make a new one")
+            try:
+                must_start = wait_for_start and self._worker_count > 0
+                while len(outcomes) < len(works) or (must_start and not self._started):
+                    self._fill()
+                    for worker in self._workers:
+                        if requests and worker.is_idle():
+                            worker.dispatch(*requests.popleft(), self.timeout)
+                            self._send(worker)
+                    outcomes.update(self._wait())
+            finally:
+                # After an interrupt or a failed start: nobody would collect these replies.
+                for worker in [worker for worker in self._workers if worker.task is not None]:
+                    self._discard(worker)
+        ordered = [outcomes[index] for index in range(len(works))]
+        for work, outcome in zip(works, ordered):
+            if outcome.detail:
+                first = outcome.reason not in self._logged
+                self._logged.add(outcome.reason)
+                message = "verifier: %s (%s)\n  while grading %.300r%s"
+                more = "; further ones are only counted" if first else ""
+                level = logging.WARNING if first else logging.DEBUG
+                logger.log(level, message, outcome.reason, outcome.detail.strip(), work, more)
+        return ordered
+
+    def _fill(self) -> None:
+        """Starts processes until all are there, without waiting for them to be ready."""
+        while len(self._workers) < self._worker_count:
+            arguments = self._search_path, self.kind, str(os.getpid()), str(self.timeout), str(self.memory_mb)
+            process = self._spawner.submit(
+                subprocess.Popen,
+                [sys.executable, "-c", _WORKER, *arguments],
+                bufsize=0,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env={**os.environ, **_WORKER_ENVIRONMENT},
+                start_new_session=True,  # Ctrl-C is for the trainer; and a verifier's own children die with it
+            ).result()
+            worker = _Worker(process)
+            self._workers.append(worker)
+            self._selector.register(worker.replies, selectors.EVENT_READ, worker)
+
+    def _discard(self, worker: _Worker) -> int:
+        """Ends a worker; returns its exit status. `_fill` makes the next one."""
+        self._workers.remove(worker)
+        self._selector.unregister(worker.replies)
+        if worker.outbox:
+            self._selector.unregister(worker.requests)
+        return worker.end()
+
+    def _send(self, worker: _Worker) -> None:
+        """Writes as much of the request as the pipe takes; the selector asks for the rest."""
+        waiting = worker.requests in self._selector.get_map()
+        try:
+            worker.outbox = worker.outbox[os.write(worker.requests, worker.outbox) :]
+        except BlockingIOError:
+            pass
+        except BrokenPipeError:  # the end of its replies will say that it died
+            worker.outbox = worker.outbox[:0]
+        if worker.outbox and not waiting:
+            self._selector.register(worker.requests, selectors.EVENT_WRITE, worker)
+        elif waiting and not worker.outbox:
+            self._selector.unregister(worker.requests)
+
+    def _wait(self) -> dict[int, _Outcome]:
+        """Waits for the next reply or deadline; outcomes by index of the work."""
+        outcomes: dict[int, _Outcome] = {}
+        deadline = min(worker.deadline for worker in self._workers)
+        pause = None if deadline == math.inf else max(0.0, deadline - time.monotonic())
+        for key, events in self._selector.select(pause):
+            worker = key.data
+            if worker not in self._workers:
+                continue
+            if events & selectors.EVENT_WRITE:
+                self._send(worker)
+                continue
+            task, outcome = worker.task, self._receive(worker)
+            if outcome and task is not None:
+                outcomes[task] = outcome
+        for worker in [worker for worker in self._workers if worker.deadline <= time.monotonic()]:
+            self._discard(worker)
+            if not worker.ready:
+                self._count_failed_start(f"it was not ready after {_START_SECONDS:g} s")
+            elif worker.task is not None:
+                detail = f"no answer after {self.timeout:g} s"
+                outcomes[worker.task] = _Outcome("timeout", detail, worker.seconds())
+        return outcomes
+
+    def _receive(self, worker: _Worker) -> _Outcome | None:
+        """Reads from a worker that has something to say, or has died."""
+        data = os.read(worker.replies, 65_536)
+        worker.inbox += data
+        if not data:
+            status = self._discard(worker)
+            how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
+            if not worker.ready:
+                self._count_failed_start(f"it ended with {how}")
+            reason = "timeout" if status == -signal.SIGXCPU else "crashed"
+            return _Outcome(reason, f"the worker ended with {how}", worker.seconds())
+        if not worker.inbox.endswith(b"\n"):
+            return None
+        reason, detail = json.loads(worker.inbox)
+        worker.inbox.clear()
+        if reason == "failed":
+            self._discard(worker)
+            raise RuntimeError(
+                f"a verifier worker for kind={self.kind!r} cannot start. What it imports must be importable from "
+                f"sys.path (set PYTHONPATH, or install it) within {self.memory_mb} MiB (memory_mb):\n{detail}"
+            )
+        outcome = _Outcome(reason, detail, worker.seconds())
+        worker.ready, worker.task, worker.deadline = True, None, math.inf
+        self._started, self._failed_starts = True, 0
+        if reason == "crashed":  # out of memory: it says so and leaves
+            self._discard(worker)
+        return outcome
+
+    def _count_failed_start(self, what: str) -> None:
+        self._failed_starts += 1
+        if self._failed_starts >= _START_ATTEMPTS:
+            raise RuntimeError(
+                f"verifier workers for kind={self.kind!r} do not start: the last {self._failed_starts} failed, and of "
+                f"the last one, {what}. Its standard error says more; raise memory_mb ({self.memory_mb}) if it is short"
+            )
+
+
+class _Worker:
+    """A process and what the pool knows of it. `task` is the index of its work, None while it has none."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        assert process.stdin and process.stdout
+        self.process = process
+        self.pipes = process.stdin, process.stdout
+        self.requests, self.replies = process.stdin.fileno(), process.stdout.fileno()
+        os.set_blocking(self.requests, False)
+        self.ready = False
+        self.task: int | None = None
+        self.sent_at = time.monotonic()
+        self.deadline = self.sent_at + _START_SECONDS
+        self.outbox = memoryview(b"")
+        self.inbox = bytearray()
+
+    def end(self) -> int:
+        """Kills the process and all it started; returns its exit status, its own if it had ended by itself."""
+        self.process.poll()
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # gone (macOS: a zombie)
+            os.killpg(self.process.pid, signal.SIGKILL)
+        status = self.process.wait()
+        for pipe in self.pipes:
+            pipe.close()
+        return status
+
+    def is_idle(self) -> bool:
+        return self.ready and self.task is None and self.process.poll() is None
+
+    def dispatch(self, task: int, request: bytes, timeout: float) -> None:
+        self.task, self.outbox = task, memoryview(request)
+        self.sent_at = time.monotonic()
+        self.deadline = self.sent_at + timeout
+
+    def seconds(self) -> float:
+        return time.monotonic() - self.sent_at
+
+
+def _end_all(workers: list[_Worker], selector: selectors.BaseSelector, owner: int) -> None:
+    if os.getpid() == owner:  # not the exit of a forked child
+        selector.close()
+        for worker in workers:
+            worker.end()
+
+
+def _request(work: Work) -> bytes:
+    try:
+        payload = pickle.dumps(work)
+    except Exception as error:  # whatever a column's __reduce__ raises
+        raise TypeError(
+            f"an example cannot be sent to a verifier process: {error}. Keep plain data in its columns: {work!r:.300}"
+        ) from error
+    return struct.pack("!Q", len(payload)) + payload

@@ -1,0 +1,877 @@
+r"""The verifier: right answers, and survival. Every test here can hang the caller if the pool is wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from sgopd import grading
+from sgopd.verifier import CORRECT, INCORRECT, UNKNOWN, VerifierPool
+
+SLACK = 0.5  # seconds past the deadline within which every verdict is due
+
+# gold | = or ! | answer, each row checked by hand
+CORPUS = r"""
+5 | = | 5
+5 | ! | 6
+-5 | = | −5
+1000 | = | 1,000
+12345 | = | 12{,}345
+12345 | = | 12,\!345
+1234567 | = | 1,234,567
+10 | = | 10.0
+0.5 | = | 1/2
+\frac{1}{2} | = | 0.5
+\frac12 | = | \dfrac{1}{2}
+\frac{1}{2} | = | \tfrac12
+\frac{3}{4} | = | \frac{6}{8}
+\frac{1}{3} | = | 0.333333
+\frac{1}{3} | ! | 0.33
+\frac{1}{3} | = | 0.\overline{3}
+0.\overline{36} | = | \frac{4}{11}
+-\frac{2}{3} | = | \frac{-2}{3}
+-\frac{2}{3} | = | \frac{2}{-3}
+\frac{2}{3} | ! | \frac{3}{2}
+2\frac{1}{2} | = | \frac{5}{2}
+\frac{21}{2} | ! | 2 1/2
+\frac{5}{2} | = | 2.5
+50\% | = | 50
+50\% | = | 50%
+50\% | = | 0.5
+50\% | = | \frac{1}{2}
+50 | = | 50\%
+50\% | ! | 5
+5 | = | 5\text{ cm}
+5\text{ cm} | = | 5
+5 | = | 5 \text{ cm}^2
+12 | = | \$12
+12 | = | 12\text{ dollars}
+90 | = | 90^\circ
+90^\circ | = | 90
+90^\circ | ! | 45^\circ
+(1,2) | = | (1, 2)
+(1,2) | = | \left( 1, 2 \right)
+(1,2) | ! | (2,1)
+(2,1) | ! | (3,1)
+(2,1) | = | (2,1)
+(5,-3) | ! | (5,-4)
+(5,-3) | = | \left(5, -3\right)
+(5,-3) | = | (\frac{10}{2},-3)
+(3,\frac{\pi}{2}) | = | \left( 3, \frac{\pi}{2} \right)
+(3,\frac{\pi}{2}) | = | (3, \pi/2)
+(3,\frac{\pi}{2}) | ! | (3, \pi/3)
+(4,\frac{\pi}{2}) | ! | (3, \pi/2)
+(1,2,3) | = | (1,2,3)
+(1,2,3) | ! | (3,2,1)
+[1,2] | ! | (1,2)
+[1,2) | = | [1, 2)
+[1,2) | ! | (1,2]
+(-\infty,3) | = | (-\infty, 3)
+(-\infty,3) | ! | (-\infty, 3]
+(-\infty,2]\cup[5,\infty) | = | [5,\infty) \cup (-\infty,2]
+(-\infty,2]\cup[5,\infty) | ! | (-\infty,2)\cup(5,\infty)
+(1,2) | = | 1<x<2
+x\in(1,2) | = | (1,2)
+\{1,2,3\} | = | \{3, 2, 1\}
+\{1,2,3\} | ! | \{1,2\}
+1,2,3 | = | 3, 1, 2
+1,2 | = | 1 \text{ and } 2
+1,2 | ! | 1,3
+1,-2 | = | -2,1
+1,-2 | ! | 1, 2
+\pm 3 | = | 3, -3
+\pm 3 | ! | 3
+\sqrt{2} | = | \sqrt2
+\sqrt{2} | = | sqrt(2)
+\sqrt{2} | = | 2^{1/2}
+\sqrt{8} | = | 2\sqrt{2}
+\sqrt{2} | = | 1.414214
+\sqrt{2} | ! | 1.41
+\frac{1}{\sqrt{2}} | = | \frac{\sqrt{2}}{2}
+\frac{\sqrt{3}}{2} | = | \sqrt{3}/2
+2\sqrt{3} | ! | 3\sqrt{2}
+2\pi | = | 6.283185
+2\pi | = | 2π
+2\pi | = | 2pi
+2\pi | ! | \pi
+\frac{\pi}{6} | = | \pi/6
+x=5 | = | 5
+5 | = | x=5
+5 | ! | x = 6
+x=5 | ! | y=5
+y=2x+1 | = | y = 1 + 2x
+y=2x+1 | = | 2x - y + 1 = 0
+y=2x+1 | ! | y=2x-1
+3x-y+13=0 | ! | 3x+4y+14=0
+3x-y+13=0 | = | y=3x+13
+3x-y+13=0 | = | 6x-2y+26=0
+xy=1 | = | y=\frac{1}{x}
+x^2+y^2=4 | = | x^2+y^2-4=0
+x^2+y^2=4 | ! | x^2+y^2=9
+x^2+2x+1 | = | (x+1)^2
+x^2+2x+1 | = | 1 + 2x + x^2
+x^2+2x+1 | ! | x^2+2x-1
+\frac{a}{b} | = | a/b
+\frac{x+1}{x-1} | = | \frac{1+x}{x-1}
+\frac{x+1}{x-1} | ! | \frac{x-1}{x+1}
+(x-2)(x+3) | = | x^2+x-6
+3n^2+n | = | n(3n+1)
+2^{10} | = | 1024
+1024 | = | 2^{10}
+2^{-99} | ! | 2^{-98}
+2^-99 | ! | 2^-98
+2^{-99} | = | \frac{1}{2^{99}}
+\frac{1}{2004!} | ! | \frac{1}{2006!}
+1/2004! | ! | 1/2006!
+1/2004! | = | \frac{1}{2004!}
+10! | = | 3628800
+10^{10} | = | 10000000000
+1.5\times 10^3 | = | 1500
+1500 | = | 1.5e3
+10^{-3} | = | 0.001
+0.0000001 | ! | 0.0000002
+\binom{5}{2} | = | 10
+\log_2 8 | = | 3
+e^2 | = | e^{2}
+e^2 | ! | e^3
+3+4i | = | 4i+3
+3+4i | ! | 3-4i
+101_2 | = | 101_2
+101_2 | ! | 101_3
+101_2 | = | 101_{2}
+413_5 | = | 413
+\text{Monday} | = | Monday
+\text{Monday} | = | monday
+\text{Monday} | ! | Tuesday
+\text{(B)} | = | B
+B | = | (B)
+B | = | \text{B}
+B | ! | C
+\text{(B)} | ! | (C)
+\text{even} | ! | \text{odd}
+\text{no solution} | = | no solution
+\begin{pmatrix}1\\2\end{pmatrix} | = | \begin{pmatrix} 1 \\ 2 \end{pmatrix}
+\begin{pmatrix}1\\2\end{pmatrix} | = | \begin{bmatrix}1\\2\end{bmatrix}
+\begin{pmatrix}1\\2\end{pmatrix} | ! | \begin{pmatrix}2\\1\end{pmatrix}
+\begin{pmatrix}1&2\\3&4\end{pmatrix} | ! | \begin{pmatrix}1&2\\3&5\end{pmatrix}
+x>3 | = | 3<x
+x>3 | ! | x\ge 3
+x>3 | = | (3,\infty)
+-1<x<4 | = | (-1,4)
+\infty | = | \infty
+\infty | ! | -\infty
+11:30 | = | 11:30
+3:4 | ! | 3:5
+5 | = | 5.
+5 | = | $5$
+5 | = | \mathbf{5}
+0 | = | -0
+007 | = | 7
+9.99 | = | 9.99
+9.99 | ! | 10
+100 | = | 99.9999999
+x^2+x+1=0 | ! | x^2+1=0
+x^2+1=0 | = | 2x^2+2=0
+2^{-99}, 1 | ! | 2^{-98}, 1
+\{2^{-99}, 1\} | = | \{1, 2^{-99}\}
+(2^{-99}, 1) | ! | (2^{-98}, 1)
+[0, 2^{-99}] | ! | [0,2^{-98}]
+10^{-20} | ! | 10^{-21}
+10^{-20} | ! | 0
+e^{-50} | ! | e^{-60}
+e^{-50} | = | \frac{1}{e^{50}}
+10000 | = | 10 000
+10 | ! | 10 000
+12 | ! | 3 4 5
+3 | ! | 1 2
+\frac{5}{2} | = | 2 1/2
+\frac{5}{2} | = | 2½
+(x,y)=(1,2) | = | (1,2)
+(x,y)=(1,2) | ! | (2,1)
+f(x)=x+1 | = | x+1
+f(x)=x+1 | ! | f(x)=x+2
+x=2 \text{ or } x=3 | = | x=3 \text{ or } x=2
+x=2 \text{ or } x=3 | = | 2, 3
+3\% | = | 0.03
+0.03 | ! | 3
+\sqrt{x^2} | = | |x|
+|x| | ! | x
+|-5| | = | 5
+2:3 | = | \frac{2}{3}
+\mathbb{R} | = | (-\infty,\infty)
+\frac{x^2-1}{x-1} | = | x+1
+\sin^2 x+\cos^2 x | = | 1
+\sin x | ! | \cos x
+\log_2 8 | = | 3
+6 | ! | 6 \text{ or } 7
+6 | = | x = 2+4 = 6
+8 | ! | \text{eight}
+2^{100} | ! | 2^{100}+1
+100! | ! | 100!+1
+\sqrt[3]{2} | = | 2^{\frac{1}{3}}
+\sqrt[3]{2} | ! | \sqrt{2}
+\frac{-1+\sqrt{5}}{2} | = | \frac{\sqrt{5}-1}{2}
+\frac{-1+\sqrt{5}}{2} | ! | \frac{\sqrt{5}+1}{2}
+1+i | = | i+1
+x^2 | = | x²
+3.50 | = | \$3.50
+3.50 | = | 3.5
+\frac{7}{20} | = | 35\%
+2\sqrt{3} | = | 2√3
+\frac{1}{2},\frac{1}{3} | = | \frac{1}{3}, \frac{1}{2}
+y=x+1 | = | x+1
+-\frac{1}{2} | = | -\frac12
+-\frac{1}{2} | = | -0.5
+-\frac{1}{2} | ! | \frac{1}{2}
+11 | = | 11.0000001
+1.1 | ! | 1.2
+4 | = | 2^2
+2^{2^3} | = | 256
+2^{2024} | = | 2^{2023}\cdot 2
+2^{2024} | ! | 2^{2023}
+\frac{2^{10}}{3^{5}} | = | \frac{1024}{243}
+C | = | \text{(C)}
+A, C | ! | A, B, C
+x+y+z | = | z+y+x
+10,000 | = | 10000
+0.1 | = | \frac{1}{10}
+0.1 | = | .1
+6 | = | 6\text{ apples}
+3 \text{ and } 4 | = | 3, 4
+\text{Yes} | = | yes
+\text{Yes} | ! | No
+\frac{3\pi}{4} | ! | 135^\circ
+\emptyset | = | \varnothing
+"""
+
+
+def corpus() -> list[tuple[str, str, int]]:
+    rows = [line.split(" | ", 2) for line in CORPUS.strip().splitlines()]
+    return [(gold, answer, CORRECT if sign == "=" else INCORRECT) for gold, sign, answer in rows]
+
+
+@pytest.fixture(scope="module")
+def math_pool() -> Iterator[VerifierPool]:
+    with VerifierPool("math", workers=2, timeout=10.0) as pool:
+        yield pool
+
+
+def grade(pool: VerifierPool, gold: str, response: str) -> tuple[int, str]:
+    return pool.verify([response], [{"answer": gold}])[0][:2]
+
+
+def box(answer: str) -> str:
+    return rf"So the answer is $\boxed{{{answer}}}$."
+
+
+# --- mathematics ---
+
+
+def test_hand_checked_answers(math_pool: VerifierPool) -> None:
+    rows = corpus()
+    assert len(rows) > 200
+    verdicts = math_pool.verify([box(answer) for _, answer, _ in rows], [{"answer": gold} for gold, _, _ in rows])
+    wrong = [(row, verdict) for row, verdict in zip(rows, verdicts) if verdict.value != row[2]]
+    assert wrong == []
+
+
+def test_verdicts_do_not_depend_on_the_pool_or_the_order() -> None:
+    rows = corpus()[::5]
+
+    def verdicts(workers: int, order: list[int]) -> list[tuple[int, str]]:
+        with VerifierPool(workers=workers, timeout=20.0) as pool:
+            graded = pool.verify([box(rows[i][1]) for i in order], [{"answer": rows[i][0]} for i in order])
+        return [verdict[:2] for _, verdict in sorted(zip(order, graded))]
+
+    forward = list(range(len(rows)))
+    one = verdicts(1, forward)
+    assert {reason for _, reason in one} == {"correct", "incorrect"}
+    assert verdicts(2, forward[::-1]) == one
+    assert verdicts(3, forward[1::2] + forward[::2]) == one
+
+
+@pytest.mark.parametrize(
+    ("response", "expected"),
+    [
+        (r"first \boxed{1} hmm no, \boxed{2}", "2"),
+        (r"\boxed{1}\boxed{2}", "2"),
+        (r"\boxed{1} and then \boxed{2", "1"),
+        (r"\boxed{\frac{1}{2}} trailing text.", r"\frac{1}{2}"),
+        (r"\boxed{x = \boxed{5}}", "5"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed {7}", "7"),
+        (r"\\boxed{7}", "7"),
+        (r"\fbox{7}", "7"),
+        (r"a stray } and { around \boxed{7}", "7"),
+        (r"<think>\boxed{1}</think> \boxed{2}", "2"),
+        (r"\boxed{2} <think>or \boxed{1}</think>", "2"),
+        (r"\boxed{1}</think> \boxed{2}", "2"),
+        (r"<think>\boxed{1}</think> nothing", None),
+        (r"\boxed{1}</think> nothing", None),
+        (r"<think> \boxed{1}", None),
+        (r"<think>a</think>b<think>\boxed{1}</think>c", None),
+        (r"\boxed{2", None),
+        (r"\boxed{}", None),
+        (r"\boxed 2", None),
+        ("think step by step about 5", None),
+        ("", None),
+    ],
+)
+def test_extraction(response: str, expected: str | None) -> None:
+    assert grading.boxed_answer(response) == expected
+
+
+@pytest.mark.parametrize(
+    ("response", "expected"),
+    [
+        ("thinking\n\nMonday\n", "Monday"),
+        (r"\boxed{\text{Monday}} I am sure", "Monday"),
+        ("<answer>1 2\n3 4</answer> done", "1 2\n3 4"),
+        ("<answer>a</answer> or <answer>b</answer>", "b"),
+        ("<think>a", None),
+        (" \n ", None),
+    ],
+)
+def test_stated_answer(response: str, expected: str | None) -> None:
+    assert grading.stated_answer(response) == expected
+
+
+def test_no_answer_is_incorrect(math_pool: VerifierPool) -> None:
+    assert grade(math_pool, "5", "the answer is 5") == (INCORRECT, "no_answer")
+    assert grade(math_pool, "5", r"\boxed{5") == (INCORRECT, "no_answer")
+    assert grade(math_pool, "5", r"\boxed{$ $}") == (INCORRECT, "no_answer")
+
+
+def test_gold_may_be_a_solution(math_pool: VerifierPool) -> None:
+    assert grade(math_pool, "5 + 67 = 72\n#### 72", box("72"))[0] == CORRECT
+    assert grade(math_pool, r"Thus $x = \boxed{\sqrt{8}}$.", box(r"2\sqrt 2"))[0] == CORRECT
+
+
+def test_truncated_responses() -> None:
+    responses, examples = [box("5"), box("5"), box("6")], [{"answer": "5"}] * 3
+    with VerifierPool() as strict, VerifierPool(truncated_is_incorrect=False) as lenient:
+        flags = [True, False, True]
+        reasons = [verdict.reason for verdict in strict.verify(responses, examples, flags)]
+        assert reasons == ["truncated", "correct", "truncated"]
+        assert strict.verify(responses, examples, flags)[0].value == INCORRECT
+        reasons = [verdict.reason for verdict in lenient.verify(responses, examples, flags)]
+        assert reasons == ["correct", "correct", "incorrect"]
+        assert strict.counts()["truncated"] == 4
+        assert lenient.counts() == {**dict.fromkeys(strict.counts(), 0), "correct": 2, "incorrect": 1}
+
+
+def test_bad_golds_are_listed_and_push_nothing(math_pool: VerifierPool) -> None:
+    golds = ["5", "", None, r"\frac{1}{0}", r"10^{10^{10}}", r"\sqrt{2}", r"\frac{", r"1 + \Gamma(10^9)", "x" * 600]
+    with VerifierPool(timeout=1.0) as pool:
+        start = time.monotonic()
+        bad = dict(pool.check_golds([{"answer": gold} for gold in golds] + [{}]))
+        assert time.monotonic() - start < 20
+    assert sorted(bad) == [1, 2, 3, 4, 6, 8, 9]
+    assert "empty" in bad[1] and "exponent" in bad[4] and "parse" in bad[6] and "longer" in bad[8]
+    for gold in (golds[3], golds[4], golds[6]):
+        assert grade(math_pool, gold, box("7")) == (UNKNOWN, "bad_gold")
+        assert grade(math_pool, gold, box(gold) + "}" * 9)[0] != INCORRECT
+    assert grade(math_pool, golds[4], box(golds[4])) == (CORRECT, "correct")
+    assert math_pool.check_golds([{"answer": gold} for gold, _, _ in corpus()]) == []
+
+
+def test_throughput_on_ordinary_answers(math_pool: VerifierPool) -> None:
+    rows = [(gold, answer) for gold, answer, _ in corpus()]
+    work = [(str(i), str(i + i % 3)) for i in range(300)] + [(f"x+{i}", f"{i}+x") for i in range(100)] + rows[:50]
+    examples = [{"answer": gold} for gold, _ in work]
+    math_pool.verify([box(answer) for _, answer in work], examples)
+    start = time.monotonic()
+    math_pool.verify([box(answer) for _, answer in work], examples)
+    assert len(work) / (time.monotonic() - start) > 50  # an idle machine does many times that
+
+
+# --- hostile answers ---
+
+HOSTILE = {
+    "tower of tens": box("10^{10^{10}}"),
+    "tower of nines": box("9^{9^{9}}"),
+    "tower without braces": box("9^9^9^9"),
+    "python tower": box("9**9**9"),
+    "factorial": box("10^9!"),
+    "factorial in parentheses": box("(10^9)!"),
+    "binomial": box(r"\binom{10^9}{5\cdot10^8}"),
+    "sum": box(r"\sum_{k=1}^{10^{9}} k^k"),
+    "symbolic power": box(r"(x+y)^{10^{6}}"),
+    "10,000 nested braces": box("{" * 10_000 + "5" + "}" * 10_000),
+    "10,000 nested fractions": box(r"\frac{1}{" * 10_000 + "5" + "}" * 10_000),
+    "10,000 unclosed braces": box("{" * 10_000),
+    "10 MB of text": "x " * 5_000_000,
+    "10 MB of digits in a box": box("9" * 10_000_000),
+    "10 MB of boxes": r"\boxed{" * 1_400_000,
+    "10 MB of backslashes": "\\" * 10_000_000,
+    "10 MB of thoughts": "<think>" * 1_400_000,
+    "10 MB of blanks after a box": r"\boxed" + " " * 10_000_000,
+    "NUL and surrogates": box("\x00\ud800"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("gold", ["5", r"\sqrt{2}"])
+def test_hostile_answers_never_reach_sympy(math_pool: VerifierPool, name: str, gold: str) -> None:
+    workers = children(os.getpid())
+    start = time.monotonic()
+    value, reason = grade(math_pool, gold, HOSTILE[name])
+    assert (value, reason) in [(INCORRECT, "incorrect"), (INCORRECT, "no_answer")]
+    assert time.monotonic() - start < 10.0 + SLACK
+    assert children(os.getpid()) == workers, "a worker had to be killed"
+
+
+# What no cap foresees, and the towers with the caps out of the way, end by SIGKILL.
+@pytest.mark.parametrize("answer", ["(x+y+1)^{9999}", "10^{10^{10}}", "9^{9^{9}}", "10^9!"])
+def test_what_reaches_sympy_is_killed_at_the_deadline(monkeypatch: pytest.MonkeyPatch, answer: str) -> None:
+    monkeypatch.setattr(grading, "refusal", lambda text: None)
+    grading._read.cache_clear()
+    with VerifierPool(workers=2, timeout=1.0) as pool:
+        pool.check_golds([])
+        gold, answers = r"x+\sqrt2", [r"\sqrt2+x", answer, r"x+\sqrt3", "x+2^{1/2}"]
+        start = time.monotonic()
+        verdicts = pool.verify([box(a) for a in answers], [{"answer": gold}] * 4)
+        assert [verdict.reason for verdict in verdicts] == ["correct", "timeout", "incorrect", "correct"]
+        assert verdicts[1].value == UNKNOWN
+        assert 1.0 <= verdicts[1].seconds < 1.0 + SLACK
+        assert time.monotonic() - start < 1.0 + SLACK + 3.0
+        assert grade(pool, gold, box(r"x+\frac{2}{\sqrt2}")) == (CORRECT, "correct")
+    grading._read.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "text", ["2^{2024}", "2^{2^{3}}", "x^{100}", "2004!", "e^{x^2}", r"\binom{100}{50}", "10^{-9}"]
+)
+def test_ordinary_powers_are_not_refused(text: str) -> None:
+    assert grading.refusal(text) is None
+
+
+# --- custom verifiers ---
+
+CUSTOM = """
+import os, sys, time
+
+def verify(response, example):
+    if response == "sleep":
+        time.sleep(3600)
+    if response == "gil":
+        import re
+        re.match("(a+)+$", "a" * 60 + "b")
+    if response == "memory":
+        hoard = [bytearray(64 * 2**20) for _ in range(1000)]
+    if response == "exit":
+        os._exit(3)
+    if response == "segfault":
+        import ctypes
+        ctypes.string_at(0)
+    if response == "raise":
+        raise RuntimeError("sensor on fire")
+    if response == "sys.exit":
+        sys.exit(0)
+    if response == "yes":
+        return "yes"
+    if response == "print":
+        print('["incorrect", ""]', flush=True)
+        os.write(1, b'["incorrect", ""]\\\\n')
+    if response == "unknown":
+        return None
+    if response == "torch":
+        return not {"torch", "transformers", "sympy", "__mp_main__"} & set(sys.modules)
+    if response == "child":
+        import subprocess
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"])
+        open(example["pid_file"], "w").write(str(child.pid))
+        time.sleep(3600)
+    return response == example["answer"]
+
+class Grader:
+    @staticmethod
+    def verify(response, example):
+        return len(response) == example["length"] and example["blob"] == bytes(3_000_000)
+"""
+
+
+@pytest.fixture
+def custom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    """Writes a module where the caller, hence a worker, can import it."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def write(name: str, source: str) -> None:
+        (tmp_path / f"{name}.py").write_text(source)
+
+    write("customs", CUSTOM)
+    return write
+
+
+OUTCOMES = {
+    "sleep": (UNKNOWN, "timeout"),
+    "gil": (UNKNOWN, "timeout"),
+    "memory": (UNKNOWN, "crashed"),
+    "exit": (UNKNOWN, "crashed"),
+    "segfault": (UNKNOWN, "crashed"),
+    "raise": (UNKNOWN, "error"),
+    "sys.exit": (UNKNOWN, "error"),
+    "yes": (UNKNOWN, "error"),
+    "unknown": (UNKNOWN, "unknown"),
+    "print": (INCORRECT, "incorrect"),
+    "torch": (CORRECT, "correct"),
+}
+
+
+@pytest.mark.parametrize("bad", OUTCOMES)
+def test_a_bad_response_harms_only_itself(custom: object, bad: str) -> None:
+    responses = ["a", bad, "b", "a", bad, "a"]
+    timeout = 10.0 if bad == "memory" else 0.7  # filling 512 MiB takes a while
+    with VerifierPool("customs:verify", workers=2, timeout=timeout, memory_mb=512) as pool:
+        for _ in range(2):
+            verdicts = pool.verify(responses, [{"answer": "a"}] * 6)
+            assert [v[:2] for v in (verdicts[1], verdicts[4])] == [OUTCOMES[bad]] * 2
+            assert [verdicts[i].value for i in (0, 2, 3, 5)] == [CORRECT, INCORRECT, CORRECT, CORRECT]
+            assert max(verdict.seconds for verdict in verdicts) < timeout + SLACK
+        assert sum(pool.counts().values()) == 12
+
+
+def test_the_first_failure_of_a_kind_is_logged_with_its_cause(custom: object, caplog: pytest.LogCaptureFixture) -> None:
+    with VerifierPool("customs:verify", workers=1) as pool:
+        pool.verify(["raise"] * 5, [{"answer": "a"}] * 5)
+    warnings = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == 1 and "sensor on fire" in warnings[0].getMessage()
+
+
+def test_large_requests_arrive_whole(custom: object) -> None:
+    example = {"length": 10_000_000, "blob": bytes(3_000_000)}
+    with VerifierPool("customs:Grader.verify", timeout=20.0) as pool:
+        assert [verdict.value for verdict in pool.verify(["x" * 10_000_000] * 3, [example] * 3)] == [CORRECT] * 3
+
+
+def test_a_killed_verifier_takes_its_own_children_along(custom: object, tmp_path: Path) -> None:
+    pid_file = tmp_path / "pid"
+    with VerifierPool("customs:verify", workers=1, timeout=2.0) as pool:
+        example = {"answer": "a", "pid_file": str(pid_file)}
+        assert pool.verify(["child"], [example])[0].reason == "timeout"
+    assert gone([int(pid_file.read_text())])
+
+
+def test_the_deadline_does_not_include_the_import(custom: Callable[[str, str], None]) -> None:
+    custom("slow_import", "import time\ntime.sleep(1.5)\ndef verify(response, example): return True\n")
+    with VerifierPool("slow_import:verify", workers=1, timeout=0.5) as pool:
+        assert pool.verify([""], [{}])[0].reason == "correct"
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("no_such_module:verify", "No module named 'no_such_module'"),
+        ("customs:no_such_function", "no_such_function"),
+        ("customs:CUSTOM", "CUSTOM"),
+        ("broken:verify", "half a module"),
+        ("suicidal:verify", "exit status 7"),
+    ],
+)
+def test_a_verifier_that_cannot_start_is_an_error(custom: Callable[[str, str], None], spec: str, message: str) -> None:
+    custom("broken", "raise ValueError('half a module')")
+    custom("suicidal", "import os; os._exit(7)")
+    with VerifierPool(spec) as pool:
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="start") as error:
+                pool.check_golds([])
+            assert message in str(error.value)
+        with pytest.raises(RuntimeError, match="start"):
+            pool.verify(["a"], [{"answer": "a"}])
+
+
+def test_unpicklable_examples_are_refused_by_name(custom: object) -> None:
+    with VerifierPool("customs:verify") as pool, pytest.raises(TypeError, match="Keep plain data"):
+        pool.verify(["a"], [{"answer": lambda: None}])
+
+
+# --- exact and reasoning-gym ---
+
+
+def test_exact() -> None:
+    processes = children(os.getpid())
+    with VerifierPool("exact") as pool:
+        assert children(os.getpid()) == processes, "comparing strings needs no worker"
+        assert grade(pool, "Monday", "It is\nMonday\n") == (CORRECT, "correct")
+        assert grade(pool, "Monday", r"\boxed{\text{Monday}}, surely") == (CORRECT, "correct")
+        assert grade(pool, "Monday", "monday") == (INCORRECT, "incorrect")
+        assert grade(pool, "Monday", "<think>Monday") == (INCORRECT, "no_answer")
+        assert grade(pool, "", "x") == (UNKNOWN, "bad_gold")
+        assert pool.check_golds([{"answer": "a"}, {"answer": " "}, {}]) == [(1, "it is empty"), (2, "it is empty")]
+
+
+def gym(name: str, **entry: object) -> dict[str, object]:
+    reasoning_gym = pytest.importorskip("reasoning_gym")
+    item = reasoning_gym.create_dataset(name, size=1, seed=1)[0]
+    return {**item, "source_dataset": name, **entry}
+
+
+def test_reasoning_gym_full_score_only() -> None:
+    chain, primes, countdown = gym("chain_sum"), gym("prime_factorization"), gym("countdown")
+    cases = [
+        (chain, chain["answer"], CORRECT),
+        (chain, "-7", INCORRECT),
+        (primes, primes["answer"], CORRECT),
+        (primes, "garbage its scorer trips over", INCORRECT),
+        (countdown, countdown["answer"], CORRECT),
+        (countdown, "1+1", INCORRECT),
+    ]
+    with VerifierPool("reasoning-gym", timeout=30.0) as pool:
+        verdicts = pool.verify([rf"\boxed{{{answer}}}" for _, answer, _ in cases], [example for example, _, _ in cases])
+        assert [verdict.value for verdict in verdicts] == [value for _, _, value in cases]
+        assert pool.check_golds([chain, primes, gym("countdown", answer="1+1")]) == [
+            (2, "the dataset's own scorer does not give it full score")
+        ]
+
+
+def test_reasoning_gym_never_evaluates_an_answer(tmp_path: Path) -> None:
+    trace = tmp_path / "pwned"
+    attacks = [f"__import__('os').system('touch {trace}')", "exec(chr(49))", "open(chr(47))", "9**9**9**9"]
+    formulas = ["8*(3-1)+8", "x**2/2 + C", "-exp(2*x)*sin(x)/5", "12.5 - .5"]
+    with VerifierPool("reasoning-gym", timeout=30.0) as pool:
+        for dataset in grading.PARSING_DATASETS:
+            example = {"answer": "1", "source_dataset": dataset, "metadata": {}, "question": ""}
+            for attack in attacks:
+                assert pool.verify([rf"\boxed{{{attack}}}"], [example])[0].reason == "incorrect"
+            for formula in formulas:
+                assert not isinstance(grading.decide_reasoning_gym(rf"\boxed{{{formula}}}", example), str)
+        for dataset in grading.EVALUATING_DATASETS:
+            with pytest.raises(ValueError, match="eval"):
+                pool.verify(["1"], [{"answer": "1", "source_dataset": dataset, "metadata": {}}])
+        with pytest.raises(ValueError, match="source_dataset"):
+            pool.check_golds([{"answer": "1"}])
+    assert not trace.exists()
+
+
+# --- the pool itself ---
+
+
+def children(parent: int) -> set[int]:
+    found = set()
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            if int((entry / "stat").read_text().rpartition(")")[2].split()[1]) == parent:
+                found.add(int(entry.name))
+    return found
+
+
+def gone(pids: list[int], seconds: float = 5.0) -> bool:
+    """Whether the processes end (or are zombies that nobody reaps) within `seconds`."""
+
+    def alive(pid: int) -> bool:
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        except OSError:
+            return False
+
+    deadline = time.monotonic() + seconds
+    while any(map(alive, pids)):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def python(script: str, **options: object) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run(
+        [sys.executable, *options.pop("arguments", [])],
+        input=textwrap.dedent(script),
+        env=environment,
+        text=True,
+        capture_output=True,
+        timeout=60,
+    )
+
+
+def test_nothing_leaks(custom: object) -> None:
+    before, processes = descriptors(), children(os.getpid())
+    pools = []
+    for _ in range(3):
+        with VerifierPool("customs:verify", workers=2, timeout=0.3) as pool:
+            pool.verify(["exit", "a", "sleep"], [{"answer": "a"}] * 3)
+            pools.append(pool)
+    assert descriptors() == before
+    assert children(os.getpid()) == processes
+    for pool in pools:
+        pool.close()
+        with pytest.raises(RuntimeError, match="closed"):
+            pool.verify(["a"], [{"answer": "a"}])
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_a_forgotten_pool_goes_away(custom: object, used: bool) -> None:
+    before, processes = descriptors(), children(os.getpid())
+    pool = VerifierPool("customs:verify")
+    if used:
+        assert pool.verify(["a"], [{"answer": "a"}])[0].value == CORRECT
+    workers = children(os.getpid()) - processes
+    assert len(workers) == 2
+    del pool
+    assert gone(sorted(workers), seconds=0.5)
+    assert descriptors() == before
+
+
+PARENT = """
+    import os, signal, sys, threading
+    from sgopd.verifier import VerifierPool
+    pool = VerifierPool("customs:verify", workers=2, timeout=3600)
+    pool.check_golds([])
+    threading.Timer(1.0, lambda: print("busy", flush=True)).start()
+    pool.verify(["gil", "sleep"], [{"answer": ""}] * 2)
+"""
+
+
+def test_no_orphans_when_the_trainer_is_killed(custom: object) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(PARENT)], env=environment, stdout=subprocess.PIPE
+    ) as trainer:
+        assert trainer.stdout and trainer.stdout.readline() == b"busy\n"
+        workers = children(trainer.pid)
+        assert len(workers) == 2
+        trainer.send_signal(signal.SIGKILL)
+        trainer.wait()
+        assert gone(sorted(workers))
+
+
+def test_a_worker_of_a_stopped_trainer_runs_out_of_processor_time(custom: object) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    script = textwrap.dedent(PARENT).replace("timeout=3600", "timeout=1.5")
+    with subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE) as trainer:
+        assert trainer.stdout and trainer.stdout.readline() == b"busy\n"
+        trainer.send_signal(signal.SIGSTOP)
+        try:
+            ends = {pid: gone([pid], seconds=20.0 if busy else 0.0) for pid, busy in by_load(children(trainer.pid))}
+        finally:
+            trainer.kill()
+    assert sorted(ends.values()) == [False, True]  # the one that sleeps uses none, and goes with the trainer
+
+
+def by_load(pids: set[int]) -> list[tuple[int, bool]]:
+    """Processes with whether each is computing, the computing ones first."""
+    states = {pid: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] for pid in pids}
+    return sorted(((pid, state == "R") for pid, state in states.items()), key=lambda item: not item[1])
+
+
+SCRIPT = """
+    import sys
+    import sgopd.verifier
+    assert not {"torch", "transformers", "sympy", "multiprocessing"} & set(sys.modules)
+    pool = sgopd.verifier.VerifierPool()
+    print(pool.verify(["\\\\boxed{1+x}"], [{"answer": "x+1"}])[0].reason)
+"""
+
+
+@pytest.mark.parametrize("how", ["stdin", "-c", "file"])
+def test_works_from_a_script_without_a_guard(tmp_path: Path, how: str) -> None:
+    script = tmp_path / "no_guard.py"
+    script.write_text(textwrap.dedent(SCRIPT))
+    arguments = {"stdin": ["-"], "-c": ["-c", textwrap.dedent(SCRIPT)], "file": [str(script)]}[how]
+    result = python(SCRIPT, arguments=arguments)
+    assert (result.returncode, result.stdout) == (0, "correct\n"), result.stderr
+
+
+def test_a_math_worker_imports_neither_torch_nor_transformers() -> None:
+    result = python("import sgopd.math_equality, sys; print({'torch', 'transformers'} & set(sys.modules))")
+    assert result.stdout == "set()\n", result.stderr
+
+
+def test_several_threads_share_a_pool(math_pool: VerifierPool) -> None:
+    results: dict[int, list[int]] = {}
+
+    def work(thread: int) -> None:
+        golds = [f"x+{thread}+{i}" for i in range(10)]
+        answers = [f"{i + thread * (i % 2)}+x+{thread * (1 - i % 2)}" for i in range(10)]
+        verdicts = math_pool.verify([box(a) for a in answers], [{"answer": gold} for gold in golds])
+        results[thread] = [verdict.value for verdict in verdicts]
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == {i: [CORRECT] * 10 for i in range(4)}
+
+
+def test_workers_outlive_the_thread_that_made_them(custom: object) -> None:
+    pools: list[VerifierPool] = []
+
+    def make() -> None:
+        pools.append(VerifierPool("customs:verify", timeout=0.5))
+        pools[0].verify(["exit", "a"], [{"answer": "a"}] * 2)  # and the one that replaced a worker
+        pools[0].check_golds([])
+
+    processes = children(os.getpid())
+    thread = threading.Thread(target=make)
+    thread.start()
+    thread.join()
+    workers = children(os.getpid()) - processes
+    time.sleep(0.3)
+    with pools[0] as pool:
+        assert {verdict.reason for verdict in pool.verify(["a"] * 20, [{"answer": "a"}] * 20)} == {"correct"}
+        assert workers <= children(os.getpid())
+
+
+def test_an_interrupt_leaves_no_stale_reply(custom: object) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with VerifierPool("customs:verify", workers=2, timeout=30.0) as pool:
+        pool.check_golds([])
+        previous = signal.signal(signal.SIGALRM, interrupt)
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0.3)
+            with pytest.raises(KeyboardInterrupt):
+                pool.verify(["sleep", "a", "b", "sleep"], [{"answer": "a"}] * 4)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, previous)
+        assert [v.value for v in pool.verify(["b", "a", "b"], [{"answer": "a"}] * 3)] == [INCORRECT, CORRECT, INCORRECT]
+
+
+def test_a_worker_killed_while_idle_costs_nothing(custom: object) -> None:
+    processes = children(os.getpid())
+    with VerifierPool("customs:verify", workers=2) as pool:
+        for _ in range(3):
+            assert {v.reason for v in pool.verify(["a"] * 4, [{"answer": "a"}] * 4)} == {"correct"}
+            workers = children(os.getpid()) - processes
+            for worker in workers:
+                os.kill(worker, signal.SIGKILL)
+            assert gone(sorted(workers))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"kind": "maths"}, "did you mean 'math'"),
+        ({"kind": "my module"}, "package.module:function"),
+        ({"workers": 0}, "workers is 0"),
+        ({"timeout": 0.0}, "timeout is 0.0"),
+        ({"timeout": float("nan")}, "timeout is nan"),
+        ({"memory_mb": 10}, "memory_mb is 10"),
+    ],
+)
+def test_bad_arguments_are_named(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        VerifierPool(**arguments)  # type: ignore[arg-type]
+
+
+def test_lengths_must_agree(math_pool: VerifierPool) -> None:
+    with pytest.raises(ValueError, match="2 responses, 1 examples and 2"):
+        math_pool.verify(["a", "b"], [{"answer": "1"}])
+    assert math_pool.verify([], []) == []
