@@ -300,6 +300,18 @@ def test_verdicts_do_not_depend_on_the_pool_or_the_order() -> None:
     assert verdicts(3, forward[1::2] + forward[::2]) == one
 
 
+def test_sympy_draws_the_same_random_points_for_every_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sympy.core.random
+
+    from sgopd import math_equality
+
+    draws = []
+    monkeypatch.setattr(math_equality, "verify", lambda *_, **__: draws.append(sympy.core.random.random()))
+    for answer in ("1+x", "2+x", "1+x"):
+        math_equality.grade("x+1", answer)
+    assert draws[0] == draws[1] == draws[2]
+
+
 @pytest.mark.parametrize(
     ("response", "expected"),
     [
@@ -550,8 +562,24 @@ def test_the_first_failure_of_a_kind_is_logged_with_its_cause(custom: object, ca
 
 def test_large_requests_arrive_whole(custom: object) -> None:
     example = {"length": 10_000_000, "blob": bytes(3_000_000)}
-    with VerifierPool("customs:Grader.verify", timeout=20.0) as pool:
-        assert [verdict.value for verdict in pool.verify(["x" * 10_000_000] * 3, [example] * 3)] == [CORRECT] * 3
+    processes = children(os.getpid())
+    with VerifierPool("customs:Grader.verify", workers=1, timeout=20.0) as pool:
+        for _ in range(2):
+            assert [verdict.value for verdict in pool.verify(["x" * 10_000_000] * 3, [example] * 3)] == [CORRECT] * 3
+            assert len(pool._selector.get_map()) == 1, "a pipe that is always writable would keep the trainer busy"
+            (worker,) = children(os.getpid()) - processes
+            os.kill(worker, signal.SIGKILL)
+            assert gone([worker])
+
+
+def test_a_worker_that_does_not_read_is_killed_too(custom: object) -> None:
+    processes = children(os.getpid())
+    with VerifierPool("customs:verify", workers=1, timeout=1.0) as pool:
+        pool.check_golds([])
+        (worker,) = children(os.getpid()) - processes
+        os.kill(worker, signal.SIGSTOP)
+        verdicts = pool.verify(["x" * 10_000_000, "a"], [{"answer": "a"}] * 2)
+        assert [verdict.reason for verdict in verdicts] == ["timeout", "correct"]
 
 
 def test_a_killed_verifier_takes_its_own_children_along(custom: object, tmp_path: Path) -> None:
