@@ -27,9 +27,7 @@ def find_nvcc() -> str | None:
     candidates = [os.environ.get("CUDACXX"), *(f"{home}/bin/nvcc" for home in homes if home)]
     found = next((c for c in candidates if c and os.access(c, os.X_OK)), None) or shutil.which("nvcc")
     if found is None and wanted == "1":
-        raise SystemExit(
-            "SGOPD_CUDA=1, but nvcc was not found: set CUDA_HOME or CUDACXX, or unset SGOPD_CUDA."
-        )
+        raise SystemExit("SGOPD_CUDA=1, but nvcc was not found: set CUDA_HOME or CUDACXX, or unset SGOPD_CUDA.")
     return found
 
 

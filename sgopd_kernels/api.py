@@ -420,7 +420,7 @@ class _Call:
         if name == "reference":
             return self._reference(spec, all_tensors, return_stats)
         need = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
-        loss, stats, *_ = fused_loss(*all_tensors.values(), spec.encode(), name, need)
+        loss, stats, *_ = fused_loss(*all_tensors.values(), *spec.encode(), name, need)
         if reduction == "none":
             loss = loss.reshape(self.shape)
         return (loss, self._stats(stats.detach(), name, "exact")) if return_stats else loss

@@ -105,13 +105,14 @@ def fused_loss(
     reference_bias: Tensor | None,
     reliability: Tensor | None,
     uniform: Tensor | None,
-    spec: str,
+    words: str,
+    numbers: list[float],
     backend: str,
     need: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, stats [N, 8] float64, d_hidden, d_weight, d_bias); a gradient not needed is an empty tensor."""
     arguments = locals()
-    chosen = Spec.decode(spec)
+    chosen = Spec.decode(words, numbers)
     problem = problem_of(chosen, {name: arguments[name] for name in TENSORS})
     wanted = plan.Need(*need) if _makes_gradients(chosen, row_scale) else plan.Need()
     scale = row_scale if row_scale is not None else scale_of(problem, denominator)
@@ -152,12 +153,13 @@ def _(
     reference_bias: Tensor | None,
     reliability: Tensor | None,
     uniform: Tensor | None,
-    spec: str,
+    words: str,
+    numbers: list[float],
     backend: str,
     need: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     n = student_hidden.shape[0]
-    chosen = Spec.decode(spec)
+    chosen = Spec.decode(words, numbers)
     makes = _makes_gradients(chosen, row_scale)
     loss = student_hidden.new_empty((n,) if chosen.reduction == "none" else (), dtype=torch.float32)
     stats = student_hidden.new_empty((n, plan.COLUMNS), dtype=torch.float64)
@@ -169,9 +171,9 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tensors, (spec, backend, need) = inputs[: len(TENSORS)], inputs[len(TENSORS) :]
-    ctx.spec, ctx.backend, ctx.need = spec, backend, need
-    ctx.per_token = Spec.decode(spec).reduction == "none"
+    tensors, (words, numbers, backend, need) = inputs[: len(TENSORS)], inputs[len(TENSORS) :]
+    ctx.words, ctx.numbers, ctx.backend, ctx.need = words, numbers, backend, need
+    ctx.per_token = Spec.decode(words, numbers).reduction == "none"
     ctx.gradients = None
     if ctx.per_token:
         ctx.present = [t is not None for t in tensors]
@@ -189,14 +191,14 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Te
             "gated_kl_loss is differentiable once: its gradient was asked for with create_graph=True; "
             "use backend='reference' for second derivatives"
         )
-    nothing = (None,) * (len(TENSORS) - 3 + 3)
+    nothing = (None,) * (len(TENSORS) - 3 + 4)
     if grad_loss is None:
         return (None, None, None, *nothing)
     if ctx.per_token:
         saved = iter(ctx.saved_tensors)
         tensors = dict(zip(TENSORS, (next(saved) if present else None for present in ctx.present)))
         tensors["row_scale"] = grad_loss.contiguous()
-        _, _, *gradients = fused_loss(*tensors.values(), ctx.spec, ctx.backend, ctx.need)
+        _, _, *gradients = fused_loss(*tensors.values(), ctx.words, ctx.numbers, ctx.backend, ctx.need)
         return (*(g if wanted else None for wanted, g in zip(ctx.need, gradients)), *nothing)
     if ctx.gradients is None:
         raise RuntimeError(

@@ -51,7 +51,7 @@ def chunk_rows(problem: Problem, backend: TorchBackend, valid: int) -> int:
     cast = TILE_BYTES if any(w.dtype != torch.float32 for w in weights) else 0
     widest = max(w.shape[1] for w in weights)
     row_bytes = 4 * (v * heads + 3 * widest)  # logits; gathered hidden states and a gradient row
-    room = problem.spec.workspace - cast - backend.temporary_bytes(v)
+    room = problem.spec.workspace - cast - backend.temporary_bytes(problem.token_ids.device.type)
     rows = max(1, room // row_bytes)
     if rows >= valid:
         return max(1, valid)

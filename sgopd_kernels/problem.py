@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -45,15 +44,53 @@ class Spec:
     teacher_softcap: float | None = None
     reference_softcap: float | None = None
 
-    def encode(self) -> str:
-        """A custom op takes no dataclass: the spec crosses as JSON (floats survive exactly)."""
-        return json.dumps(asdict(self))
+    def encode(self) -> tuple[str, list[float]]:
+        """A custom op takes no dataclass: the spec crosses as words and numbers (None as 0: a cap is > 0)."""
+        words = ",".join([self.estimator, self.divergence, self.keep, self.reduction])
+        numbers = [
+            self.beta,
+            self.temperature,
+            *self.agree,
+            *self.conflict,
+            self.neutral,
+            self.tolerance,
+            self.ratio_clip,
+            float(self.ignore_index),
+            float(self.workspace),
+            self.student_scale,
+            self.teacher_scale,
+            self.reference_scale,
+            self.student_softcap or 0.0,
+            self.teacher_softcap or 0.0,
+            self.reference_softcap or 0.0,
+        ]
+        return words, numbers
 
     @staticmethod
-    def decode(text: str) -> Spec:
-        fields = json.loads(text)
-        fields["agree"], fields["conflict"] = tuple(fields["agree"]), tuple(fields["conflict"])
-        return Spec(**fields)
+    def decode(words: str, numbers: list[float]) -> Spec:
+        estimator, divergence, keep, reduction = words.split(",")
+        n = iter(numbers)
+        return Spec(
+            estimator=estimator,
+            divergence=divergence,
+            keep=keep,
+            reduction=reduction,
+            beta=next(n),
+            temperature=next(n),
+            agree=(next(n), next(n)),
+            conflict=(next(n), next(n)),
+            neutral=next(n),
+            tolerance=next(n),
+            ratio_clip=next(n),
+            ignore_index=int(next(n)),
+            workspace=int(next(n)),
+            student_scale=next(n),
+            teacher_scale=next(n),
+            reference_scale=next(n),
+            student_softcap=next(n) or None,
+            teacher_softcap=next(n) or None,
+            reference_softcap=next(n) or None,
+        )
 
 
 @dataclass(frozen=True)

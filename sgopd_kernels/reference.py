@@ -41,8 +41,8 @@ def logits(hidden: Tensor, head: Head, vocabulary: int, temperature: float) -> T
 
 
 def _xlogx_sum(p: Tensor, log_ratio: Tensor) -> Tensor:
-    """sum_v p * log_ratio with 0 * anything = 0: a masked column (p = 0) takes no part."""
-    return torch.where(p > 0, p * torch.where(p > 0, log_ratio, torch.zeros_like(log_ratio)), 0.0).sum(-1)
+    """sum_v p * log_ratio with 0 * anything = 0: a masked column (p = 0) takes no part. NaN stays NaN."""
+    return (p * torch.where(p == 0, 0.0, log_ratio)).sum(-1)
 
 
 def _divergence(name: str, beta: float, log_p: Tensor, log_q: Tensor) -> Tensor:

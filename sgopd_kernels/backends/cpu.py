@@ -40,7 +40,7 @@ class CpuBackend(TorchBackend):
     name = "cpu"
     isa = ""  # "": the best one
 
-    def temporary_bytes(self, vocabulary: int) -> int:
+    def temporary_bytes(self, device_type: str) -> int:
         return 0
 
     def rows(

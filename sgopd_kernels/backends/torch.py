@@ -45,9 +45,9 @@ def vocabulary_tiles(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
 class TorchBackend:
     name = "torch"
 
-    def temporary_bytes(self, vocabulary: int) -> int:
+    def temporary_bytes(self, device_type: str) -> int:
         """What `rows` holds for a moment, for the plan's memory count."""
-        return _BLOCK_BYTES
+        return _block_bytes(device_type)
 
     def project(self, hidden: Tensor, weight: Tensor, out: Tensor) -> None:
         with ieee_matmul():
@@ -83,7 +83,7 @@ class TorchBackend:
         """
         n, v = z_student.shape
         stats = torch.empty(n, 8, dtype=torch.float64, device=z_student.device)
-        step = max(1, _BLOCK_BYTES // (_LIVE_COPIES * 8 * v))
+        step = max(1, _block_bytes(z_student.device.type) // (_LIVE_COPIES * 8 * v))
         for first in range(0, n, step):
             part = slice(first, first + step)
             _block(
@@ -101,8 +101,12 @@ class TorchBackend:
         return stats
 
 
-_BLOCK_BYTES = 32 * 2**20
-_LIVE_COPIES = 8  # float64 [n, V] tensors alive at once in _block, at the most
+_LIVE_COPIES = 12  # float64 [n, V] tensors alive at once in _block, at the most
+
+
+def _block_bytes(device_type: str) -> int:
+    """Temporaries of one block of rows: enough work for one call of a threaded operation, or one launch."""
+    return (48 if device_type == "cpu" else 128) * 2**20
 
 
 def _log_softmax(z: Tensor, head: Head, temperature: float, outside: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -120,8 +124,8 @@ def _log_softmax(z: Tensor, head: Head, temperature: float, outside: Tensor | No
 
 
 def _expectation(p: Tensor, values: Tensor) -> Tensor:
-    """sum_v p * values where p > 0."""
-    return torch.where(p > 0, p * values, 0.0).sum(-1)
+    """sum_v p * values with 0 * anything = 0."""
+    return (p * values).masked_fill_(p == 0, 0.0).sum(-1)
 
 
 def _divergence(spec: Spec, log_p: Tensor, p: Tensor, log_q: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,16 +133,19 @@ def _divergence(spec: Spec, log_p: Tensor, p: Tensor, log_q: Tensor, q: Tensor) 
     if spec.divergence == "reverse-kl":
         ratio = log_p - log_q
         value = _expectation(p, ratio)
-        gradient = torch.where(p > 0, p * (ratio - value.unsqueeze(-1)), 0.0)
+        gradient = (p * (ratio - value.unsqueeze(-1))).masked_fill_(p == 0, 0.0)
     elif spec.divergence == "forward-kl":
         value = _expectation(q, log_q - log_p)
         gradient = p - q
     else:
         beta = spec.beta
-        log_m = torch.logaddexp(log_q + math.log(beta), log_p + math.log1p(-beta))
-        student = _expectation(p, log_p - log_m)
-        value = beta * _expectation(q, log_q - log_m) + (1 - beta) * student
-        gradient = torch.where(p > 0, (1 - beta) * p * (log_p - log_m - student.unsqueeze(-1)), 0.0)
+        # r = log(m / p) for m = beta q + (1 - beta) p: exactly 0 for equal models, no overflow for distant ones
+        u = log_q - log_p
+        far = torch.logaddexp(u + math.log(beta), torch.full_like(u, math.log1p(-beta)))
+        r = torch.where(u < 30, torch.log1p(beta * torch.expm1(u)), far)
+        student = _expectation(p, -r)
+        value = beta * _expectation(q, u - r) + (1 - beta) * student
+        gradient = ((1 - beta) * p * (-r - student.unsqueeze(-1))).masked_fill_(p == 0, 0.0)
     return value, gradient
 
 
@@ -231,6 +238,6 @@ def _block(
         if head.bias is not None:
             z += head.bias[: z.shape[1]].double()
         slope = 1 - torch.tanh(z * (head.logit_scale / head.softcap)) ** 2
-        dense = torch.where(p > 0, dense * slope, 0.0)
+        dense = (dense * slope).masked_fill_(p == 0, 0.0)
     dense = dense * (coefficient * (head.logit_scale / temperature)).unsqueeze(-1)
     z_student.copy_(dense.masked_fill_(off.unsqueeze(-1), 0.0))

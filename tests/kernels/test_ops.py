@@ -1,0 +1,145 @@
+"""The loss as a torch citizen: opcheck, torch.compile, autocast, one backward, memory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from typing import Any
+
+import pytest
+import torch
+
+from sgopd_kernels import gated_kl_loss
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_opcheck(kit: Any, reduction: str) -> None:
+    from sgopd_kernels.ops import TENSORS, fused_loss
+    from sgopd_kernels.problem import Spec
+
+    i = kit.make_inputs(n=7, v=33, hs=8, masked=0.0)
+    given: dict[str, Any] = dict.fromkeys(TENSORS)
+    given.update(
+        student_hidden=i.student_hidden.requires_grad_(),
+        student_weight=i.student_weight.requires_grad_(),
+        token_ids=i.token_ids,
+        verdict=i.verdict.float(),
+        teacher_hidden=i.teacher_hidden,
+        teacher_weight=i.teacher_weight,
+    )
+    words, numbers = Spec(reduction=reduction).encode()
+    torch.library.opcheck(
+        fused_loss,
+        (*given.values(), words, numbers, "cpu", [True, True, False]),
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_compiled_equals_eager_bitwise(kit: Any, backend: str) -> None:
+    inputs = kit.make_inputs(n=40, v=200, hs=16, seed=6)
+
+    def step(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return gated_kl_loss(hidden * 1.5, weight, *inputs.args()[2:], backend=backend) * 2.0
+
+    def run(function: Any) -> tuple[torch.Tensor, ...]:
+        hidden = inputs.student_hidden.clone().requires_grad_()
+        weight = inputs.student_weight.clone().requires_grad_()
+        loss = function(hidden, weight)
+        loss.backward()
+        return loss.detach(), hidden.grad, weight.grad
+
+    torch._dynamo.reset()
+    # aot_eager: the graph, the fake kernels and the partitioned backward without a C++ compilation per test.
+    for a, b in zip(run(step), run(torch.compile(step, fullgraph=True, backend="aot_eager"))):
+        assert torch.equal(a, b)
+
+
+def test_autocast_keeps_exact_logits(kit: Any) -> None:
+    """Under autocast the hidden states arrive in bf16 and the head stays fp32: nothing is rounded further."""
+    inputs = kit.make_inputs(seed=3)
+    half = inputs.student_hidden.bfloat16()
+    exact = gated_kl_loss(half.float(), *inputs.args()[1:])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = gated_kl_loss(half, *inputs.args()[1:])
+    assert torch.equal(exact, mixed)
+
+
+def test_second_derivatives_and_second_backwards_are_refused(kit: Any) -> None:
+    inputs = kit.make_inputs(n=5, v=20, hs=8)
+    hidden = inputs.student_hidden.clone().requires_grad_()
+    loss = gated_kl_loss(hidden, *inputs.args()[1:])
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(loss, hidden, create_graph=True)
+    loss = gated_kl_loss(hidden, *inputs.args()[1:])
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="backward was called twice"):
+        loss.backward()
+
+
+def test_accumulation_adds_up(kit: Any) -> None:
+    """Two micro-batches with num_items of both equal one batch."""
+    inputs = kit.make_inputs(n=80, v=150, hs=16)
+    whole = kit.call(inputs)
+    items = int((inputs.token_ids != -100).sum())
+    hidden = inputs.student_hidden.clone().requires_grad_()
+    weight = inputs.student_weight.clone().requires_grad_()
+    for part in (slice(0, 30), slice(30, 80)):
+        gated_kl_loss(
+            hidden[part],
+            weight,
+            inputs.teacher_hidden[part],
+            inputs.teacher_weight,
+            inputs.token_ids[part],
+            inputs.verdict[part],
+            num_items=items,
+        ).backward()
+    assert hidden.grad is not None and weight.grad is not None
+    assert kit.relative(hidden.grad, whole[1]) < 1e-6 and kit.relative(weight.grad, whole[2]) < 1e-6
+
+
+_PEAK = """
+    import ctypes, sys, torch
+    from sgopd_kernels import gated_kl_loss
+
+    backend, dtype, n, v, h = sys.argv[1], getattr(torch, sys.argv[2]), *map(int, sys.argv[3:])
+    libc = ctypes.CDLL("libc.so.6")
+
+    def status(key):
+        return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith(key)) * 1024
+
+    def run(n):
+        g = torch.Generator().manual_seed(0)
+        hidden = torch.randn(n, h, generator=g).to(dtype).requires_grad_()
+        weight = (torch.randn(v, h, generator=g) / h**0.5).to(dtype).requires_grad_()
+        other = (torch.randn(n, h, generator=g).to(dtype), (torch.randn(v, h, generator=g) / h**0.5).to(dtype))
+        ids, verdict = torch.randint(0, v, (n,), generator=g), torch.ones(n)
+        libc.malloc_trim(0)
+        open("/proc/self/clear_refs", "w").write("5")  # resets the high-water mark
+        before = status("VmRSS")
+        gated_kl_loss(hidden, weight, *other, ids, verdict, backend=backend).backward()
+        gradients = sum(t.grad.numel() * t.grad.element_size() for t in (hidden, weight))
+        return status("VmHWM") - before - gradients
+
+    run(16)  # libraries, thread pools
+    print(run(n))
+"""
+
+
+def peak_bytes(backend: str, dtype: str, n: int, v: int, h: int) -> int:
+    command = [sys.executable, "-c", textwrap.dedent(_PEAK), backend, dtype, *map(str, (n, v, h))]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the high-water mark from /proc")
+@pytest.mark.parametrize(
+    "backend, dtype, n", [("cpu", "float32", 8192), ("cpu", "bfloat16", 2048), ("torch", "float32", 1024)]
+)
+def test_peak_memory_is_bounded_whatever_n(backend: str, dtype: str, n: int) -> None:
+    """Above inputs and gradients: the workspace of 256 MiB and the allocator's slack, also for 4 times the tokens."""
+    mib = 2**20
+    # bf16 heads: their fp32 gradient accumulator (49,152 x 16) is 3 MiB of it.
+    for tokens in (n // 4, n):
+        peak = peak_bytes(backend, dtype, tokens, 49_152, 16)
+        assert peak <= 272 * mib, f"{tokens} tokens: {peak / mib:.0f} MiB"
