@@ -96,9 +96,7 @@ def test_reasoning_gym_keeps_what_its_scorer_reads():
             score = reasoning_gym.get_score_answer_fn(name)
             assert score(example["answer"], example) == 1.0
             assert score("nonsense", example) < 1.0
-    terms = [
-        example["metadata"]["num_terms"] for example in load_task("reasoning-gym:chain_sum", max_terms=2)
-    ]
+    terms = [example["metadata"]["num_terms"] for example in load_task("reasoning-gym:chain_sum", max_terms=2)]
     assert set(terms) == {2}
 
 
@@ -151,3 +149,63 @@ def test_tasks_do_not_import_torch(tmp_path):
     code = "import sys, sgopd.tasks; assert 'torch' not in sys.modules and 'reasoning_gym' not in sys.modules"
     environment = os.environ | {"PYTHONPATH": str(Path(sgopd.__file__).parents[1])}
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=environment)
+
+
+# The shipped checkpoints speak three-sums: examples/quickstart/make_checkpoints.py made them.
+
+QUICKSTART = Path(sgopd.__file__).parent / "assets" / "quickstart"
+PROMPT = [{"role": "user", "content": "12+34+56"}]
+ANSWER = [{"role": "assistant", "content": r"46+56=\boxed{102}"}]
+
+
+def test_shipped_checkpoints_are_small():
+    files = [path for name in ("student", "teacher") for path in (QUICKSTART / name).iterdir()]
+    assert {path.name for path in files} >= {"model.safetensors", "config.json", "tokenizer.json"}
+    assert sum(path.stat().st_size for path in files) < 8e6
+
+
+@pytest.mark.parametrize("name", ["student", "teacher"])
+def test_shipped_tokenizer_renders_a_turn_that_ends_with_eos(name):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(QUICKSTART / name)
+    assert len(tokenizer) == 17
+    prompt = tokenizer.apply_chat_template(PROMPT, add_generation_prompt=True, tokenize=False)
+    assert prompt == "<bos>12+34+56="
+    turn = tokenizer.apply_chat_template(PROMPT + ANSWER, tokenize=False)
+    assert turn == prompt + ANSWER[0]["content"] + tokenizer.eos_token
+    ids = tokenizer(turn, add_special_tokens=False).input_ids
+    assert [ids[0], ids[-1]] == [tokenizer.bos_token_id, tokenizer.eos_token_id]
+    assert tokenizer.decode(ids) == turn
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "12+34+56=46+56=\\boxed{102}"
+    assert tokenizer.tokenize(r"\boxed{7}") == [r"\boxed{", "7", "}"]
+
+
+@pytest.mark.parametrize("name", ["student", "teacher"])
+def test_shipped_models_have_the_accuracy_they_are_shipped_for(name):
+    """Wide bands: they catch a wrong file, a template or an alphabet that the models were not trained on."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(QUICKSTART / name)
+    model = AutoModelForCausalLM.from_pretrained(QUICKSTART / name)
+    for config in (model.config, model.generation_config):
+        assert config.eos_token_id == tokenizer.eos_token_id
+        assert config.pad_token_id == tokenizer.pad_token_id
+    examples = load_task("three-sums", "test", size=128, seed=1)
+    prompts = tokenizer.apply_chat_template(
+        [example["prompt"] for example in examples], add_generation_prompt=True, return_tensors="pt"
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        output = model.generate(**prompts, do_sample=True, top_k=0, max_new_tokens=24, num_return_sequences=16)
+    texts = tokenizer.batch_decode(output[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
+    right = [text.endswith(f"\\boxed{{{examples[i // 16]['answer']}}}") for i, text in enumerate(texts)]
+    right_QK = torch.tensor(right, dtype=torch.float32).view(128, 16)
+    misconceived_Q = torch.tensor([example["misconceived"] for example in examples])
+    if name == "student":
+        assert 0.14 < right_QK.mean() < 0.28
+        assert right_QK.amax(1).mean() > 0.88
+    else:
+        assert right_QK[~misconceived_Q].mean() > 0.95
+        assert 0.03 < right_QK[misconceived_Q].mean() < 0.30
