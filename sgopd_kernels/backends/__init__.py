@@ -12,11 +12,13 @@ from torch import device as Device
 from torch import dtype as DType
 from torch import float64  # not `import torch`: that name is a submodule here
 
-from . import cpu
 from .cpu import CpuBackend
+from .cuda import CudaBackend
+from .native import NativeBackend
 from .torch import TorchBackend
 
-NAMES = ("auto", "reference", "torch", "cpu")
+_INSTANCES: dict[str, TorchBackend] = {b.name: b for b in (TorchBackend(), CpuBackend(), CudaBackend())}
+NAMES = ("auto", "reference", *_INSTANCES)
 
 
 def resolve(name: str, device: Device, dtype: DType) -> str:
@@ -26,27 +28,28 @@ def resolve(name: str, device: Device, dtype: DType) -> str:
     if name == "auto":
         if dtype == float64:
             return "reference"
-        if device.type == "cpu" and cpu.available():
-            return "cpu"
-        return "torch"
+        return "cpu" if device.type == "cpu" and usable("cpu") else "torch"
     if name != "reference" and dtype == float64:
         raise ValueError(
             f"backend={name!r} computes in float32; float64 inputs are served by backend='reference' (or 'auto')"
         )
-    if name == "cpu":
-        if device.type != "cpu":
-            raise ValueError(f"backend='cpu' needs tensors on the CPU, got {device}; use backend='auto'")
-        if not cpu.available():
+    if name in ("cpu", "cuda"):
+        if device.type != name:
+            raise ValueError(f"backend={name!r} needs tensors on {name}, got {device}; use backend='auto'")
+        if not usable(name):
             raise RuntimeError(
-                "backend='cpu': the native extension sgopd_kernels._cpu is not built; "
-                "install the package (`pip install .`) or use backend='torch'"
+                f"backend={name!r}: the native extension sgopd_kernels._{name} is not built; install the package "
+                f"(`pip install .`{', with nvcc on the PATH' if name == 'cuda' else ''}) or use backend='torch'"
             )
     return name
 
 
+def usable(name: str) -> bool:
+    """Whether a native backend's extension was built."""
+    backend = _INSTANCES[name]
+    return isinstance(backend, NativeBackend) and backend.available()
+
+
 def get(name: str) -> TorchBackend:
-    """The primitives of a resolved backend ("torch" or "cpu")."""
+    """The primitives of a resolved backend."""
     return _INSTANCES[name]
-
-
-_INSTANCES: dict[str, TorchBackend] = {"torch": TorchBackend(), "cpu": CpuBackend()}

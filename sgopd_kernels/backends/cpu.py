@@ -1,116 +1,29 @@
-"""The native CPU backend: torch's GEMMs, and the row work in one fused pass of C++ (csrc/cpu/rows.cpp)."""
+"""The native CPU backend: csrc/cpu/rows.cpp, for the best instruction set of the processor, on torch's threads."""
 
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from ..problem import Head, Problem
-from .torch import TorchBackend
+from .native import NativeBackend
 
-_native: ModuleType | None
+_module: ModuleType | None
 try:
-    from .. import _cpu as _native  # type: ignore[attr-defined,no-redef,unused-ignore]
-except ImportError:  # a source tree that was not built; resolve() says so when it is asked for by name
-    _native = None
-
-_ESTIMATORS = {"full": 0, "sampled": 1}
-_DIVERGENCES = {"reverse-kl": 0, "forward-kl": 1, "jsd": 2}
+    from .. import _cpu as _module  # type: ignore[attr-defined,no-redef,unused-ignore]
+except ImportError:  # a source tree that was not built; asking for the backend by name says so
+    _module = None
 
 
-def available() -> bool:
-    return _native is not None
-
-
-def instruction_sets() -> list[str]:
-    """Of the build and this processor, best first; the first one is used."""
-    return [] if _native is None else list(_native.available())
-
-
-def _pointer(tensor: Tensor | None, dtype: torch.dtype) -> int:
-    if tensor is None:
-        return 0
-    assert tensor.dtype == dtype and tensor.is_contiguous() and tensor.device.type == "cpu", tensor
-    return tensor.data_ptr()
-
-
-class CpuBackend(TorchBackend):
+class CpuBackend(NativeBackend):
     name = "cpu"
+    module = _module
     isa = ""  # "": the best one
 
-    def temporary_bytes(self, device_type: str) -> int:
-        return 0
+    def launch(self) -> dict[str, Any]:
+        return {"threads": torch.get_num_threads(), "isa": self.isa}
 
-    def rows(
-        self,
-        problem: Problem,
-        rows: Tensor,
-        z_student: Tensor,
-        z_teacher: Tensor | None,
-        z_reference: Tensor | None,
-        weights: Tensor,
-        forced: Tensor | None,
-        row_scale: Tensor,
-        gradient: bool,
-    ) -> Tensor:
-        assert _native is not None
-        spec = problem.spec
-        n, v = z_student.shape
-        stats = torch.empty(n, _native.COLUMNS, dtype=torch.float64)
-        # Everything the call reads stays referenced in this list until it returns.
-        held: list[Tensor | None] = []
-
-        def take(tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> int:
-            held.append(None if tensor is None else tensor.to(dtype).contiguous())
-            return _pointer(held[-1], dtype)
-
-        def head(h: Head | None) -> tuple[int, float, float]:
-            if h is None:
-                return 0, 1.0, 0.0
-            return take(None if h.bias is None else h.bias[:v]), h.logit_scale, h.softcap or 0.0
-
-        def logits(z: Tensor | None) -> tuple[int, int]:
-            if z is None:
-                return 0, 0
-            assert z.dtype == torch.float32 and z.stride(1) == 1
-            return z.data_ptr(), z.stride(0)
-
-        def select(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor[rows]
-
-        (student, student_stride), (teacher, teacher_stride), (reference, reference_stride) = map(
-            logits, (z_student, z_teacher, z_reference)
-        )
-        _native.rows(
-            n=n,
-            vocabulary=v,
-            student=student,
-            student_stride=student_stride,
-            teacher=teacher,
-            teacher_stride=teacher_stride,
-            reference=reference,
-            reference_stride=reference_stride,
-            student_head=head(problem.student),
-            teacher_head=head(problem.teacher),
-            reference_head=head(problem.reference),
-            token_ids=take(problem.token_ids[rows], torch.int64),
-            verdict=take(problem.verdict[rows]),
-            weights=take(weights, torch.float64),
-            forced=take(forced, torch.int8),
-            row_scale=take(row_scale),
-            teacher_logprob=take(select(problem.teacher_logprob)),
-            behaviour_logprob=take(select(problem.behaviour_logprob)),
-            stats=_pointer(stats, torch.float64),
-            estimator=_ESTIMATORS[spec.estimator],
-            divergence=_DIVERGENCES[spec.divergence],
-            beta=spec.beta,
-            tolerance=spec.tolerance,
-            ratio_clip=spec.ratio_clip,
-            temperature=spec.temperature,
-            gradient=gradient,
-            threads=torch.get_num_threads(),
-            isa=self.isa,
-        )
-        return stats
+    def instruction_sets(self) -> list[str]:
+        """Of the build and this processor, best first; the first one is used."""
+        return [] if self.module is None else list(self.module.available())

@@ -1,0 +1,96 @@
+// Python's door to the row pass of any native device: addresses and strides as integers, checked before they are
+// followed. Every extension module defines `rows` through `define_rows`, so that one contract serves them all.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <functional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+#include "rows.h"
+
+namespace sgopd {
+
+namespace py = pybind11;
+using Address = std::uintptr_t;
+using HeadTuple = std::tuple<Address, float, float>;  // bias, logit scale, softcap (0: none)
+
+// How a device runs the pass: its arguments, then the CPU's thread count and instruction set, the GPU's stream.
+using Run = std::function<void(const RowsArgs&, int threads, const std::string& isa, Address stream)>;
+
+template <typename T>
+inline T* pointer(const char* name, std::uintptr_t address, bool required) {
+  if (address == 0 && required) throw std::invalid_argument(std::string(name) + ": null address");
+  if (address % alignof(T) != 0) {
+    throw std::invalid_argument(std::string(name) + ": address is not aligned to its element");
+  }
+  return reinterpret_cast<T*>(address);
+}
+
+inline HeadArgs head(const char* name, const HeadTuple& h) {
+  return {pointer<const float>(name, std::get<0>(h), false), std::get<1>(h), std::get<2>(h)};
+}
+
+inline void define_rows(py::module_& m, Run run) {
+  using namespace py::literals;
+  m.attr("COLUMNS") = static_cast<int>(kColumns);
+  const auto rows = [run](int64_t n, int64_t vocabulary, Address student, int64_t student_stride, Address teacher,
+                          int64_t teacher_stride, Address reference, int64_t reference_stride,
+                          const HeadTuple& student_head, const HeadTuple& teacher_head, const HeadTuple& reference_head,
+                          Address token_ids, Address verdict, Address weights, Address forced, Address row_scale,
+                          Address teacher_logprob, Address behaviour_logprob, Address stats, int estimator,
+                          int divergence, double beta, double tolerance, double ratio_clip, double temperature,
+                          bool gradient, int threads, const std::string& isa, Address stream) {
+    if (n < 0 || vocabulary < 1) throw std::invalid_argument("rows: n must be >= 0 and vocabulary >= 1");
+    if (student_stride < vocabulary || (teacher != 0 && teacher_stride < vocabulary) ||
+        (reference != 0 && reference_stride < vocabulary))
+      throw std::invalid_argument("rows: a row stride is smaller than the vocabulary");
+    if (estimator < 0 || estimator > 1 || divergence < 0 || divergence > 2)
+      throw std::invalid_argument("rows: unknown estimator or divergence");
+    if (teacher == 0 && estimator != kSampled)
+      throw std::invalid_argument("rows: without teacher logits only the sampled estimator is defined");
+    if (reference != 0 && teacher == 0) throw std::invalid_argument("rows: a reference needs teacher logits");
+    if (!(temperature > 0)) throw std::invalid_argument("rows: temperature must be > 0");
+
+    RowsArgs a{};
+    a.rows = n;
+    a.vocabulary = vocabulary;
+    a.student = pointer<float>("student", student, true);
+    a.student_stride = student_stride;
+    a.teacher = pointer<float>("teacher", teacher, false);
+    a.teacher_stride = teacher_stride;
+    a.reference = pointer<float>("reference", reference, false);
+    a.reference_stride = reference_stride;
+    a.student_head = head("student bias", student_head);
+    a.teacher_head = head("teacher bias", teacher_head);
+    a.reference_head = head("reference bias", reference_head);
+    a.token_ids = pointer<const int64_t>("token_ids", token_ids, true);
+    a.verdict = pointer<const float>("verdict", verdict, true);
+    a.weights = pointer<const double>("weights", weights, true);
+    a.forced = pointer<const int8_t>("forced", forced, false);
+    a.row_scale = pointer<const float>("row_scale", row_scale, gradient);
+    a.teacher_logprob = pointer<const float>("teacher_logprob", teacher_logprob, teacher == 0);
+    a.behaviour_logprob = pointer<const float>("behaviour_logprob", behaviour_logprob, false);
+    a.stats = pointer<double>("stats", stats, true);
+    a.estimator = estimator;
+    a.divergence = divergence;
+    a.beta = beta;
+    a.tolerance = tolerance;
+    a.ratio_clip = ratio_clip;
+    a.inverse_temperature = static_cast<float>(1.0 / temperature);
+    a.gradient = gradient;
+
+    if (n == 0) return;
+    run(a, threads, isa, stream);
+  };
+  m.def("rows", rows, py::kw_only(), "n"_a, "vocabulary"_a, "student"_a, "student_stride"_a, "teacher"_a,
+        "teacher_stride"_a, "reference"_a, "reference_stride"_a, "student_head"_a, "teacher_head"_a, "reference_head"_a,
+        "token_ids"_a, "verdict"_a, "weights"_a, "forced"_a, "row_scale"_a, "teacher_logprob"_a, "behaviour_logprob"_a,
+        "stats"_a, "estimator"_a, "divergence"_a, "beta"_a, "tolerance"_a, "ratio_clip"_a, "temperature"_a,
+        "gradient"_a, "threads"_a = 1, "isa"_a = "", "stream"_a = 0);
+}
+
+}  // namespace sgopd

@@ -1,0 +1,14 @@
+// The CUDA extension. Imports without a GPU; a launch without one raises.
+
+#include "../arguments.h"
+
+namespace sgopd {
+void cuda_rows(const RowsArgs& args, void* stream);
+}
+
+PYBIND11_MODULE(_cuda, m) {
+  m.doc() = "Fused row pass of the gated distillation loss in CUDA (internal: use sgopd_kernels.gated_kl_loss).";
+  sgopd::define_rows(m, [](const sgopd::RowsArgs& args, int, const std::string&, std::uintptr_t stream) {
+    sgopd::cuda_rows(args, reinterpret_cast<void*>(stream));
+  });
+}

@@ -1,0 +1,101 @@
+"""Backends whose row work is one fused native pass; the GEMMs stay torch's. Contract: csrc/rows.h."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..problem import Head, Problem
+from .torch import TorchBackend
+
+_ESTIMATORS = {"full": 0, "sampled": 1}
+_DIVERGENCES = {"reverse-kl": 0, "forward-kl": 1, "jsd": 2}
+
+
+class NativeBackend(TorchBackend):
+    """`module` is the extension; `launch` the arguments of its own: threads, a stream."""
+
+    module: ModuleType | None = None
+
+    def available(self) -> bool:
+        return self.module is not None
+
+    def launch(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def temporary_bytes(self, device_type: str) -> int:
+        return 0
+
+    def rows(
+        self,
+        problem: Problem,
+        rows: Tensor,
+        z_student: Tensor,
+        z_teacher: Tensor | None,
+        z_reference: Tensor | None,
+        weights: Tensor,
+        forced: Tensor | None,
+        row_scale: Tensor,
+        gradient: bool,
+    ) -> Tensor:
+        assert self.module is not None
+        spec = problem.spec
+        n, v = z_student.shape
+        stats = torch.empty(n, self.module.COLUMNS, dtype=torch.float64, device=z_student.device)
+        # Everything the call reads stays referenced in this list until it returns.
+        held: list[Tensor | None] = []
+
+        def take(tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> int:
+            held.append(None if tensor is None else tensor.to(dtype).contiguous())
+            return 0 if held[-1] is None else held[-1].data_ptr()
+
+        def head(h: Head | None) -> tuple[int, float, float]:
+            if h is None:
+                return 0, 1.0, 0.0
+            return take(None if h.bias is None else h.bias[:v]), h.logit_scale, h.softcap or 0.0
+
+        def logits(z: Tensor | None) -> tuple[int, int]:
+            if z is None:
+                return 0, 0
+            assert z.dtype == torch.float32 and z.stride(1) == 1
+            return z.data_ptr(), z.stride(0)
+
+        def select(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[rows]
+
+        (student, student_stride), (teacher, teacher_stride), (reference, reference_stride) = map(
+            logits, (z_student, z_teacher, z_reference)
+        )
+        self.module.rows(
+            n=n,
+            vocabulary=v,
+            student=student,
+            student_stride=student_stride,
+            teacher=teacher,
+            teacher_stride=teacher_stride,
+            reference=reference,
+            reference_stride=reference_stride,
+            student_head=head(problem.student),
+            teacher_head=head(problem.teacher),
+            reference_head=head(problem.reference),
+            token_ids=take(problem.token_ids[rows], torch.int64),
+            verdict=take(problem.verdict[rows]),
+            weights=take(weights, torch.float64),
+            forced=take(forced, torch.int8),
+            row_scale=take(row_scale),
+            teacher_logprob=take(select(problem.teacher_logprob)),
+            behaviour_logprob=take(select(problem.behaviour_logprob)),
+            stats=stats.data_ptr(),
+            estimator=_ESTIMATORS[spec.estimator],
+            divergence=_DIVERGENCES[spec.divergence],
+            beta=spec.beta,
+            tolerance=spec.tolerance,
+            ratio_clip=spec.ratio_clip,
+            temperature=spec.temperature,
+            gradient=gradient,
+            **self.launch(),
+        )
+        return stats

@@ -1,0 +1,108 @@
+"""The native extensions' door: what crosses as an integer is checked before it is followed."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+import pytest
+import torch
+
+from sgopd_kernels import _cpu, gated_kl_loss
+from sgopd_kernels.backends import usable
+
+
+def arguments(**changes: Any) -> tuple[dict[str, Any], list[torch.Tensor]]:
+    z, t = torch.randn(4, 50), torch.randn(4, 50)
+    ids, verdict, weights = torch.arange(4), torch.ones(4), torch.ones(3, 4, dtype=torch.float64)
+    scale, stats = torch.ones(4), torch.empty(4, _cpu.COLUMNS, dtype=torch.float64)
+    given = dict(
+        n=4,
+        vocabulary=50,
+        student=z.data_ptr(),
+        student_stride=50,
+        teacher=t.data_ptr(),
+        teacher_stride=50,
+        reference=0,
+        reference_stride=0,
+        student_head=(0, 1.0, 0.0),
+        teacher_head=(0, 1.0, 0.0),
+        reference_head=(0, 1.0, 0.0),
+        token_ids=ids.data_ptr(),
+        verdict=verdict.data_ptr(),
+        weights=weights.data_ptr(),
+        forced=0,
+        row_scale=scale.data_ptr(),
+        teacher_logprob=0,
+        behaviour_logprob=0,
+        stats=stats.data_ptr(),
+        estimator=0,
+        divergence=0,
+        beta=0.5,
+        tolerance=0.0,
+        ratio_clip=1.0,
+        temperature=1.0,
+        gradient=True,
+    )
+    return {**given, **changes}, [z, t, ids, verdict, weights, scale, stats]
+
+
+@pytest.mark.parametrize(
+    "changes, match",
+    [
+        (dict(student=0), "student: null"),
+        (dict(stats=0), "stats: null"),
+        (dict(row_scale=0), "row_scale: null"),
+        (dict(student=3), "aligned"),
+        (dict(student_stride=49), "stride"),
+        (dict(vocabulary=0), "vocabulary"),
+        (dict(n=-1), "n must be"),
+        (dict(estimator=7), "estimator"),
+        (dict(teacher=0), "sampled"),
+        (dict(teacher=0, estimator=1), "teacher_logprob: null"),
+        (dict(temperature=0.0), "temperature"),
+        (dict(isa="sse9"), "isa"),
+    ],
+)
+def test_bad_arguments_are_refused(changes: dict[str, Any], match: str) -> None:
+    given, held = arguments(**changes)
+    with pytest.raises(ValueError, match=match):
+        _cpu.rows(**given)
+    assert held
+
+
+def test_token_ids_are_checked_again_at_the_door() -> None:
+    given, held = arguments()
+    held[2][1] = 50
+    with pytest.raises(IndexError, match="token_ids"):
+        _cpu.rows(**given)
+    held[2][1] = 49
+    _cpu.rows(**given)
+    assert abs(float(held[0].sum())) < 1e-5  # a gradient's rows sum to 0
+
+
+def test_threads_of_python_may_call_at_once(kit: Any) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    inputs = kit.make_inputs(n=150, v=2000)
+    expected = gated_kl_loss(*inputs.args(), backend="cpu")
+    with ThreadPoolExecutor(8) as pool:
+        for loss in pool.map(lambda _: gated_kl_loss(*inputs.args(), backend="cpu"), range(32)):
+            assert torch.equal(loss, expected)
+
+
+def test_cuda_extension_is_built_where_nvcc_is_and_refuses_without_a_device(kit: Any) -> None:
+    inputs = kit.make_inputs(n=4, v=20, hs=8)
+    with pytest.raises(ValueError, match="backend='cuda' needs tensors on cuda"):
+        gated_kl_loss(*inputs.args(), backend="cuda")
+    if shutil.which("nvcc") is None:
+        pytest.skip("no nvcc on the PATH: the CUDA extension is not built")
+    assert usable("cuda")
+    if torch.cuda.is_available():
+        pytest.skip("a CUDA device is present: tests/gpu runs the extension")
+    from sgopd_kernels import _cuda
+
+    given, held = arguments()
+    with pytest.raises(RuntimeError, match="CUDA row pass"):
+        _cuda.rows(**given)
+    assert held
