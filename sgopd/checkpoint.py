@@ -160,7 +160,9 @@ def load(path: Path) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any
 
 
 def prune(folder: Path, keep: int | None) -> None:
-    """Deletes all but the newest `keep` checkpoints and the best one; None keeps all."""
+    """Deletes all but the newest `keep` checkpoints and the best one (None keeps all), and what killed runs left."""
+    for leftover in folder.glob(".step-*.tmp"):
+        shutil.rmtree(leftover)
     if keep is None:
         return
     paths = saved(folder)

@@ -10,10 +10,13 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sgopd.config import Config
-from sgopd.data import Prompts, derive_seed
+from sgopd.config import Config, UserError
+from sgopd.data import Prompts, derive_seed, has_eval_data, load_prompts
+from sgopd.metrics import finite
 from sgopd.processes import Processes
 from sgopd.rollout import generate, sampling_of
+from sgopd.startup import start_verifier
+from sgopd.teacher import eos_ids_of, head_of, load_model, load_tokenizer, move
 from sgopd.verifier import CORRECT, VerifierPool
 
 
@@ -64,6 +67,30 @@ def evaluate(
         "eval/length_clipped": sum(clipped for _, _, _, clipped in rows) / len(rows),
         "time/eval": time.perf_counter() - began,
     }
+
+
+def evaluate_models(config: Config) -> list[dict[str, Any]]:
+    """Evaluates the student, and the teacher if eval_teacher is set, without training: one record a model."""
+    if not has_eval_data(config):
+        raise UserError("there is nothing to evaluate on: set eval_dataset_name (and dataset_test_split)")
+    processes = Processes(config)
+    models = [("student", config.model_name_or_path, "model_name_or_path", config.dtype)]
+    if config.eval_teacher:
+        models.append(
+            ("teacher", config.teacher_model_name_or_path, "teacher_model_name_or_path", config.teacher_dtype)
+        )
+    records = []
+    with start_verifier(config) as pool:
+        for whose, path, setting, dtype in models:
+            tokenizer = load_tokenizer(path, config, setting)
+            model = move(load_model(path, config, setting, dtype), processes.device).eval()
+            questions = load_prompts(config, tokenizer, "eval")
+            eos_ids, vocabulary = eos_ids_of(model, tokenizer), head_of(model).weight.shape[0]
+            result = evaluate(
+                model, tokenizer, questions, pool, config, processes, eos_ids=eos_ids, vocabulary=vocabulary
+            )
+            records.append({"kind": "eval", "model": whose, "path": path, **finite(result)})
+    return records
 
 
 def scores(correct: Sequence[int], samples: int, k: int) -> dict[str, Any]:

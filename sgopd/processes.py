@@ -28,6 +28,8 @@ class Processes:
     """
 
     def __init__(self, config: Config) -> None:
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
         wanted = [config.report_to] if isinstance(config.report_to, str) else config.report_to
         trackers = [name for name in wanted if name != "none"]
         available = [str(name) for name in get_available_trackers()]

@@ -199,6 +199,20 @@ def check_prompts(
     return findings
 
 
+def start_verifier(config: Config) -> VerifierPool:
+    """The worker processes, starting in the background."""
+    try:
+        return VerifierPool(
+            config.verifier,
+            workers=config.verifier_workers,
+            timeout=config.verifier_timeout,
+            memory_mb=config.verifier_memory_mb,
+            truncated_is_incorrect=config.truncated_is_incorrect,
+        )
+    except ValueError as error:
+        raise UserError(f"verifier: {error}") from error
+
+
 def check_golds(verifier: VerifierPool, prompts: Prompts, questions: Prompts | None) -> list[str]:
     """Reference answers that the verifier cannot use: their rollouts' verdicts are unknown.
 

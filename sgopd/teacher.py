@@ -94,6 +94,12 @@ def load_frozen(path: str, config: Config, setting: str, device: torch.device) -
     return move(load_model(path, config, setting, config.teacher_dtype), device).eval().requires_grad_(False)
 
 
+def recompute_activations(model: PreTrainedModel) -> None:
+    """Activation checkpointing, under the name that this version of transformers has for it."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 def load_tokenizer(path: str, config: Config, setting: str) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model."""
     try:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import signal
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -42,8 +41,16 @@ from sgopd.phases import Phases
 from sgopd.processes import Interrupt, Processes
 from sgopd.report import write_report
 from sgopd.rollout import Rollout, collate, generate, sampling_of
-from sgopd.teacher import Head, eos_ids_of, head_of, hidden_states, load_frozen, load_model, load_tokenizer
-from sgopd.verifier import VerifierPool
+from sgopd.teacher import (
+    Head,
+    eos_ids_of,
+    head_of,
+    hidden_states,
+    load_frozen,
+    load_model,
+    load_tokenizer,
+    recompute_activations,
+)
 from sgopd_kernels import CORRECT, Gate, Stats, gated_kl_loss
 from sgopd_kernels.gate import resolve_gate
 
@@ -71,8 +78,6 @@ class Trainer:
     ) -> None:
         self.config = config
         self.gate = gate_of(config)
-        if config.num_threads is not None:
-            torch.set_num_threads(config.num_threads)
         self.processes = processes = Processes(config)
         self.device = processes.device
         self.say = say if processes.main else lambda text: None
@@ -93,7 +98,7 @@ class Trainer:
         if (path := config.reference_model_name_or_path) is not None:
             self.reference = load_frozen(path, config, "reference_model_name_or_path", self.device)
         if config.gradient_checkpointing:
-            self.student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            recompute_activations(self.student)
         models = {"student": self.student, "teacher": self.teacher, "reference": self.reference}
         models = {whose: model for whose, model in models.items() if model is not None}
 
@@ -104,6 +109,7 @@ class Trainer:
         self.findings += startup.check_prompts(config, self.prompts, self.questions, self.tokenizer, models)
         self.eos_ids = eos_ids_of(self.student, self.tokenizer)
         self.vocabulary = min(head_of(model).weight.shape[0] for model in models.values())
+        self.check_loss()
 
         # --- optimiser ---
         self.parameters = [p for p in self.student.parameters() if p.requires_grad]
@@ -141,7 +147,7 @@ class Trainer:
         """Trains from where the run stands to max_steps, or until SIGTERM or SIGINT. Returns the run directory."""
         config, processes = self.config, self.processes
         began = time.perf_counter()
-        with self.start_verifier() as self.verifier, Interrupt() as interrupt:
+        with startup.start_verifier(config) as self.verifier, Interrupt() as interrupt:
             self.findings += processes.on_main(lambda: startup.check_golds(self.verifier, self.prompts, self.questions))
             for line in self.findings:
                 self.say(line)
@@ -169,8 +175,7 @@ class Trainer:
 
         if self.stopped_by is None:
             processes.on_main(self.save_final)
-        status = "finished" if self.stopped_by is None else f"stopped by {signal.Signals(self.stopped_by).name}"
-        self.write({"step": self.step, "kind": "end", "status": status, "time/total": time.perf_counter() - began})
+            self.write({"step": self.step, "kind": "end", "time/total": time.perf_counter() - began})
         processes.accelerator.end_training()
         if processes.main:
             write_report(self.run_dir)
@@ -373,6 +378,20 @@ class Trainer:
         assert isinstance(stats, Stats)
         return loss, stats
 
+    def check_loss(self) -> None:
+        """One token through the loss: what it refuses (a backend, a precision), it refuses at the start."""
+        heads = [head_of(model).weight for model in (self.student, self.teacher)]
+        student_1H, teacher_1H = (weight.new_zeros(1, weight.shape[1]) for weight in heads)
+        token = torch.zeros(1, dtype=torch.long, device=self.device)
+        choices = {}
+        if self.reference is not None:
+            choices["reference_hidden"] = head_of(self.reference).weight[:1]
+        try:
+            with torch.no_grad():
+                self.gated_loss(student_1H, teacher_1H, token, token, **choices)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise UserError(f"the loss refuses these settings: {error}") from error
+
     # --- evaluation ---
 
     def evaluate_if_due(self, last: bool) -> None:
@@ -431,8 +450,8 @@ class Trainer:
         self.write(record)
         if self.step == 1 or due(self.step, self.config.logging_steps):
             self.processes.accelerator.log({k: v for k, v in record.items() if k not in ("step", "kind")}, self.step)
-            if self.processes.main:
-                kept = rollouts[: self.config.num_completions_to_log]
+            if self.processes.main and (limit := self.config.num_completions_to_log):
+                kept = rollouts[:: -(-len(rollouts) // limit)]  # evenly spaced: the teacher's come first
                 write_completions(self.run_dir / "completions", self.step, kept, self.prompts, self.tokenizer)
 
     def write(self, record: Record) -> None:
@@ -490,19 +509,6 @@ class Trainer:
         with checkpoint.new_folder(self.run_dir / "final") as path:
             self.student.save_pretrained(path)
             self.tokenizer.save_pretrained(path)
-
-    def start_verifier(self) -> VerifierPool:
-        config = self.config
-        try:
-            return VerifierPool(
-                config.verifier,
-                workers=config.verifier_workers,
-                timeout=config.verifier_timeout,
-                memory_mb=config.verifier_memory_mb,
-                truncated_is_incorrect=config.truncated_is_incorrect,
-            )
-        except ValueError as error:
-            raise UserError(f"verifier: {error}") from error
 
 
 def gate_of(config: Config) -> Gate:

@@ -84,7 +84,7 @@ def settings(tiny: SimpleNamespace, tmp_path: Path) -> Callable[..., dict[str, A
             "use_cpu": True,
             "num_threads": 1,
             "verifier": "exact",
-            "max_completion_length": 6,
+            "max_completion_length": 12,
             "per_device_train_batch_size": 8,
             "learning_rate": 1e-2,
             "max_steps": 4,

@@ -1,0 +1,8 @@
+"""`python -m sgopd`, which `accelerate launch -m sgopd train …` uses."""
+
+import sys
+
+from sgopd.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,260 @@
+"""The `sgopd` command.
+
+sgopd train CONFIG.yaml [--key value …]       one run: metrics.jsonl, checkpoints, the trained model, report.html
+sgopd quickstart [--key value …]              the shipped example, in about a minute on a CPU
+sgopd evaluate RUN_DIR|CONFIG.yaml [--key …]  avg@k and pass@k of a trained model
+sgopd report RUN_DIR                          report.html anew
+
+Every setting of a config file is a flag: `sgopd train --help` lists them. On several processes or GPUs:
+accelerate launch -m sgopd train CONFIG.yaml
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections import deque
+from collections.abc import Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from sgopd import __version__
+from sgopd.config import Config, UserError, parse_flag, unknown
+
+if TYPE_CHECKING:  # torch and transformers take seconds to import: `--help` does without them
+    from sgopd.report.run import Run
+
+Record = dict[str, Any]
+RECENT = 20  # updates that the live accuracy is taken over
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status: 0, 1 for a user's error, 128 + n after signal n."""
+    main_process = os.environ.get("RANK", "0") == "0"
+    try:
+        command, path, overrides = parse(arguments)
+        if command == "train":
+            return run(Config.load(path, overrides))
+        if command == "quickstart":
+            return quickstart(overrides)
+        assert path is not None
+        return evaluate(path, overrides) if command == "evaluate" else report(path)
+    except UserError as error:
+        if main_process:
+            print(f"sgopd: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def parse(arguments: Sequence[str] | None) -> tuple[str, Path | None, dict[str, Any]]:
+    """(command, its path, settings given as flags)."""
+    parser = argparse.ArgumentParser("sgopd", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"sgopd {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, path, what in (
+        ("train", "CONFIG.yaml", "train a student"),
+        ("quickstart", None, "train the shipped example"),
+        ("evaluate", "RUN_DIR|CONFIG.yaml", "evaluate a trained model; JSON lines if the output is not a terminal"),
+        ("report", "RUN_DIR", "write report.html from a run directory"),
+    ):
+        usage = " ".join(filter(None, ("sgopd", name, path, "[--key value …]" if name != "report" else None)))
+        command = commands.add_parser(name, usage=usage, help=what, description=what, allow_abbrev=False)
+        if path is not None:
+            command.add_argument("path", type=Path, metavar=path, nargs="?" if name == "train" else None)
+        if name == "report":
+            continue
+        for field in dataclasses.fields(Config):
+            required = field.default is field.default_factory is dataclasses.MISSING
+            default = "required" if required else f"default: {yaml_word(field)}"
+            options: dict[str, Any] = {"nargs": "?", "const": "true"} if field.type == "bool" else {}
+            options["help"] = f"{field.metadata['help']} ({default})".replace("%", "%%")
+            command.add_argument(f"--{field.name}", default=argparse.SUPPRESS, metavar="VALUE", **options)
+    known, rest = parser.parse_known_args(arguments)
+    for word in rest:
+        flag = word.split("=")[0]
+        names = [f"--{field.name}" for field in dataclasses.fields(Config)]
+        raise UserError(unknown("argument", flag, names if known.command != "report" else []))
+    values = vars(known)
+    command_name, path_given = values.pop("command"), values.pop("path", None)
+    return command_name, path_given, {name: parse_flag(name, text) for name, text in values.items()}
+
+
+def yaml_word(field: dataclasses.Field[Any]) -> str:
+    """A default as one would write it in the YAML file."""
+    value = field.default
+    if field.default_factory is not dataclasses.MISSING:
+        value = field.default_factory()
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def quickstart(overrides: dict[str, Any]) -> int:
+    """The shipped config and models, in a new run directory unless one is named."""
+    with resources.as_file(resources.files("sgopd") / "assets" / "quickstart") as assets:
+        shipped = {
+            "model_name_or_path": str(assets / "student"),
+            "teacher_model_name_or_path": str(assets / "teacher"),
+            "output_dir": "runs/quickstart",
+        }
+        if "output_dir" not in overrides and "resume_from_checkpoint" not in overrides:
+            shipped["output_dir"] = str(next(free_folders(Path("runs/quickstart"))))
+        return run(Config.load(assets / "quickstart.yaml", {**shipped, **overrides}))
+
+
+def free_folders(path: Path) -> Iterator[Path]:
+    """`path`, or path-2, path-3 …: those that do not exist."""
+    number = 1
+    while True:
+        candidate = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        if not candidate.exists():
+            yield candidate
+        number += 1
+
+
+def evaluate(path: Path, overrides: dict[str, Any]) -> int:
+    """A run directory's final model, or a config's model."""
+    if path.is_dir():
+        overrides = {"model_name_or_path": str(path / "final"), **overrides}
+        path = path / "config.yaml"
+    config = Config.load(path, overrides)
+    quiet_libraries()
+    from sgopd.evaluate import evaluate_models
+
+    records = evaluate_models(config)
+    if sys.stdout.isatty():
+        Console().print(table([(record["model"], record) for record in records]))
+    else:
+        for record in records:
+            print(json.dumps(record))
+    return 0
+
+
+def report(path: Path) -> int:
+    """report.html of a run directory."""
+    from sgopd.report import write_report
+
+    try:
+        print(write_report(path))
+    except FileNotFoundError as error:
+        raise UserError(str(error)) from error
+    return 0
+
+
+def run(config: Config) -> int:
+    """Trains, with a progress bar on a terminal and plain lines elsewhere, and ends with the results."""
+    quiet_libraries()
+    from sgopd.report.run import read_run
+    from sgopd.trainer import Trainer
+
+    display = Display(config)
+    trainer = Trainer(config, say=display.say, on_record=display.record)
+    with display.progress:
+        display.start(trainer.step)
+        run_dir = trainer.train()
+    if not trainer.processes.main:
+        return 0
+    console = display.console
+    if trainer.stopped_by is not None:
+        console.print(
+            f"stopped after {trainer.step} of {config.max_steps} updates, and saved. To go on, the same command with "
+            f"--output_dir {run_dir} --resume_from_checkpoint auto",
+            soft_wrap=True,
+        )
+        return 128 + trainer.stopped_by
+    if rows := results(read_run(run_dir)):
+        console.print(table(rows))
+    for name, what in (("", "run directory"), ("final", "trained model"), ("report.html", "report")):
+        console.print(f"{what:>13}  {run_dir / name}", soft_wrap=True, highlight=False)
+    return 0
+
+
+def quiet_libraries() -> None:
+    """No progress bars of libraries between ours."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+
+
+class Display:
+    """A run on the console."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.console = Console()
+        self.live = self.console.is_terminal
+        self.recent: deque[float] = deque(maxlen=RECENT)
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.live,
+        )
+
+    def start(self, step: int) -> None:
+        self.task = self.progress.add_task("training", total=self.config.max_steps, completed=step, numbers="")
+
+    def say(self, line: str) -> None:
+        style = "yellow" if line.startswith("warning") else None
+        self.console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
+
+    def record(self, record: Record) -> None:
+        if record["kind"] == "eval":
+            whose = record["model"] if record["model"] == "teacher" else f"student, step {record['step']}"
+            self.say(f"{whose}: {score(record, 'avg')} avg@{record['eval/samples']}, {score(record, 'pass')} pass@k")
+        if record["kind"] != "train":
+            return
+        if "rollout/accuracy" in record:
+            self.recent.append(record["rollout/accuracy"])
+        numbers = f"KL {record['kl']:.3f}" if "kl" in record else ""
+        if self.recent:
+            numbers = f"accuracy {sum(self.recent) / len(self.recent):.1%}  {numbers}"
+        if record["phase/teacher_share"] > 0:
+            numbers += f"  teacher {record['phase/teacher_share']:.0%}"
+        step, last = record["step"], self.config.max_steps
+        self.progress.update(self.task, completed=step, numbers=numbers)
+        if not self.live and (step in (1, last) or step % self.config.logging_steps == 0):
+            self.say(
+                f"step {step}/{last}  {numbers}  loss {record['loss']:.4f}  {record['tokens_per_second']:.0f} tokens/s"
+            )
+
+
+def results(run: Run) -> list[tuple[str, Record]]:
+    """A run's evaluations, by what to call them."""
+    rows = (("student before", run.before), ("student after", run.after), ("teacher", run.teacher))
+    return [(name, record) for name, record in rows if record is not None]
+
+
+def table(rows: Sequence[tuple[str, Record]]) -> Table:
+    """avg@k and pass@k with standard errors over questions."""
+    first = rows[0][1]
+    result = Table(title=f"{first['eval/questions']} questions, {first['eval/samples']} rollouts each")
+    result.add_column("")
+    result.add_column(f"avg@{first['eval/samples']}", justify="right")
+    result.add_column(f"pass@{first['eval/k']}", justify="right")
+    result.add_column("tokens", justify="right")
+    for name, record in rows:
+        length = f"{record['eval/length_mean']:.1f}"
+        result.add_row(name, score(record, "avg"), score(record, "pass"), length)
+    return result
+
+
+def score(record: Record, which: str) -> str:
+    """A percentage with its standard error."""
+    value, error = record[f"eval/{which}_at_k"], record[f"eval/{which}_at_k_se"]
+    return f"{100 * value:.1f} %" if error is None or error != error else f"{100 * value:.1f} ± {100 * error:.1f} %"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

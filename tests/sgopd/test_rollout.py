@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from sgopd.rollout import Rollout, Sampling, collate, filtered, generate, sample
+from sgopd.teacher import head_of, hidden_states
+
+PROMPTS = ["1+2=", "12345+6=", "7", "0+0+0+0+0="]
+
+
+@pytest.fixture
+def model(tiny):
+    return tiny.make_model(seed=5, width=16, layers=2)
+
+
+@pytest.fixture
+def tokenizer(tiny):
+    return tiny.make_tokenizer()
+
+
+@pytest.fixture
+def prompts(tokenizer):
+    return tokenizer(PROMPTS)["input_ids"]
+
+
+GREEDY = Sampling(max_completion_length=12, eos_ids=(1,), vocabulary=32, temperature=0)
+RANDOM = dataclasses.replace(GREEDY, temperature=1.0)
+
+
+def ids_of(completions):
+    return [completion.ids.tolist() for completion in completions]
+
+
+def test_greedy_equals_transformers_generate_on_each_prompt_alone(model, tokenizer, prompts):
+    ours = generate(model, tokenizer, prompts, GREEDY, seed=0)
+    for prompt, completion in zip(prompts, ours):
+        alone = torch.tensor([prompt])
+        theirs = model.generate(
+            alone, attention_mask=torch.ones_like(alone), do_sample=False, max_new_tokens=12, pad_token_id=0
+        )
+        assert completion.ids.tolist() == theirs[0, len(prompt) :].tolist()
+
+
+def test_batch_composition_does_not_change_greedy_outputs(model, tokenizer, prompts):
+    together = ids_of(generate(model, tokenizer, prompts, GREEDY, seed=0))
+    for size in (1, 2, 3):
+        assert ids_of(generate(model, tokenizer, prompts, dataclasses.replace(GREEDY, batch_size=size), 0)) == together
+    assert ids_of(generate(model, tokenizer, prompts[::-1], GREEDY, seed=0)) == together[::-1]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_equal_a_teacher_forced_forward(model, tokenizer, prompts, temperature):
+    sampling = dataclasses.replace(RANDOM, temperature=temperature, vocabulary=25)
+    completions = generate(model, tokenizer, prompts * 8, sampling, seed=3)
+    assert len({len(c.ids) for c in completions}) > 2, "ragged lengths are the point"
+    rollouts = [Rollout(0, p, c, "student", False, 0, "") for p, c in zip(prompts * 8, completions)]
+    ids, mask, predicts = collate(rollouts)
+    with torch.no_grad():
+        hidden = hidden_states(model, ids, mask)[:, :-1][predicts]
+    logits = head_of(model).logits(hidden)[:, :25] / temperature
+    expected = torch.log_softmax(logits, -1).gather(-1, ids[:, 1:][predicts][:, None]).squeeze(-1)
+    torch.testing.assert_close(torch.cat([c.logprobs for c in completions]), expected, atol=2e-5, rtol=0)
+
+
+def test_completions_end_at_eos_or_are_truncated(model, tokenizer, prompts):
+    completions = generate(model, tokenizer, prompts * 16, RANDOM, seed=1)
+    assert {c.truncated for c in completions} == {True, False}
+    for completion in completions:
+        ids = completion.ids.tolist()
+        assert len(ids) == len(completion.logprobs) <= 12
+        assert 1 not in ids[:-1]
+        assert completion.truncated == (ids[-1] != 1)
+        assert len(ids) == 12 or not completion.truncated
+        assert "<eos>" not in completion.text
+        assert completion.text == tokenizer.decode([i for i in ids if i > 2])
+
+
+def test_every_eos_id_ends(model, tokenizer, prompts):
+    completions = generate(model, tokenizer, prompts * 8, dataclasses.replace(RANDOM, eos_ids=(1, 5, 6)), seed=1)
+    ends = {c.ids[-1].item() for c in completions if not c.truncated}
+    assert len(ends) > 1 and ends <= {1, 5, 6}
+
+
+def test_the_seed_decides(model, tokenizer, prompts):
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    first = generate(model, tokenizer, prompts, RANDOM, seed=1)
+    assert torch.equal(torch.get_rng_state(), state), "sampling must not touch the global generator"
+    torch.manual_seed(9)
+    again = generate(model, tokenizer, prompts, RANDOM, seed=1)
+    assert ids_of(first) == ids_of(again)
+    assert all(torch.equal(a.logprobs, b.logprobs) for a, b in zip(first, again))
+    assert ids_of(first) != ids_of(generate(model, tokenizer, prompts, RANDOM, seed=2))
+
+
+def test_training_mode_is_left_as_it_was(model, tokenizer, prompts):
+    for mode in (True, False):
+        model.train(mode)
+        generate(model, tokenizer, prompts, RANDOM, seed=1)
+        assert model.training is mode
+
+
+def test_no_prompts(model, tokenizer):
+    assert generate(model, tokenizer, [], RANDOM, seed=0) == []
+
+
+def test_sampled_frequencies_are_the_softmax_of_the_tempered_logits():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, 5.0]])  # the last is outside the vocabulary
+    sampling = dataclasses.replace(RANDOM, temperature=2.0)
+    expected = torch.softmax(logits[0, :4] / 2.0, -1)
+    draws, generator = 20_000, torch.Generator().manual_seed(0)
+    tokens, logprobs = sample(logits[:, :4].expand(draws, -1), sampling, generator)
+    share = torch.bincount(tokens, minlength=4) / draws
+    assert ((share - expected).abs() < 4 * (expected * (1 - expected) / draws).sqrt()).all()
+    torch.testing.assert_close(logprobs, expected.log()[tokens])
+
+
+def test_ids_outside_the_shared_vocabulary_are_never_sampled(model, tokenizer, prompts):
+    completions = generate(model, tokenizer, prompts * 16, dataclasses.replace(RANDOM, vocabulary=6), seed=0)
+    assert max(c.ids.max().item() for c in completions) < 6
+
+
+def test_filters():
+    probs = torch.tensor([[0.5, 0.2, 0.2, 0.1]])
+    assert filtered(probs, 0, 1.0).tolist() == probs.tolist()
+    torch.testing.assert_close(filtered(probs, 1, 1.0), torch.tensor([[0.5, 0, 0, 0]]))
+    torch.testing.assert_close(filtered(probs, 9, 1.0), probs)
+    for top_p, kept in ((0.1, 1), (0.5, 1), (0.6, 2), (0.71, 3), (0.95, 4)):
+        assert int((filtered(probs, 0, top_p) > 0).sum()) == kept, top_p
+    # top-p counts the mass that top-k left
+    assert int((filtered(probs, 2, 0.75) > 0).sum()) == 2
+
+
+def test_collate_marks_what_predicts_the_completion(model, tokenizer):
+    [completion] = generate(model, tokenizer, [[3, 4, 5]], dataclasses.replace(GREEDY, max_completion_length=2), 0)
+    short = Rollout(0, [3, 4, 5], completion, "student", False, 0, "")
+    long = dataclasses.replace(short, prompt_ids=[3, 4, 5, 6, 7])
+    ids, mask, predicts = collate([short, long])
+    n = len(completion.ids)
+    assert ids[0].tolist() == [3, 4, 5, *completion.ids.tolist(), 0, 0]
+    assert mask.sum(1).tolist() == [3 + n, 5 + n]
+    assert predicts[0].nonzero().squeeze(-1).tolist() == list(range(2, 2 + n))
+    assert predicts[1].nonzero().squeeze(-1).tolist() == list(range(4, 4 + n))
+    assert ids[:, 1:][predicts].tolist() == completion.ids.tolist() * 2
