@@ -65,15 +65,13 @@ def completed(run: Run) -> Check:
     )
 
 
-def learned(run: Run) -> Check:
+def accuracy(run: Run) -> Check:
     name = "Accuracy"
-    if run.before is None or run.after is None:
+    change, error = _gain(run, "avg")
+    if not math.isfinite(change):
         return not_measured(name, "There is no evaluation both before and after training (eval_on_start).")
-    before, after = number(run.before["eval/avg_at_k"]), number(run.after["eval/avg_at_k"])
-    error = math.hypot(number(run.before.get("eval/avg_at_k_se")), number(run.after.get("eval/avg_at_k_se")))
-    change = f"{100 * (after - before):+.1f} points".replace("-", "−")
-    finding = f"avg@k changed by {change} (two standard errors: {200 * error:.1f})."
-    if after - before < -2 * error or (after < before and not math.isfinite(error)):
+    finding = f"avg@k changed by {_points(change)} (two standard errors: {200 * error:.1f})."
+    if _fell(change, error):
         return warning(
             name,
             finding,
@@ -81,6 +79,38 @@ def learned(run: Run) -> Check:
             "these questions, and try gate: opd to see whether the gate is the cause.",
         )
     return fine(name, finding)
+
+
+def diversity(run: Run) -> Check:
+    name = "Diversity"
+    change, error = _gain(run, "pass")
+    if not math.isfinite(change):
+        return not_measured(name, "There is no evaluation both before and after training (eval_on_start).")
+    finding = f"pass@k changed by {_points(change)} (two standard errors: {200 * error:.1f})."
+    if _fell(change, error):
+        return warning(
+            name,
+            finding,
+            "Some answers that the student could reach by trying several times are out of its reach now. Where that "
+            "matters, train for fewer updates, or try gate: protect, which never pushes down a token of a correct "
+            "rollout.",
+        )
+    return fine(name, finding)
+
+
+def _gain(run: Run, which: str) -> tuple[float, float]:
+    """Change of avg@k or pass@k from before to after training, and its standard error as if unpaired."""
+    records = [record if record is not None else {} for record in (run.before, run.after)]
+    before, after = (number(record.get(f"eval/{which}_at_k")) for record in records)
+    return after - before, math.hypot(*(number(record.get(f"eval/{which}_at_k_se")) for record in records))
+
+
+def _fell(change: float, error: float) -> bool:
+    return change < -2 * error if math.isfinite(error) else change < 0
+
+
+def _points(change: float) -> str:
+    return f"{100 * change:+.1f} points".replace("-", "−")
 
 
 def length_inflation(run: Run) -> Check:
@@ -261,7 +291,8 @@ def verdict_share(run: Run, verdict: str) -> float:
 
 CHECKS: tuple[Callable[[Run], Check], ...] = (
     completed,
-    learned,
+    accuracy,
+    diversity,
     divergence,
     length_inflation,
     entropy_collapse,

@@ -118,17 +118,18 @@ SECTIONS = (
             Figure(
                 "KL per token",
                 "nats",
-                "Reverse KL(π<sub>S</sub> ‖ π<sub>T</sub>) over the shared vocabulary, before the gate, mean over the "
-                "tokens of student rollouts. It should fall.",
-                (Series("kl", "reverse KL"),),
+                "Divergence of student and teacher over the shared vocabulary, before the gate, mean over the tokens "
+                "of student rollouts: reverse KL(π<sub>S</sub> ‖ π<sub>T</sub>) unless the config says otherwise. It "
+                "should fall.",
+                (Series("kl", "KL"),),
                 log=True,
             ),
             Figure(
                 "Loss",
                 "nats",
-                "The gated loss per token of student rollouts. A different gate makes a different scale: compare "
-                "KL between runs, not this.",
-                (Series("loss", "student rollouts"),),
+                "What was minimised: gated loss per token, over student and teacher rollouts. A different gate makes a "
+                "different scale: compare KL between runs, not this.",
+                (Series("loss", "all rollouts"),),
             ),
             Figure(
                 "Log-ratio",

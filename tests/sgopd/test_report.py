@@ -209,7 +209,7 @@ def test_a_full_run_has_its_numbers_curves_and_texts(healthy: Path) -> None:
     assert "learning_rate: 0.001" in page.text
     described = [value for tag, name, value in page.attributes if tag == "svg" and name == "aria-label"]
     assert page.tags.count("svg") == page.tags.count("figcaption") == len(described) == 25
-    assert any(text.startswith("KL per token. reverse KL: from") and "at step 200" in text for text in described)
+    assert any(text.startswith("KL per token. KL: from") and "at step 200" in text for text in described)
     assert "Not measured" not in page.text
 
 
@@ -354,8 +354,7 @@ def test_a_step_written_twice_counts_once(tmp_path: Path) -> None:
     records = [{"kind": "train", "step": step, "kl": kl} for step, kl in ((1, 0.5), (2, 0.4), (2, 0.3))]
     page = report(write_run(tmp_path, records))
     assert any(
-        "reverse KL: from 0.5\u00a0nats at step 1 to 0.3\u00a0nats at step 2" in value
-        for _, _, value in page.attributes
+        "KL: from 0.5\u00a0nats at step 1 to 0.3\u00a0nats at step 2" in value for _, _, value in page.attributes
     )
 
 
@@ -397,6 +396,14 @@ def test_a_student_that_got_worse_is_warned_of(tmp_path: Path) -> None:
     assert "avg@16 fell from" in page.text
     assert ("div", "class", "check warning") in page.attributes
     assert "The student got worse." in page.text
+    assert "avg@k changed by −40.0 points (two standard errors: 3.4)." in page.text
+
+
+def test_lost_diversity_is_warned_of_though_the_accuracy_rose(tmp_path: Path) -> None:
+    records = [evaluation("student", 0, 0.2, 0.95), evaluation("student", 9, 0.6, 0.85), {"kind": "end", "step": 9}]
+    (warning,) = (check for check in checks(read_run(write_run(tmp_path, records))) if check.state == "warning")
+    assert warning.name == "Diversity"
+    assert warning.finding == "pass@k changed by −10.0 points (two standard errors: 2.5)."
 
 
 def test_what_the_run_found_at_its_start_is_repeated(tmp_path: Path) -> None:
