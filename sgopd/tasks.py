@@ -25,9 +25,7 @@ INSTRUCTION = r"Put the final answer in \boxed{}."
 MISCONCEIVED_TENS = (6, 7)
 
 
-def load_task(
-    name: str, split: str = "train", size: int = 1000, seed: int = 0, **options: Any
-) -> list[Example]:
+def load_task(name: str, split: str = "train", size: int = 1000, seed: int = 0, **options: Any) -> list[Example]:
     r"""`size` examples of the task `name`.
 
     Example i depends on (name, split, seed, i) and the options alone, so a longer list begins with the
