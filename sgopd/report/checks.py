@@ -92,7 +92,7 @@ def diversity(run: Run) -> Check:
             name,
             finding,
             "Some answers that the student could reach by trying several times are out of its reach now. Where that "
-            "matters, train for fewer updates, or try gate: protect, which never pushes down a token of a correct "  # noqa: E501
+            "matters, train for fewer updates, or try gate: protect, which never pushes down a token of a correct "
             "rollout.",
         )
     return fine(name, finding)

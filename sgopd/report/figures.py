@@ -118,7 +118,7 @@ SECTIONS = (
             Figure(
                 "KL per token",
                 "nats",
-                "Divergence of student and teacher over the shared vocabulary, before the gate, mean over the tokens "  # noqa: E501
+                "Divergence of student and teacher over the shared vocabulary, before the gate, mean over the tokens "
                 "of student rollouts: reverse KL(π<sub>S</sub> ‖ π<sub>T</sub>) unless the config says otherwise. It "
                 "should fall.",
                 (Series("kl", "KL"),),
