@@ -151,7 +151,7 @@ def _generate_batch(
                 break
             rows, token, mask, positions = rows[keep], token[keep], mask[keep], positions[keep]
             for layer in cache.layers:
-                layer.reorder_cache(keep)  # type: ignore[arg-type]
+                layer.reorder_cache(keep)  # type: ignore[arg-type,unused-ignore]
         input_ids = token.unsqueeze(-1)
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
         positions = positions[:, -1:] + 1

@@ -359,7 +359,7 @@ class Trainer:
                 "reference_logit_scale": reference.logit_scale,
                 "reference_softcap": reference.softcap,
             }
-        settings = {
+        settings: dict[str, Any] = {
             "gate": dataclasses.replace(self.gate, control=None) if self.gate.control == "shuffled" else self.gate,
             "estimator": config.estimator,
             "divergence": ("jsd", config.jsd_beta) if config.divergence == "jsd" else config.divergence,
