@@ -36,7 +36,9 @@ class CMakeBuild(build_ext):
 
     def run(self) -> None:
         build = Path(self.build_temp).resolve() / "cmake"
-        build.mkdir(parents=True, exist_ok=True)
+        # A cache from an earlier pip names the ninja and pybind11 of its own, deleted, build environment.
+        shutil.rmtree(build, ignore_errors=True)
+        build.mkdir(parents=True)
         target = Path(self.get_ext_fullpath("sgopd_kernels._cpu")).resolve().parent
         import pybind11
 
