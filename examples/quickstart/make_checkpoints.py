@@ -11,8 +11,11 @@ setting is a constructed one, made so that the verifier knows something that the
 
 - the teacher's corpus is right, except that adding a number in the sixties or seventies is mostly off by +10:
   a systematic misconception, which touches two problems in five;
-- the student's corpus gets half of all steps right. Its slips are of several kinds, most often off by +10: it
-  has the skill, samples it badly, and finds the teacher's misconception easy to pick up.
+- the student's corpus gets 45 % of all steps right and a quarter off by +10; the rest are guesses. It has the
+  skill, samples it badly, and finds the teacher's misconception easy to pick up.
+
+Expected on 512 held-out problems: teacher 68 % avg@16 (14 % where it is misconceived, 99 % elsewhere), student
+20 % avg@16 and 94 % pass@16.
 
 Both are trained on the train split only, from scratch, by next-token cross-entropy on the assistant's turn.
 """
