@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 import textwrap
 from typing import Any
 
@@ -129,7 +130,9 @@ _PEAK = """
 
 def peak_bytes(backend: str, dtype: str, n: int, v: int, h: int) -> int:
     command = [sys.executable, "-c", textwrap.dedent(_PEAK), backend, dtype, *map(str, (n, v, h))]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    # Elsewhere than the checkout, which `-c` would put before the installed package.
+    with tempfile.TemporaryDirectory() as elsewhere:
+        return int(subprocess.run(command, check=True, capture_output=True, text=True, cwd=elsewhere).stdout)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the high-water mark from /proc")
