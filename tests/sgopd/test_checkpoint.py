@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 
+import sgopd
 from sgopd import checkpoint
 from sgopd.cli import main
 from sgopd.config import UserError
@@ -48,12 +49,9 @@ def write_config(folder: Path, settings) -> Path:
         "eval_dataset_size": 4,
         "cold_start_steps": 8,
         "teacher_reliability": "all",
-        "num_generations": 2,
         "resume_from_checkpoint": "auto",
-        "verifier": "exact",  # without workers to start
     }
-    values = settings(**changes)
-    path.write_text(yaml.safe_dump({**values, "eval_dataset_name": values["dataset_name"]}))
+    path.write_text(yaml.safe_dump(settings(**changes)))
     return path
 
 
@@ -79,18 +77,25 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def module_settings(tiny):
+def module_settings():
+    """The quickstart's models: their rollouts are right often enough for every path to be taken."""
+    assets = Path(sgopd.__file__).parent / "assets" / "quickstart"
+
     def make(**changes):
         return {
-            "model_name_or_path": str(tiny.student),
-            "teacher_model_name_or_path": str(tiny.teacher),
-            "dataset_name": str(tiny.data),
+            "model_name_or_path": str(assets / "student"),
+            "teacher_model_name_or_path": str(assets / "teacher"),
+            "dataset_name": "task:three-sums",
+            "dataset_size": 16,  # three epochs, so that what was learnt about a prompt comes back
+            "verifier": "exact",  # without workers to start
             "use_cpu": True,
             "num_threads": 1,
-            "max_completion_length": 8,
+            "max_completion_length": 20,
             "per_device_train_batch_size": 4,
             "gradient_accumulation_steps": 2,
-            "learning_rate": 1e-2,
+            "num_generations": 2,
+            "gate": "opdvr",
+            "learning_rate": 1e-3,
             "logging_steps": 3,
             "num_generations_eval": 2,
             "seed": 3,
@@ -107,6 +112,9 @@ def uninterrupted(processes, module_settings, tmp_path_factory):
     process = start(processes, write_config(folder, module_settings))
     process.join(120)
     assert process.exitcode == 0
+    train = [record for record in comparable(folder / "run") if record["kind"] == "train"]
+    assert sum(record["phase/teacher_rollouts"] for record in train) > 4
+    assert all(record["phase/reliability"] > 0 for record in train[8:]), "known from the cold start"
     return folder / "run"
 
 
@@ -190,9 +198,9 @@ def test_a_finished_run_has_nothing_left_to_do(module_settings, uninterrupted, t
 def test_settings_that_change_on_resume_are_said(module_settings, uninterrupted, tmp_path, capsys):
     shutil.copytree(uninterrupted, tmp_path / "run")
     config = write_config(tmp_path, module_settings)
-    assert main(["train", str(config), "--max_steps", "14", "--learning_rate", "0.02"]) == 0
+    assert main(["train", str(config), "--max_steps", "14", "--learning_rate", "0.002"]) == 0
     said = capsys.readouterr().out
-    assert "warning: max_steps was 12 and is 14" in said and "warning: learning_rate was 0.01 and is 0.02" in said
+    assert "warning: max_steps was 12 and is 14" in said and "warning: learning_rate was 0.001 and is 0.002" in said
     assert [r["step"] for r in comparable(tmp_path / "run") if r["kind"] == "train"] == list(range(1, 15))
 
 

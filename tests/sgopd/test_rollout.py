@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from sgopd.rollout import Rollout, Sampling, collate, filtered, generate, sample
 from sgopd.teacher import head_of, hidden_states
@@ -49,6 +50,18 @@ def test_batch_composition_does_not_change_greedy_outputs(model, tokenizer, prom
     for size in (1, 2, 3):
         assert ids_of(generate(model, tokenizer, prompts, dataclasses.replace(GREEDY, batch_size=size), 0)) == together
     assert ids_of(generate(model, tokenizer, prompts[::-1], GREEDY, seed=0)) == together[::-1]
+
+
+def test_left_padding_moves_no_position(tokenizer, prompts):
+    """Rotary positions are relative and would not tell; GPT-2's are absolute."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=2, initializer_range=0.5, eos_token_id=1)
+    model = GPT2LMHeadModel(config).eval()
+    together = generate(model, tokenizer, prompts, GREEDY, seed=0)
+    for prompt, completion in zip(prompts, together):
+        [alone] = generate(model, tokenizer, [prompt], GREEDY, seed=0)
+        assert completion.ids.tolist() == alone.ids.tolist()
+        torch.testing.assert_close(completion.logprobs, alone.logprobs, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

@@ -12,9 +12,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sgopd.trainer
 from sgopd.config import Config, UserError
-from sgopd.metrics import MetricsFile, Sums, finite, repetition
+from sgopd.metrics import MetricsFile, Sums, add_token_metrics, finite, repetition
+from sgopd.processes import Processes
 from sgopd.trainer import Trainer
 from sgopd.verifier import Verdict
+from sgopd_kernels import Stats
 
 
 class Rule:
@@ -446,8 +448,6 @@ def test_evaluation_does_not_disturb_training(whole_run, tmp_path):
 
 
 def test_sums_are_weighted_means_counts_and_maxima(settings):
-    from sgopd.processes import Processes
-
     sums = Sums()
     sums.add("a", torch.tensor(6.0), 2)
     sums.add("a", 3.0, torch.tensor(1.0))
@@ -457,6 +457,49 @@ def test_sums_are_weighted_means_counts_and_maxima(settings):
     sums.largest("m", torch.tensor(1.0))
     sums.largest("m", 3.0)
     assert sums.reduced(Processes(Config.load(None, settings()))) == {"a": 3.0, "n": 2.5, "m": 3.0}
+
+
+def test_token_metrics_by_hand(settings):
+    d = torch.tensor([2.0, -1.0, 0.05, -3.0, 0.5, 4.0])
+    verdict = torch.tensor([1, 1, 1, -1, -1, 0])
+    gate = torch.tensor([1.8, 0.5, 1.0, 1.8, 0.5, 1.0])
+    student = torch.full((6,), -1.0)
+    stats = Stats(
+        kl=torch.arange(6.0),
+        student_logprob=student,
+        teacher_logprob=student + d,
+        logratio=d,
+        student_entropy=torch.full((6,), 0.25),
+        teacher_entropy=torch.full((6,), 0.75),
+        gate=gate,
+        agree=torch.tensor([True, False, False, True, False, False]),
+        backend="torch",
+        plan="exact",
+    )
+    sums = Sums()
+    add_token_metrics(sums, stats, verdict, student + torch.tensor([0.0, 0, 0, 0, 0.3, -0.6]), tolerance=0.1)
+    result = sums.reduced(Processes(Config.load(None, settings())))
+    expected = {
+        "kl": 2.5,
+        "logratio/mean": 2.55 / 6,
+        "logratio/abs_mean": 10.55 / 6,
+        "gate/mean": 6.6 / 6,
+        "gate/agree_fraction": 2 / 6,
+        "gate/agree_fraction_weighted": 5 / 10.55,
+        "entropy/student": 0.25,
+        "entropy/teacher": 0.75,
+        "engine/logprob_gap_mean": 0.15,
+        "engine/logprob_gap_max": 0.6,
+        "cell/correct_agree/logratio_mean": 2.0,
+        "cell/correct_conflict/logratio_mean": -1.0,
+        "cell/incorrect_agree/logratio_mean": -3.0,
+        "cell/incorrect_agree/logratio_abs_mean": 3.0,
+        "cell/incorrect_conflict/logratio_mean": 0.5,
+        "cell/incorrect_agree/gate_mean": 1.8,
+        "cell/incorrect_conflict/gate_mean": 0.5,
+    }
+    assert {name: result[name] for name in expected} == pytest.approx(expected)
+    assert all(result[name] == pytest.approx(1 / 6) for name in result if name.endswith("/share"))
 
 
 def test_metrics_are_json_whatever_they_are(tmp_path):
