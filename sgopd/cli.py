@@ -212,7 +212,8 @@ class Display:
     def record(self, record: Record) -> None:
         if record["kind"] == "eval":
             whose = record["model"] if record["model"] == "teacher" else f"student, step {record['step']}"
-            self.say(f"{whose}: {score(record, 'avg')} avg@{record['eval/samples']}, {score(record, 'pass')} pass@k")
+            average, passing = f"avg@{record['eval/samples']}", f"pass@{record['eval/k']}"
+            self.say(f"{whose}: {average} {score(record, 'avg')}, {passing} {score(record, 'pass')}")
         if record["kind"] != "train":
             return
         if "rollout/accuracy" in record:

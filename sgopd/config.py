@@ -151,7 +151,7 @@ class Config:
     logging_steps: int = field("print, track and keep completions every so many updates (metrics.jsonl has all)", 10)
     num_completions_to_log: int = field("rollouts kept per interval in completions/; 0 is off", 64)
     report_to: str | list[str] = field("none, or accelerate's trackers: wandb, tensorboard, trackio, …", "none")
-    run_name: str | None = field("name of the run for the trackers; the folder's name by default", None)
+    run_name: str | None = field("name of the run at wandb and trackio; the folder's name by default", None)
     save_steps: int | None = field("checkpoint every so many updates; at the end only by default", None)
     save_total_limit: int | None = field("newest checkpoints kept, besides the best by avg@k; null keeps all", 2)
     resume_from_checkpoint: str | None = field(

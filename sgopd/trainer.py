@@ -432,7 +432,12 @@ class Trainer:
                 path.unlink()
         self.metrics = MetricsFile(self.run_dir / "metrics.jsonl", self.metrics_position)
         settings = dataclasses.asdict(self.config)
-        self.processes.accelerator.init_trackers("sgopd", config={k: str(v) for k, v in settings.items()})
+        name = {"name": self.config.run_name or self.run_dir.name}
+        self.processes.accelerator.init_trackers(
+            "sgopd",
+            config={key: str(value) for key, value in settings.items()},
+            init_kwargs={"wandb": name, "trackio": name},
+        )
         if self.metrics_position == 0:
             facts = {
                 "version": __version__,

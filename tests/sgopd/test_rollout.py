@@ -4,7 +4,15 @@ import dataclasses
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Lfm2Config,
+    MistralConfig,
+    Qwen3Config,
+)
 
 from sgopd.rollout import Rollout, Sampling, collate, filtered, generate, sample
 from sgopd.teacher import head_of, hidden_states
@@ -50,6 +58,41 @@ def test_batch_composition_does_not_change_greedy_outputs(model, tokenizer, prom
     for size in (1, 2, 3):
         assert ids_of(generate(model, tokenizer, prompts, dataclasses.replace(GREEDY, batch_size=size), 0)) == together
     assert ids_of(generate(model, tokenizer, prompts[::-1], GREEDY, seed=0)) == together[::-1]
+
+
+SMALL = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "initializer_range": 0.5,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Qwen3Config(**SMALL, head_dim=8),
+        MistralConfig(**SMALL, sliding_window=4),
+        Gemma2Config(**SMALL, head_dim=8, sliding_window=4),
+        Lfm2Config(**SMALL, layer_types=["conv", "full_attention"]),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_caches_of_every_kind_survive_padding_and_rows_that_leave(tokenizer, prompts, config):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    endless = generate(model, tokenizer, prompts, dataclasses.replace(GREEDY, eos_ids=()), seed=0)
+    ends = (endless[0].ids[2].item(), endless[1].ids[5].item())
+    sampling = dataclasses.replace(GREEDY, eos_ids=ends)  # rows end at different times
+    together = generate(model, tokenizer, prompts, sampling, seed=0)
+    assert len({len(completion.ids) for completion in together}) > 1
+    alone = [generate(model, tokenizer, [prompt], sampling, seed=0)[0] for prompt in prompts]
+    assert ids_of(together) == ids_of(alone)
 
 
 def test_left_padding_moves_no_position(tokenizer, prompts):

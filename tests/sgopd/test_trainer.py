@@ -444,6 +444,19 @@ def test_evaluation_does_not_disturb_training(whole_run, tmp_path):
     assert training(tmp_path / "quiet") == training(whole_run[1])
 
 
+def test_trackers_get_the_settings_and_some_records(trainer):
+    one = trainer(run_name="a run", max_steps=4, logging_steps=2)
+    calls = []
+    one.processes.accelerator.init_trackers = lambda *args, **kwargs: calls.append((args, kwargs))
+    one.processes.accelerator.log = lambda values, step: calls.append((step, values))
+    one.train()
+    (project,), options = calls[0]
+    assert project == "sgopd" and options["init_kwargs"]["wandb"] == {"name": "a run"}
+    assert options["config"]["learning_rate"] == "0.01"
+    assert [step for step, _ in calls[1:]] == [1, 2, 4]
+    assert calls[1][1]["loss"] > 0 and all(isinstance(value, (int, float)) for value in calls[1][1].values())
+
+
 # --- metrics ---
 
 
