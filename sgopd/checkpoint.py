@@ -104,7 +104,16 @@ def digest(path: Path) -> str:
 
 def saved(folder: Path) -> list[Path]:
     """Checkpoints under `folder`, oldest first, whole or not."""
-    return sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(folder.glob("step-*"), key=step_of)
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def later(path: Path) -> list[Path]:
+    """The checkpoints beside this one of later steps, whole or not."""
+    return [one for one in saved(path.parent) if step_of(one) > step_of(path)]
 
 
 def fault(path: Path) -> str | None:

@@ -33,7 +33,7 @@ class MetricsFile:
 
     def __init__(self, path: Path, position: int) -> None:
         self._file = open(path, "ab")  # noqa: SIM115 (it lives as long as the run)
-        self._file.truncate(position)
+        self._file.truncate(min(position, self._file.tell()))
         self._file.seek(0, os.SEEK_END)
 
     @property

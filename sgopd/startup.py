@@ -42,6 +42,12 @@ def open_run_dir(config: Config) -> tuple[Path | None, list[str]]:
             )
         return None, []
     path, said = checkpoint.find(config.resume_from_checkpoint, run_dir / "checkpoints")
+    own = path is None or path.resolve().parent == (run_dir / "checkpoints").resolve()
+    if not own and (run_dir / "metrics.jsonl").exists():
+        raise UserError(
+            f"resume_from_checkpoint: {path} belongs to another run than the one in {run_dir}. To branch off from it, "
+            "choose a new output_dir"
+        )
     if path is None:
         return None, [*said, f"no whole checkpoint in {run_dir}: starting from the beginning"]
     if (run_dir / "config.yaml").is_file():
@@ -49,7 +55,10 @@ def open_run_dir(config: Config) -> tuple[Path | None, list[str]]:
         for name in sorted(now.keys() - {"resume_from_checkpoint", "output_dir"}):
             if before.get(name) != now[name]:
                 said.append(f"warning: {name} was {before.get(name)!r} and is {now[name]!r} from here on")
-    return path, [*said, f"resuming from {path}"]
+    said.append(f"resuming from {path}")
+    if own and (later := [one.name for one in checkpoint.later(path)]):
+        said.append(f"warning: what came after it goes: {', '.join(later)} and their metrics")
+    return path, said
 
 
 @torch.no_grad()
@@ -133,7 +142,7 @@ def check_pair(
     other_tokens = {id: token for token, id in other_ids.items()}
     conflicts = [(t, id) for t, id in ids.items() if other_ids.get(t, id) != id or other_tokens.get(id, t) != t]
     if conflicts:
-        token, id = conflicts[0]
+        token, id = min(conflicts, key=lambda conflict: conflict[1])
         raise UserError(
             f"student and {whose} disagree on {len(conflicts)} tokens. The student's {token!r} is id {id}; for the "
             f"{whose} id {id} is {other_tokens.get(id)!r}, and {token!r} is {other_ids.get(token)}. Distributions "

@@ -74,10 +74,6 @@ def load_model(path: str, config: Config, setting: str, dtype: str) -> PreTraine
         hint = "" if Path(path).is_dir() else " (there is no such folder, so it was taken for a hub name)"
         raise UserError(f"{setting}: cannot load {path!r}{hint}: {type(error).__name__}: {error}") from error
     for name, parameter in model.named_parameters():
-        # A tensor mapped from a file starts anywhere in a cache line, and CPU products round by alignment: a
-        # resumed run would differ in the last bit from one that went through.
-        if parameter.device.type == "cpu" and parameter.data_ptr() % 64:
-            parameter.data = parameter.data.clone()
         if not torch.isfinite(parameter).all():
             count = int((~torch.isfinite(parameter)).sum())
             raise UserError(

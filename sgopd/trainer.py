@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -425,11 +426,14 @@ class Trainer:
     # --- what is written ---
 
     def start_writing(self) -> None:
-        """From here on the run directory changes: what lies beyond the checkpoint that was resumed from goes."""
+        """From here on the run directory changes: what came after the checkpoint that was resumed from goes."""
         (self.run_dir / "config.yaml").write_text(self.config.to_yaml(), encoding="utf-8")
         for path in (self.run_dir / "completions").glob("step-*.parquet"):
             if int(path.stem.removeprefix("step-")) > self.step:
                 path.unlink()
+        for path in checkpoint.saved(self.run_dir / "checkpoints"):
+            if checkpoint.step_of(path) > self.step:
+                shutil.rmtree(path)
         self.metrics = MetricsFile(self.run_dir / "metrics.jsonl", self.metrics_position)
         settings = dataclasses.asdict(self.config)
         name = {"name": self.config.run_name or self.run_dir.name}
@@ -438,7 +442,7 @@ class Trainer:
             config={key: str(value) for key, value in settings.items()},
             init_kwargs={"wandb": name, "trackio": name},
         )
-        if self.metrics_position == 0:
+        if self.metrics.position == 0:
             facts = {
                 "version": __version__,
                 "processes": self.processes.count,

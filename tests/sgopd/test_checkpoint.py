@@ -204,6 +204,28 @@ def test_settings_that_change_on_resume_are_said(module_settings, uninterrupted,
     assert [r["step"] for r in comparable(tmp_path / "run") if r["kind"] == "train"] == list(range(1, 15))
 
 
+def test_going_back_to_an_earlier_checkpoint_drops_what_came_after(module_settings, uninterrupted, tmp_path, capsys):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    config = str(write_config(tmp_path, module_settings))
+    earlier, *later = checkpoint.saved(tmp_path / "run" / "checkpoints")
+    assert later
+    assert main(["train", config, "--resume_from_checkpoint", str(earlier)]) == 0
+    assert f"what came after it goes: {', '.join(path.name for path in later)}" in capsys.readouterr().out
+    assert_same_run(tmp_path / "run", uninterrupted)
+
+
+def test_a_checkpoint_of_another_run_starts_a_branch(module_settings, uninterrupted, tmp_path, capsys):
+    config = str(write_config(tmp_path, module_settings))
+    newest = checkpoint.saved(uninterrupted / "checkpoints")[-2]
+    assert main(["train", config, "--resume_from_checkpoint", str(newest)]) == 0
+    records = [json.loads(line) for line in lines(tmp_path / "run")]
+    assert records[0]["kind"] == "config" and records[1]["step"] == checkpoint.step_of(newest) + 1
+    assert contents(tmp_path / "run" / "final") == contents(uninterrupted / "final")
+    before = lines(tmp_path / "run")
+    assert main(["train", config, "--resume_from_checkpoint", str(newest)]) == 1
+    assert "belongs to another run" in capsys.readouterr().err and lines(tmp_path / "run") == before
+
+
 # --- damaged and stale checkpoints ---
 
 
@@ -239,7 +261,7 @@ def test_damage_is_noticed(uninterrupted, tmp_path, how):
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_the_run_ends_the_same(
-    module_settings, uninterrupted, tmp_path, capsys
+    processes, module_settings, uninterrupted, tmp_path, capsys
 ):
     shutil.copytree(uninterrupted, tmp_path / "run")
     newest = tmp_path / "run" / "checkpoints" / f"step-{STEPS:06d}"
@@ -248,8 +270,10 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_run_ends_the_same(
     config = write_config(tmp_path, module_settings)
     assert main(["train", str(config), "--resume_from_checkpoint", str(newest)]) == 1
     assert "use another one, or auto" in capsys.readouterr().err.lower()
-    assert main(["train", str(config)]) == 0
-    assert "skipped the checkpoint" in capsys.readouterr().out
+    # In a process like the uninterrupted run's: a forked one rounds some CPU products otherwise than this one.
+    process = start(processes, config)
+    process.join(120)
+    assert process.exitcode == 0
     assert_same_run(tmp_path / "run", uninterrupted)
     assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
 
