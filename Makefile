@@ -62,7 +62,7 @@ format: $(VENV)-lint/.installed
 	$(VENV)-lint/bin/clang-format -i $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 bench: $(VENV)/.bench
-	$(VENV)/bin/pytest bench
+	$(VENV)/bin/python bench/loss.py --output bench/results/latest.json
 
 clean:
 	rm -rf build $(VENV) $(VENV)-lint *.egg-info sgopd_kernels/*.so
