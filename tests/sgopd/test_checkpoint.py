@@ -17,7 +17,8 @@ import yaml
 import sgopd
 from sgopd import checkpoint
 from sgopd.cli import main
-from sgopd.config import UserError
+from sgopd.config import Config, UserError
+from sgopd.startup import open_run_dir
 
 STEPS = 12
 
@@ -34,6 +35,14 @@ def start(processes, config, *flags):
     process = processes.Process(target=main, args=(["train", str(config), *flags],))
     process.start()
     return process
+
+
+def finish(processes, config, *flags):
+    """A run whose bits are compared: in a process of the reference's kind, since a forked process and this one may
+    round the same CPU product differently."""
+    process = start(processes, config, *flags)
+    process.join(120)
+    assert process.exitcode == 0
 
 
 def write_config(folder: Path, settings) -> Path:
@@ -204,20 +213,21 @@ def test_settings_that_change_on_resume_are_said(module_settings, uninterrupted,
     assert [r["step"] for r in comparable(tmp_path / "run") if r["kind"] == "train"] == list(range(1, 15))
 
 
-def test_going_back_to_an_earlier_checkpoint_drops_what_came_after(module_settings, uninterrupted, tmp_path, capsys):
+def test_going_back_to_an_earlier_checkpoint_drops_what_came_after(processes, module_settings, uninterrupted, tmp_path):
     shutil.copytree(uninterrupted, tmp_path / "run")
     config = str(write_config(tmp_path, module_settings))
     earlier, *later = checkpoint.saved(tmp_path / "run" / "checkpoints")
     assert later
-    assert main(["train", config, "--resume_from_checkpoint", str(earlier)]) == 0
-    assert f"what came after it goes: {', '.join(path.name for path in later)}" in capsys.readouterr().out
+    _, said = open_run_dir(Config.load(config, {"resume_from_checkpoint": str(earlier)}))
+    assert f"what came after it goes: {', '.join(path.name for path in later)}" in said[-1]
+    finish(processes, config, "--resume_from_checkpoint", str(earlier))
     assert_same_run(tmp_path / "run", uninterrupted)
 
 
-def test_a_checkpoint_of_another_run_starts_a_branch(module_settings, uninterrupted, tmp_path, capsys):
+def test_a_checkpoint_of_another_run_starts_a_branch(processes, module_settings, uninterrupted, tmp_path, capsys):
     config = str(write_config(tmp_path, module_settings))
     newest = checkpoint.saved(uninterrupted / "checkpoints")[-2]
-    assert main(["train", config, "--resume_from_checkpoint", str(newest)]) == 0
+    finish(processes, config, "--resume_from_checkpoint", str(newest))
     records = [json.loads(line) for line in lines(tmp_path / "run")]
     assert records[0]["kind"] == "config" and records[1]["step"] == checkpoint.step_of(newest) + 1
     assert contents(tmp_path / "run" / "final") == contents(uninterrupted / "final")
@@ -270,10 +280,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_run_ends_the_same(
     config = write_config(tmp_path, module_settings)
     assert main(["train", str(config), "--resume_from_checkpoint", str(newest)]) == 1
     assert "use another one, or auto" in capsys.readouterr().err.lower()
-    # In a process like the uninterrupted run's: a forked one rounds some CPU products otherwise than this one.
-    process = start(processes, config)
-    process.join(120)
-    assert process.exitcode == 0
+    finish(processes, config)
     assert_same_run(tmp_path / "run", uninterrupted)
     assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
 
