@@ -141,12 +141,33 @@ def test_chunking_and_threads_change_nothing(kit: Any, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_low_precision_matmul_settings_are_ignored(kit: Any, backend: str) -> None:
-    """`torch.set_float32_matmul_precision('medium')` lets fp32 products round to bf16; the exact plan doesn't."""
+def test_low_precision_matmul_settings_are_ignored(kit: Any, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.set_float32_matmul_precision('medium')` lets fp32 products round to bf16, on processors that can."""
+    seen, mm = [], torch.mm
+
+    def spy(*args: Any, **kwargs: Any) -> torch.Tensor:
+        seen.append(torch.get_float32_matmul_precision())
+        return mm(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "mm", spy)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
-        check(kit, kit.make_inputs(near=5e-3, seed=9), backend)
-        assert torch.get_float32_matmul_precision() == "medium"
+        kit.call(kit.make_inputs(seed=9), backend=backend)
+        assert set(seen) == {"highest"} and torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("estimator", ["full", "sampled"])
+@pytest.mark.parametrize("gate", ["opdvr", "protect", "inverse", "verified-only", "failure-only"])
+def test_rows_without_weight_leave_the_backward(kit: Any, gate: str, estimator: str, backend: str) -> None:
+    """The rows that stay are compacted: each must keep its own hidden state and its own place."""
+    inputs = kit.make_inputs(n=150, v=700, seed=13)
+    truth = kit.call(inputs.to(torch.float64), gate=gate, estimator=estimator)
+    got = kit.call(inputs, gate=gate, estimator=estimator, backend=backend, reduction="mean")
+    for a, b in zip(got[:3], truth[:3]):
+        assert kit.relative(a, b) <= 1e-5
+    off = truth[3].gate == 0
+    assert 0 < int(off.sum()) < 150 and not got[1][off].any()

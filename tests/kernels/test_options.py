@@ -1,0 +1,24 @@
+"""Every option on every backend, held to the bounds that bench/errors.py's table shows them to keep."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+_path = Path(__file__).resolve().parents[2] / "bench" / "errors.py"
+_spec = importlib.util.spec_from_file_location("errors", _path)
+assert _spec is not None and _spec.loader is not None
+table = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(table)
+
+OPTIONS = table.options()
+
+
+@pytest.mark.parametrize("backend", table.BACKENDS)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_option(name: str, backend: str) -> None:
+    # Near-equal models: fp32 projections themselves limit (test_parity compares with that limit).
+    bound = 5e-4 if "near" in name else 1e-5
+    assert max(table.errors(OPTIONS[name], backend)) <= bound
