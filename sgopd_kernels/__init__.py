@@ -4,7 +4,7 @@ from sgopd_kernels import gated_kl_loss
 loss = gated_kl_loss(h_student, w_student, h_teacher, w_teacher, token_ids, verdict)
 """
 
-from .api import Stats, gated_advantage, gated_kl_loss, gated_logprob_loss
+from .api import Stats, gated_advantage, gated_kl_loss, gated_logprob_loss, gated_topk_kl_loss
 from .gate import CORRECT, INCORRECT, PRESETS, UNKNOWN, Gate
 
 __all__ = [
@@ -17,5 +17,6 @@ __all__ = [
     "gated_advantage",
     "gated_kl_loss",
     "gated_logprob_loss",
+    "gated_topk_kl_loss",
 ]
 __version__ = "0.1.0"

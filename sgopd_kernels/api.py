@@ -249,6 +249,83 @@ def gated_logprob_loss(
     )
 
 
+def gated_topk_kl_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    token_ids: Tensor,
+    topk_ids: Tensor,
+    topk_logprob: Tensor,
+    verdict: Tensor | int,
+    *,
+    gate: str | Gate = "sg-opd",
+    reliability: Tensor | float | None = None,
+    student_bias: Tensor | None = None,
+    temperature: float = 1.0,
+    student_logit_scale: float = 1.0,
+    student_softcap: float | None = None,
+    ignore_index: int = -100,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    num_items: Tensor | float | None = None,
+    precision: str | float = "auto",
+    backend: str = "auto",
+    generator: torch.Generator | None = None,
+    workspace: int = 256 * 2**20,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, Stats]:
+    """Gated reverse KL towards a teacher that gives its top-k log-probabilities: a server, another engine.
+
+    The vocabulary is divided into the k given columns and one bucket for all others:
+
+        KL = sum_k p_k (log p_k - log q_k) + p_tail (log p_tail - log q_tail)  >= 0
+
+    with p_tail and q_tail what is left of 1. A lower bound of the full reverse KL, equal to it for k = V. (Leaving the
+    tail out, as top-k losses often do, can be negative and rewards mass outside the top k.)
+
+    Args:
+        student_hidden, student_weight, token_ids, verdict: as in `gated_kl_loss`.
+        topk_ids: [..., K] int64 columns in [0, V), distinct in a row. Put the sampled token among them where the
+            teacher gives it: beyond the top k its d is the bucket's, log q_tail - log p_tail.
+        topk_logprob: [..., K] the teacher's log-probabilities, in nats, normalised over its whole vocabulary, at the
+            same temperature. Their sum must not exceed 1 (a rounding of 1e-3 is forgiven).
+        The others: as in `gated_kl_loss`.
+
+    Returns: as `gated_kl_loss`; `Stats.teacher_entropy` is NaN.
+
+    Raises:
+        ValueError: also for repeated ids in a row, probabilities that sum to more than 1.
+    """
+    call = _Call("gated_topk_kl_loss", student_hidden, student_weight, student_bias, token_ids, verdict, reliability)
+    if topk_ids.is_floating_point() or topk_ids.shape[:-1] != call.shape or topk_ids.ndim != len(call.shape) + 1:
+        raise ValueError(
+            f"topk_ids must be integers of shape {(*call.shape, 'K')}, got {topk_ids.dtype} {tuple(topk_ids.shape)}"
+        )
+    if topk_logprob.shape != topk_ids.shape:
+        raise ValueError(
+            f"topk_logprob must have topk_ids' shape {tuple(topk_ids.shape)}, got {tuple(topk_logprob.shape)}"
+        )
+    k = topk_ids.shape[-1]
+    return call.run(
+        gate=gate,
+        choices={
+            "temperature": _positive("temperature", temperature),
+            "student_scale": _positive("student_logit_scale", student_logit_scale),
+            "student_softcap": _softcap("student_softcap", student_softcap),
+            "ignore_index": ignore_index,
+        },
+        tensors={
+            "topk_ids": topk_ids.reshape(-1, k).long(),
+            "topk_logprob": topk_logprob.detach().reshape(-1, k),
+        },
+        reduction=reduction,
+        num_items=num_items,
+        precision=precision,
+        backend=backend,
+        generator=generator,
+        workspace=workspace,
+        return_stats=return_stats,
+    )
+
+
 def gated_advantage(
     student_logprob: Tensor,
     teacher_logprob: Tensor,

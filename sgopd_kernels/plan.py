@@ -47,6 +47,7 @@ def chunk_rows(problem: Problem, backend: TorchBackend, valid: int) -> int:
     """Tokens a chunk: as many as the workspace holds fp32 logits for, in chunks of equal size."""
     v = problem.vocabulary
     heads = sum(h is not None for h in (problem.student, problem.teacher, problem.reference))
+    heads += 0 if problem.topk_ids is None else 3  # the completed teacher, and what completing it takes
     weights = [h.weight for h in (problem.student, problem.teacher, problem.reference) if h is not None]
     cast = TILE_BYTES if any(w.dtype != torch.float32 for w in weights) else 0
     widest = max(w.shape[1] for w in weights)
@@ -81,6 +82,18 @@ def check_values(problem: Problem, rows: Tensor) -> None:
         raise ValueError(
             f"verdict: values must be 1 (correct), -1 (incorrect) or 0 (unknown); got {float(verdict[~known][0])}"
         )
+    if problem.topk_ids is not None:
+        assert problem.topk_logprob is not None
+        top, mass = problem.topk_ids[rows].sort(-1).values, problem.topk_logprob[rows].double().exp().sum(-1)
+        if top.numel() and not 0 <= int(top.min()) <= int(top.max()) < v:
+            raise ValueError(f"topk_ids: ids must lie in [0, {v}), got {int(top.min())} to {int(top.max())}")
+        if bool((top[:, 1:] == top[:, :-1]).any()):
+            raise ValueError("topk_ids: an id stands twice in a row; its mass would count twice. Drop the duplicates")
+        if bool((mass > 1 + 1e-3).any()):
+            raise ValueError(
+                f"topk_logprob: probabilities of a row sum to {float(mass.max()):.4f}, more than 1; pass natural "
+                "logarithms, normalised over the whole vocabulary"
+            )
     if reliability is not None and not bool(((reliability >= 0) & (reliability <= 1)).all()):
         raise ValueError(
             f"reliability: values must lie in [0, 1]; got {float(reliability.min())} to {float(reliability.max())}"
@@ -109,6 +122,35 @@ def exact(problem: Problem, backend: TorchBackend, row_scale: Tensor, need: Need
     return _pass(problem, backend, rows, weights, forced, row_scale, need)
 
 
+def complete_teacher(problem: Problem, rows: Tensor, z_student: Tensor, out: Tensor) -> Tensor:
+    """Teacher logits [n, V] of top-k log-probabilities: the tail's mass is shared out as the student shares its own.
+
+    With q_v = p_v * q_tail / p_tail beyond the top k, the reverse KL over all columns *is* the one over k + 1 buckets,
+    sum_k p_k (log p_k - log q_k) + p_tail (log p_tail - log q_tail) >= 0, and its logit gradient is that one's too.
+    """
+    assert problem.topk_ids is not None and problem.topk_logprob is not None
+    spec, head = problem.spec, problem.student
+    ids, log_q = problem.topk_ids[rows], problem.topk_logprob[rows].double()
+    # The student's logits, as the row pass will make them; it divides `out` by the temperature as well.
+    z = out.copy_(z_student)
+    if head.bias is not None:
+        z += head.bias[: z.shape[1]].float()
+    z *= head.logit_scale
+    if head.softcap is not None:
+        z.div_(head.softcap).tanh_().mul_(head.softcap)
+    z /= spec.temperature
+    log_p_tail = torch.logsumexp(z.scatter(-1, ids, -torch.inf), -1).double()  # not 1 - sum: that cancels
+    log_q_tail = tail_logprob(log_q)
+    z += (log_q_tail - log_p_tail).unsqueeze(-1).float()
+    z.scatter_(-1, ids, log_q.float())
+    return z.mul_(spec.temperature)
+
+
+def tail_logprob(log_q: Tensor) -> Tensor:
+    """log(1 - sum q) of top-k log-probabilities [..., k], float64; -inf where nothing is left."""
+    return torch.log1p(-log_q.exp().sum(-1).clamp(max=1.0))
+
+
 def _pass(
     problem: Problem,
     backend: TorchBackend,
@@ -131,7 +173,7 @@ def _pass(
         return torch.empty(size, v, dtype=torch.float32, device=device)
 
     space_s = logits()
-    space_t = None if problem.teacher is None else logits()
+    space_t = None if problem.teacher is None and problem.topk_ids is None else logits()
     space_r = None if problem.reference is None else logits()
 
     for first in range(0, total, size):
@@ -149,6 +191,9 @@ def _pass(
             assert space_r is not None and problem.reference_hidden is not None
             z_r = space_r[:n]
             backend.project(problem.reference_hidden[at], problem.reference.weight[:v], z_r)
+        if problem.topk_ids is not None:
+            assert space_t is not None
+            z_t = complete_teacher(problem, at, z_s, space_t[:n])
         scale = row_scale[at]
         values = backend.rows(
             problem,

@@ -20,6 +20,9 @@ class Head(NamedTuple):
     softcap: float | None = None
 
 
+PLAIN = Head(torch.empty(0, 0))  # logits as they are
+
+
 @dataclass(frozen=True)
 class Spec:
     """The call's choices, resolved: no names of presets, no defaults left open."""
@@ -105,6 +108,8 @@ class Problem:
     teacher_hidden: Tensor | None = None  # [N, Ht]
     teacher: Head | None = None
     teacher_logprob: Tensor | None = None  # [N], in place of a teacher head
+    topk_ids: Tensor | None = None  # [N, K] int64, distinct in a row: columns of topk_logprob
+    topk_logprob: Tensor | None = None  # [N, K], in place of a teacher head; the rest of its mass is one bucket
     behaviour_logprob: Tensor | None = None  # [N], of the policy that sampled token_ids
     reference_hidden: Tensor | None = None  # [N, Hr]
     reference: Head | None = None

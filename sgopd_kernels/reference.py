@@ -57,6 +57,19 @@ def _divergence(name: str, beta: float, log_p: Tensor, log_q: Tensor) -> Tensor:
     return beta * _xlogx_sum(q, log_q - log_m) + (1 - beta) * _xlogx_sum(p, log_p - log_m)
 
 
+def _bucketed(log_p: Tensor, ids: Tensor, log_q: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """(reverse KL over the top k and a bucket for the rest, log q(y)); beyond the top k, q_y = p_y q_tail / p_tail."""
+    top = log_p.gather(-1, ids)
+    log_p_tail = torch.logsumexp(log_p.scatter(-1, ids, -torch.inf), -1)
+    log_q_tail = torch.log1p(-log_q.exp().sum(-1).clamp(max=1.0))
+    tail = _xlogx_sum(log_p_tail.exp().unsqueeze(-1), (log_p_tail - log_q_tail).unsqueeze(-1))
+    kl = _xlogx_sum(top.exp(), top - log_q) + tail
+    inside = ids == y
+    q_inside = torch.where(inside, log_q, 0.0).sum(-1)
+    q_outside = log_p.detach().gather(-1, y).squeeze(-1) + log_q_tail - log_p_tail.detach()
+    return kl, torch.where(inside.any(-1), q_inside, q_outside)
+
+
 def _support(z_student: Tensor, *others: Tensor) -> Tensor:
     """Columns a target cannot produce (-inf) leave the student's distribution, as rows beyond V_T do."""
     for other in others:
@@ -72,7 +85,12 @@ def token_values(problem: Problem, hidden: Tensor, student: Head, dtype: torch.d
     verdict = problem.verdict[rows].to(dtype)
     z_s = logits(hidden[rows].to(dtype), student, v, t)
 
-    if problem.teacher is None:
+    if problem.topk_ids is not None:
+        assert problem.topk_logprob is not None
+        log_p, log_q, log_r = torch.log_softmax(z_s, -1), None, None
+        kl, log_q_y = _bucketed(log_p, problem.topk_ids[rows], problem.topk_logprob[rows].to(dtype), y)
+        entropy_q = torch.full_like(log_q_y, torch.nan)
+    elif problem.teacher is None:
         assert problem.teacher_logprob is not None
         log_p = torch.log_softmax(z_s, -1)
         log_q_y = problem.teacher_logprob[rows].to(dtype)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..gate import choose
-from ..problem import Head, Problem, Spec
+from ..problem import PLAIN, Head, Problem, Spec
 
 # Bytes of one cast tile of a low-precision head: the cast is done again for every token chunk, in pieces that
 # stay in the last-level cache.
@@ -166,8 +166,7 @@ def _block(
     verdict = problem.verdict[rows].double()
     log_q = log_r = outside = None
     if z_teacher is not None:
-        assert problem.teacher is not None
-        log_q, outside = _log_softmax(z_teacher, problem.teacher, temperature)
+        log_q, outside = _log_softmax(z_teacher, problem.teacher or PLAIN, temperature)
     if z_reference is not None:
         assert problem.reference is not None and outside is not None
         log_r, outside_r = _log_softmax(z_reference, problem.reference, temperature)
