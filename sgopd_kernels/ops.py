@@ -215,13 +215,16 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Te
         )
     gradients, ctx.gradients = ctx.gradients, None
     for g in gradients:
-        if g is not None and not (grad_loss.device.type == "cpu" and _is_one(grad_loss)):
+        if g is not None and not _is_one(grad_loss):
             g.mul_(grad_loss)
     return (*gradients, *nothing)
 
 
 def _is_one(grad: Tensor) -> bool:
-    return not torch.compiler.is_compiling() and float(grad) == 1.0
+    """Whether there is nothing to multiply by, where looking is free: real tensors on the CPU."""
+    return (
+        type(grad) is Tensor and grad.device.type == "cpu" and not torch.compiler.is_compiling() and float(grad) == 1.0
+    )
 
 
 fused_loss.register_autograd(_backward, setup_context=_setup_context)
