@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from . import backends, plan
@@ -78,6 +79,7 @@ def gated_kl_loss(
     precision: str | float = "auto",
     backend: str = "auto",
     generator: torch.Generator | None = None,
+    process_group: dist.ProcessGroup | None = None,
     workspace: int = 256 * 2**20,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, Stats]:
@@ -123,6 +125,10 @@ def gated_kl_loss(
         backend: "auto", "cpu" (native), "torch" (any device), "reference" (plain autograd in float64, O(N V)
             memory, twice differentiable).
         generator: of the gate's controls ("random", "shuffled"). None: torch's default generator.
+        process_group: vocabulary-parallel mode: each rank passes its slice of every head (and bias), contiguous in the
+            order of ranks and of one width in all heads, with the same hidden states, global token_ids and settings.
+            Loss, stats and the hidden gradient are equal on all ranks, the heads' gradients are the slice's. Torch
+            backend. Random draws are the first rank's.
         workspace: bytes held above inputs and gradients. Default 256 MiB.
         return_stats: also return `Stats`.
 
@@ -176,6 +182,7 @@ def gated_kl_loss(
         precision=precision,
         backend=backend,
         generator=generator,
+        process_group=process_group,
         workspace=workspace,
         return_stats=return_stats,
     )
@@ -404,9 +411,11 @@ class _Call:
                 continue
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{side}_{what} must be a tensor, got {type(tensor).__name__}")
-            if type(tensor).__name__ == "DTensor":
+            if type(tensor).__name__ == "DTensor" and tensor.requires_grad and not detach:
                 raise NotImplementedError(
-                    f"{side}_{what} is a DTensor: call .full_tensor() on it first (sharded heads are not built yet)"
+                    f"{side}_{what} is a DTensor that requires a gradient, and how that is reduced over ranks is its "
+                    "wrapper's to say: call the loss inside the wrapper's forward (FSDP2 has gathered the head "
+                    "there), or pass full_tensor(grad_placements=...)"
                 )
             if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
                 raise TypeError(f"{side}_{what} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
@@ -422,6 +431,8 @@ class _Call:
             )
         if bias is not None and bias.shape != weight.shape[:1]:
             raise ValueError(f"{side}_bias must be [{weight.shape[0]}], got {tuple(bias.shape)}")
+        # A frozen head that is sharded (FSDP2) is gathered: without a gradient there is nothing to reduce.
+        weight, bias = _gathered(weight), None if bias is None else _gathered(bias)
         tensors = {
             f"{side}_hidden": hidden.reshape(-1, hidden.shape[-1]),
             f"{side}_weight": weight,
@@ -449,6 +460,7 @@ class _Call:
         generator: torch.Generator | None,
         workspace: int,
         return_stats: bool,
+        process_group: dist.ProcessGroup | None = None,
     ) -> Tensor | tuple[Tensor, Stats]:
         chosen = resolve_gate(gate)
         if reduction not in ("mean", "sum", "none"):
@@ -494,20 +506,34 @@ class _Call:
         operands = [t for k, t in all_tensors.items() if t is not None and k.endswith(("_hidden", "_weight", "_bias"))]
         double = any(t.dtype == torch.float64 for t in operands)
         name = backends.resolve(backend, self.device, torch.float64 if double else hidden.dtype)
+        if process_group is not None:
+            name = self._sharded(backend, name, all_tensors)
         if name == "reference":
             return self._reference(spec, all_tensors, return_stats)
         need = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
-        loss, stats, *_ = fused_loss(*all_tensors.values(), *spec.encode(), name, need)
+        group = process_group.group_name if process_group is not None else ""
+        loss, stats, *_ = fused_loss(*all_tensors.values(), *spec.encode(), name, group, need)
         if reduction == "none":
             loss = loss.reshape(self.shape)
         return (loss, self._stats(stats.detach(), name, "exact")) if return_stats else loss
+
+    def _sharded(self, asked: str, name: str, tensors: dict[str, Tensor | None]) -> str:
+        if asked not in ("auto", "torch") or name == "reference":
+            raise NotImplementedError(
+                "process_group: the vocabulary-parallel mode is the torch backend's, for float32, bfloat16 and "
+                f"float16; got backend={asked!r}{' and float64 inputs' if name == 'reference' else ''}"
+            )
+        widths = {k: t.shape[0] for k, t in tensors.items() if t is not None and k.endswith("_weight")}
+        if len(set(widths.values())) > 1:
+            raise ValueError(f"process_group: this rank's slices must have one width in all heads, got {widths}")
+        return "torch"
 
     def _reference(
         self, spec: Spec, tensors: dict[str, Tensor | None], return_stats: bool
     ) -> Tensor | tuple[Tensor, Stats]:
         problem = problem_of(spec, tensors)
         rows = problem.valid_rows()
-        plan.check_values(problem, rows)
+        plan.check_values(problem, rows, problem.vocabulary)
         values = token_values(problem, problem.student_hidden, problem.student, torch.float64)
         loss = torch.zeros(self.token_ids.numel(), dtype=torch.float64, device=self.device)
         loss = loss.index_put((rows,), values.loss)
@@ -533,6 +559,10 @@ class _Call:
             backend=backend,
             plan=used,
         )
+
+
+def _gathered(tensor: Any) -> Tensor:
+    return tensor.full_tensor() if type(tensor).__name__ == "DTensor" else tensor
 
 
 def _per_rollout(

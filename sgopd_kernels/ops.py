@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from . import plan
@@ -74,6 +75,15 @@ def problem_of(spec: Spec, tensors: dict[str, Tensor | None]) -> Problem:
     )
 
 
+def group_of(name: str) -> dist.ProcessGroup | None:
+    """A process group crosses the op by its name; "" is none."""
+    if not name:
+        return None
+    from torch.distributed.distributed_c10d import _resolve_process_group  # absent from builds without distributed
+
+    return _resolve_process_group(name)  # type: ignore[arg-type,unused-ignore]
+
+
 def scale_of(problem: Problem, denominator: Tensor | None) -> Tensor:
     """[N] float64: what the reduction multiplies each token's loss by."""
     n, device = problem.token_ids.numel(), problem.token_ids.device
@@ -114,6 +124,7 @@ def fused_loss(
     words: str,
     numbers: list[float],
     backend: str,
+    group: str,
     need: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, stats [N, 8] float64, d_hidden, d_weight, d_bias); a gradient not needed is an empty tensor."""
@@ -122,7 +133,7 @@ def fused_loss(
     problem = problem_of(chosen, {name: arguments[name] for name in TENSORS})
     wanted = plan.Need(*need) if _makes_gradients(chosen, row_scale) else plan.Need()
     scale = row_scale if row_scale is not None else scale_of(problem, denominator)
-    result = plan.exact(problem, get(backend), scale, wanted)
+    result = plan.exact(problem, get(backend), scale, wanted, group_of(group))
     losses = result.stats[:, plan.LOSS]
     if chosen.reduction == "none":
         loss = losses.float()
@@ -164,6 +175,7 @@ def _(
     words: str,
     numbers: list[float],
     backend: str,
+    group: str,
     need: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     n = student_hidden.shape[0]
@@ -179,8 +191,8 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tensors, (words, numbers, backend, need) = inputs[: len(TENSORS)], inputs[len(TENSORS) :]
-    ctx.words, ctx.numbers, ctx.backend, ctx.need = words, numbers, backend, need
+    tensors, (words, numbers, backend, group, need) = inputs[: len(TENSORS)], inputs[len(TENSORS) :]
+    ctx.words, ctx.numbers, ctx.backend, ctx.group, ctx.need = words, numbers, backend, group, need
     ctx.per_token = Spec.decode(words, numbers).reduction == "none"
     ctx.gradients = None
     if ctx.per_token:
@@ -199,14 +211,14 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Te
             "gated_kl_loss is differentiable once: its gradient was asked for with create_graph=True; "
             "use backend='reference' for second derivatives"
         )
-    nothing = (None,) * (len(TENSORS) - 3 + 4)
+    nothing = (None,) * (len(TENSORS) - 3 + 5)
     if grad_loss is None:
         return (None, None, None, *nothing)
     if ctx.per_token:
         saved = iter(ctx.saved_tensors)
         tensors = dict(zip(TENSORS, (next(saved) if present else None for present in ctx.present)))
         tensors["row_scale"] = grad_loss.contiguous()
-        _, _, *gradients = fused_loss(*tensors.values(), ctx.words, ctx.numbers, ctx.backend, ctx.need)
+        _, _, *gradients = fused_loss(*tensors.values(), ctx.words, ctx.numbers, ctx.backend, ctx.group, ctx.need)
         return (*(g if wanted else None for wanted, g in zip(ctx.need, gradients)), *nothing)
     if ctx.gradients is None:
         raise RuntimeError(

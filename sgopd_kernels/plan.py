@@ -7,12 +7,13 @@ recomputed (6 Hs + 2 Ht FLOP for each of the N V logits) and the memory is bound
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from .backends.torch import TILE_BYTES, TorchBackend
+from .backends.torch import TILE_BYTES, ShardedColumns, TorchBackend
 from .gate import cell_weights, draw_agreement
 from .problem import Problem
 from .reference import TokenValues
@@ -43,9 +44,8 @@ class Result:
     bias: Tensor | None  # [V_S]
 
 
-def chunk_rows(problem: Problem, backend: TorchBackend, valid: int) -> int:
-    """Tokens a chunk: as many as the workspace holds fp32 logits for, in chunks of equal size."""
-    v = problem.vocabulary
+def chunk_rows(problem: Problem, backend: TorchBackend, valid: int, v: int) -> int:
+    """Tokens a chunk: as many as the workspace holds fp32 logits for, in chunks of equal size. `v` columns."""
     heads = sum(h is not None for h in (problem.student, problem.teacher, problem.reference))
     heads += 0 if problem.topk_ids is None else 3  # the completed teacher, and what completing it takes
     weights = [h.weight for h in (problem.student, problem.teacher, problem.reference) if h is not None]
@@ -60,9 +60,8 @@ def chunk_rows(problem: Problem, backend: TorchBackend, valid: int) -> int:
     return -(-valid // -(-valid // rows))
 
 
-def check_values(problem: Problem, rows: Tensor) -> None:
+def check_values(problem: Problem, rows: Tensor, v: int) -> None:
     """What only the values tell: ids in range, verdicts in {1, 0, -1}, reliability in [0, 1]."""
-    v = problem.vocabulary
     ids, verdict, reliability = problem.token_ids[rows], problem.verdict[rows], problem.reliability_of(rows)
     in_range = (ids >= 0) & (ids < v)
     known = (verdict == 1) | (verdict == 0) | (verdict == -1)
@@ -100,11 +99,52 @@ def check_values(problem: Problem, rows: Tensor) -> None:
         )
 
 
-def exact(problem: Problem, backend: TorchBackend, row_scale: Tensor, need: Need) -> Result:
-    """Runs the exact plan. `row_scale` [N] multiplies each token's gradient (not `stats`)."""
+@dataclass(frozen=True)
+class Shard:
+    """This rank's part of a vocabulary that is spread over a group: equal work, in chunks of equal size, everywhere."""
+
+    columns: ShardedColumns
+    total: int  # vocabulary over all ranks
+    widest: int  # the largest slice
+
+
+def shard_of(problem: Problem, group: dist.ProcessGroup) -> Shard:
+    """Slices are contiguous in the order of ranks; every rank learns every width."""
+    width = torch.tensor([problem.vocabulary], device=problem.token_ids.device)
+    widths = [torch.zeros_like(width) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(widths, width, group=group)
+    sizes = [int(w) for w in widths]
+    return Shard(ShardedColumns(sum(sizes[: dist.get_rank(group)]), group), sum(sizes), max(sizes))
+
+
+def same_everywhere(problem: Problem, group: dist.ProcessGroup) -> Problem:
+    """Randomness is the first rank's: of the controls, and of a verdict that was shuffled."""
+    verdict = problem.verdict.clone()
+    uniform = None if problem.uniform is None else problem.uniform.contiguous()
+    for tensor in (verdict, uniform):
+        if tensor is not None:
+            dist.broadcast(tensor, src=dist.get_global_rank(group, 0), group=group)
+    return replace(problem, verdict=verdict, uniform=uniform)
+
+
+def exact(
+    problem: Problem,
+    backend: TorchBackend,
+    row_scale: Tensor,
+    need: Need,
+    group: dist.ProcessGroup | None = None,
+) -> Result:
+    """Runs the exact plan. `row_scale` [N] multiplies each token's gradient (not `stats`).
+
+    With `group`, each rank holds a slice of every head and the same hidden states; statistics and `hidden` are equal on
+    all ranks, `weight` and `bias` are the slice's.
+    """
+    shard = None
+    if group is not None:
+        problem, shard = same_everywhere(problem, group), shard_of(problem, group)
     spec = problem.spec
     rows = problem.valid_rows()
-    check_values(problem, rows)
+    check_values(problem, rows, shard.total if shard else problem.vocabulary)
     weights = cell_weights(
         problem.verdict[rows],
         problem.reliability_of(rows),
@@ -114,12 +154,12 @@ def exact(problem: Problem, backend: TorchBackend, row_scale: Tensor, need: Need
         spec.keep,
     )
     if problem.uniform is None:
-        return _pass(problem, backend, rows, weights, None, row_scale, need)
+        return _pass(problem, backend, rows, weights, None, row_scale, need, shard)
     # The `random` control draws agreement at the measured rate: measure it first.
-    measured = _pass(problem, backend, rows, weights, None, row_scale, Need()).stats[rows]
+    measured = _pass(problem, backend, rows, weights, None, row_scale, Need(), shard).stats[rows]
     d = measured[:, TEACHER_LOGPROB] - measured[:, STUDENT_LOGPROB]
     forced = draw_agreement(d, problem.verdict[rows].double(), spec.tolerance, problem.uniform[rows])
-    return _pass(problem, backend, rows, weights, forced, row_scale, need)
+    return _pass(problem, backend, rows, weights, forced, row_scale, need, shard)
 
 
 def complete_teacher(problem: Problem, rows: Tensor, z_student: Tensor, out: Tensor) -> Tensor:
@@ -159,10 +199,12 @@ def _pass(
     forced: Tensor | None,
     row_scale: Tensor,
     need: Need,
+    shard: Shard | None = None,
 ) -> Result:
     hidden, head, v = problem.student_hidden, problem.student, problem.vocabulary
     device, total = hidden.device, rows.numel()
-    size = chunk_rows(problem, backend, total)
+    # Ranks must agree on the chunks: their collectives pair up.
+    size = chunk_rows(problem, backend, total, shard.widest if shard else v)
 
     stats = torch.zeros(hidden.shape[0], COLUMNS, dtype=torch.float64, device=device)
     d_hidden = torch.zeros_like(hidden) if need.hidden else None
@@ -205,6 +247,7 @@ def _pass(
             None if forced is None else forced[chunk],
             scale,
             bool(need),
+            *((shard.columns,) if shard else ()),
         )
         stats[at] = values
         if not need:
@@ -226,6 +269,8 @@ def _pass(
         if d_hidden is not None:
             g_h = torch.zeros(at.numel(), hidden.shape[1], dtype=torch.float32, device=device)
             backend.add_hidden_gradient(z_s, head.weight[:v], g_h)
+            if shard is not None:
+                dist.all_reduce(g_h, group=shard.columns.group)
             d_hidden[at] = g_h.to(hidden.dtype)
         if d_weight is not None:
             backend.add_weight_gradient(z_s, h, d_weight[:v])

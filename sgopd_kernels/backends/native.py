@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..problem import Head, Problem
-from .torch import TorchBackend
+from .torch import Columns, TorchBackend
 
 _ESTIMATORS = {"full": 0, "sampled": 1}
 _DIVERGENCES = {"reverse-kl": 0, "forward-kl": 1, "jsd": 2}
@@ -40,8 +40,9 @@ class NativeBackend(TorchBackend):
         forced: Tensor | None,
         row_scale: Tensor,
         gradient: bool,
+        columns: Columns | None = None,
     ) -> Tensor:
-        assert self.module is not None
+        assert self.module is not None and columns is None, "a native pass sees whole rows"
         spec = problem.spec
         n, v = z_student.shape
         stats = torch.empty(n, self.module.COLUMNS, dtype=torch.float64, device=z_student.device)

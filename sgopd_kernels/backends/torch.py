@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..gate import choose
@@ -42,6 +44,57 @@ def vocabulary_tiles(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield tile, weight[tile].float()
 
 
+class Columns:
+    """The vocabulary, all of it in this process. What crosses columns goes through here."""
+
+    def log_softmax(self, z: Tensor) -> Tensor:
+        return torch.log_softmax(z, -1)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """[n, V] -> [n]"""
+        return values.sum(-1)
+
+    def at(self, values: Tensor, y: Tensor) -> Tensor:
+        """values [n, V] at the sampled tokens y [n, 1] -> [n]"""
+        return values.gather(-1, y).squeeze(-1)
+
+    def subtract_at(self, values: Tensor, y: Tensor) -> Tensor:
+        """values - 1[v = y]"""
+        return values.scatter_add(-1, y, torch.full_like(y, -1, dtype=values.dtype))
+
+
+class ShardedColumns(Columns):
+    """A slice of the vocabulary, columns [first, first + width) of it; the other ranks hold the rest."""
+
+    def __init__(self, first: int, group: dist.ProcessGroup) -> None:
+        self.first, self.group = first, group
+
+    def _reduce(self, tensor: Tensor, op: Any) -> Tensor:
+        dist.all_reduce(tensor, op=op, group=self.group)
+        return tensor
+
+    def log_softmax(self, z: Tensor) -> Tensor:
+        highest = self._reduce(z.amax(-1, keepdim=True), dist.ReduceOp.MAX)
+        # A row that is -inf everywhere stays NaN, as in one process.
+        total = self._reduce((z - highest).exp().sum(-1, keepdim=True), dist.ReduceOp.SUM)
+        return z - (highest + total.log())
+
+    def sum(self, values: Tensor) -> Tensor:
+        return self._reduce(values.sum(-1), dist.ReduceOp.SUM)
+
+    def _own(self, values: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        local = y - self.first
+        return (local >= 0) & (local < values.shape[-1]), local.clamp(0, values.shape[-1] - 1)
+
+    def at(self, values: Tensor, y: Tensor) -> Tensor:
+        mine, local = self._own(values, y)
+        return self._reduce(torch.where(mine, values.gather(-1, local), 0.0).squeeze(-1), dist.ReduceOp.SUM)
+
+    def subtract_at(self, values: Tensor, y: Tensor) -> Tensor:
+        mine, local = self._own(values, y)
+        return values.scatter_add(-1, local, -mine.to(values.dtype))
+
+
 class TorchBackend:
     name = "torch"
 
@@ -75,11 +128,13 @@ class TorchBackend:
         forced: Tensor | None,
         row_scale: Tensor,
         gradient: bool,
+        columns: Columns | None = None,
     ) -> Tensor:
         """Statistics of a chunk, [n, 8] float64 in the order of `reference.TokenValues`.
 
         `rows` [n] are the chunk's positions in the problem; z_* [n, V] fp32 hold raw projections. With
         `gradient`, z_student is overwritten by row_scale * d(loss)/d(projection); rows of weight 0 become 0.
+        `columns`: which part of the vocabulary z_* hold; None: all of it.
         """
         n, v = z_student.shape
         stats = torch.empty(n, 8, dtype=torch.float64, device=z_student.device)
@@ -97,6 +152,7 @@ class TorchBackend:
                 row_scale[part],
                 gradient,
                 stats[part],
+                columns or Columns(),
             )
         return stats
 
@@ -109,7 +165,9 @@ def _block_bytes(device_type: str) -> int:
     return (48 if device_type == "cpu" else 128) * 2**20
 
 
-def _log_softmax(z: Tensor, head: Head, temperature: float, outside: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _log_softmax(
+    z: Tensor, head: Head, temperature: float, columns: Columns, outside: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Projections fp32 -> (log-probabilities float64, columns at -inf)."""
     z = z.double()
     if head.bias is not None:
@@ -120,22 +178,24 @@ def _log_softmax(z: Tensor, head: Head, temperature: float, outside: Tensor | No
     z /= temperature
     if outside is not None:
         z.masked_fill_(outside, -torch.inf)
-    return torch.log_softmax(z, -1), z == -torch.inf
+    return columns.log_softmax(z), z == -torch.inf
 
 
-def _expectation(p: Tensor, values: Tensor) -> Tensor:
+def _expectation(p: Tensor, values: Tensor, columns: Columns) -> Tensor:
     """sum_v p * values with 0 * anything = 0."""
-    return (p * values).masked_fill_(p == 0, 0.0).sum(-1)
+    return columns.sum((p * values).masked_fill_(p == 0, 0.0))
 
 
-def _divergence(spec: Spec, log_p: Tensor, p: Tensor, log_q: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+def _divergence(
+    spec: Spec, log_p: Tensor, p: Tensor, log_q: Tensor, q: Tensor, columns: Columns
+) -> tuple[Tensor, Tensor]:
     """(value [n], gradient with respect to the student's logits [n, V])."""
     if spec.divergence == "reverse-kl":
         ratio = log_p - log_q
-        value = _expectation(p, ratio)
+        value = _expectation(p, ratio, columns)
         gradient = (p * (ratio - value.unsqueeze(-1))).masked_fill_(p == 0, 0.0)
     elif spec.divergence == "forward-kl":
-        value = _expectation(q, log_q - log_p)
+        value = _expectation(q, log_q - log_p, columns)
         gradient = p - q
     else:
         beta = spec.beta
@@ -143,8 +203,8 @@ def _divergence(spec: Spec, log_p: Tensor, p: Tensor, log_q: Tensor, q: Tensor) 
         u = log_q - log_p
         far = torch.logaddexp(u + math.log(beta), torch.full_like(u, math.log1p(-beta)))
         r = torch.where(u < 30, torch.log1p(beta * torch.expm1(u)), far)
-        student = _expectation(p, -r)
-        value = beta * _expectation(q, u - r) + (1 - beta) * student
+        student = _expectation(p, -r, columns)
+        value = beta * _expectation(q, u - r, columns) + (1 - beta) * student
         gradient = ((1 - beta) * p * (-r - student.unsqueeze(-1))).masked_fill_(p == 0, 0.0)
     return value, gradient
 
@@ -160,20 +220,21 @@ def _block(
     row_scale: Tensor,
     gradient: bool,
     stats: Tensor,
+    columns: Columns,
 ) -> None:
     spec, temperature = problem.spec, problem.spec.temperature
     y = problem.token_ids[rows].unsqueeze(-1)
     verdict = problem.verdict[rows].double()
     log_q = log_r = outside = None
     if z_teacher is not None:
-        log_q, outside = _log_softmax(z_teacher, problem.teacher or PLAIN, temperature)
+        log_q, outside = _log_softmax(z_teacher, problem.teacher or PLAIN, temperature, columns)
     if z_reference is not None:
         assert problem.reference is not None and outside is not None
-        log_r, outside_r = _log_softmax(z_reference, problem.reference, temperature)
+        log_r, outside_r = _log_softmax(z_reference, problem.reference, temperature, columns)
         outside = outside | outside_r
-    log_p, _ = _log_softmax(z_student, problem.student, temperature, outside)
+    log_p, _ = _log_softmax(z_student, problem.student, temperature, columns, outside)
     p = log_p.exp()
-    log_p_y = log_p.gather(-1, y).squeeze(-1)
+    log_p_y = columns.at(log_p, y)
 
     dense = None
     if log_q is None:
@@ -181,10 +242,10 @@ def _block(
         log_q_y = problem.teacher_logprob[rows].double()
         kl = entropy_q = torch.full_like(log_q_y, torch.nan)
     else:
-        log_q_y = log_q.gather(-1, y).squeeze(-1)
+        log_q_y = columns.at(log_q, y)
         q = log_q.exp()
-        kl, dense = _divergence(spec, log_p, p, log_q, q)
-        entropy_q = -_expectation(q, log_q)
+        kl, dense = _divergence(spec, log_p, p, log_q, q, columns)
+        entropy_q = -_expectation(q, log_q, columns)
         del q
     d = log_q_y - log_p_y
     gate, agree = choose(d, verdict, weights, spec.tolerance, forced)
@@ -197,10 +258,10 @@ def _block(
         assert outside is not None
         log_q = (g * log_q + (1 - g) * log_r).masked_fill_(outside, -torch.inf)
         if spec.estimator == "full":
-            log_q = torch.log_softmax(log_q, -1)
-            value, dense = _divergence(spec, log_p, p, log_q, log_q.exp())
+            log_q = columns.log_softmax(log_q)
+            value, dense = _divergence(spec, log_p, p, log_q, log_q.exp(), columns)
         else:
-            advantage = log_q.gather(-1, y).squeeze(-1) - log_p_y
+            advantage = columns.at(log_q, y) - log_p_y
     elif problem.behaviour_logprob is not None:
         ratio = (log_p_y - problem.behaviour_logprob[rows].double()).exp()
         advantage = advantage * ratio.clamp(max=spec.ratio_clip)
@@ -214,7 +275,7 @@ def _block(
                 kl,
                 log_p_y,
                 log_q_y,
-                -_expectation(p, log_p),
+                -_expectation(p, log_p, columns),
                 entropy_q,
                 gate,
                 agree.double(),
@@ -229,7 +290,7 @@ def _block(
         assert dense is not None
     else:
         coefficient = coefficient * advantage
-        dense = p.scatter_add(-1, y, torch.full_like(y, -1, dtype=p.dtype))
+        dense = columns.subtract_at(p, y)
     # Through temperature, softcap and scale, back to the projection.
     head = problem.student
     if head.softcap is not None:

@@ -32,7 +32,7 @@ def test_opcheck(kit: Any, reduction: str) -> None:
     words, numbers = Spec(reduction=reduction).encode()
     torch.library.opcheck(
         fused_loss,
-        (*given.values(), words, numbers, "cpu", [True, True, False]),
+        (*given.values(), words, numbers, "cpu", "", [True, True, False]),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
 
