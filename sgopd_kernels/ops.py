@@ -184,7 +184,9 @@ def _(
     loss = student_hidden.new_empty((n,) if chosen.reduction == "none" else (), dtype=torch.float32)
     stats = student_hidden.new_empty((n, plan.COLUMNS), dtype=torch.float64)
     gradients = [
-        torch.empty_like(leaf) if wanted and makes and leaf is not None else student_hidden.new_empty(0)
+        torch.empty_like(leaf, dtype=plan.gradient_dtype(leaf))
+        if wanted and makes and leaf is not None
+        else student_hidden.new_empty(0)
         for wanted, leaf in zip(need, (student_hidden, student_weight, student_bias))
     ]
     return loss, stats, gradients[0], gradients[1], gradients[2]
@@ -195,6 +197,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.words, ctx.numbers, ctx.backend, ctx.group, ctx.need = words, numbers, backend, group, need
     ctx.per_token = Spec.decode(words, numbers).reduction == "none"
     ctx.gradients = None
+    ctx.dtypes = [None if t is None else t.dtype for t in tensors[:3]]
     if ctx.per_token:
         ctx.present = [t is not None for t in tensors]
         ctx.save_for_backward(*(t for t in tensors if t is not None))
@@ -219,7 +222,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Te
         tensors = dict(zip(TENSORS, (next(saved) if present else None for present in ctx.present)))
         tensors["row_scale"] = grad_loss.contiguous()
         _, _, *gradients = fused_loss(*tensors.values(), ctx.words, ctx.numbers, ctx.backend, ctx.group, ctx.need)
-        return (*(g if wanted else None for wanted, g in zip(ctx.need, gradients)), *nothing)
+        return (*(g.to(d) if wanted else None for wanted, g, d in zip(ctx.need, gradients, ctx.dtypes)), *nothing)
     if ctx.gradients is None:
         raise RuntimeError(
             "gated_kl_loss: backward was called twice; its gradients were handed over the first time. "
@@ -229,7 +232,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Te
     for g in gradients:
         if g is not None and not _is_one(grad_loss):
             g.mul_(grad_loss)
-    return (*gradients, *nothing)
+    return (*(None if g is None else g.to(d) for g, d in zip(gradients, ctx.dtypes)), *nothing)
 
 
 def _is_one(grad: Tensor) -> bool:

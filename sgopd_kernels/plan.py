@@ -39,9 +39,15 @@ class Need:
 @dataclass
 class Result:
     stats: Tensor  # [N, 8] float64, columns as TokenValues; rows of ignored tokens are 0
-    hidden: Tensor | None  # [N, Hs], dtype of student_hidden
-    weight: Tensor | None  # [V_S, Hs], dtype of the head; accumulated in fp32 and rounded once
+    # Accumulated in fp32 and rounded once, to `gradient_dtype`.
+    hidden: Tensor | None  # [N, Hs]
+    weight: Tensor | None  # [V_S, Hs]
     bias: Tensor | None  # [V_S]
+
+
+def gradient_dtype(leaf: Tensor) -> torch.dtype:
+    """A leaf's dtype; fp32 for fp16, whose range a mean's gradient underflows before a loss scale has multiplied it."""
+    return torch.float32 if leaf.dtype == torch.float16 else leaf.dtype
 
 
 def chunk_rows(problem: Problem, backend: TorchBackend, valid: int, v: int) -> int:
@@ -207,7 +213,7 @@ def _pass(
     size = chunk_rows(problem, backend, total, shard.widest if shard else v)
 
     stats = torch.zeros(hidden.shape[0], COLUMNS, dtype=torch.float64, device=device)
-    d_hidden = torch.zeros_like(hidden) if need.hidden else None
+    d_hidden = torch.zeros_like(hidden, dtype=gradient_dtype(hidden)) if need.hidden else None
     d_weight = torch.zeros(head.weight.shape, dtype=torch.float32, device=device) if need.weight else None
     d_bias = torch.zeros(head.weight.shape[0], dtype=torch.float32, device=device) if need.bias else None
 
@@ -271,7 +277,7 @@ def _pass(
             backend.add_hidden_gradient(z_s, head.weight[:v], g_h)
             if shard is not None:
                 dist.all_reduce(g_h, group=shard.columns.group)
-            d_hidden[at] = g_h.to(hidden.dtype)
+            d_hidden[at] = g_h.to(d_hidden.dtype)
         if d_weight is not None:
             backend.add_weight_gradient(z_s, h, d_weight[:v])
         if d_bias is not None:
@@ -280,6 +286,6 @@ def _pass(
     return Result(
         stats,
         d_hidden,
-        None if d_weight is None else d_weight.to(head.weight.dtype),
-        None if d_bias is None or head.bias is None else d_bias.to(head.bias.dtype),
+        None if d_weight is None else d_weight.to(gradient_dtype(head.weight)),
+        None if d_bias is None or head.bias is None else d_bias.to(gradient_dtype(head.bias)),
     )

@@ -12,12 +12,15 @@ the loss with `gated_kl_loss`. `DistillationConfig.beta` keeps its meaning: 1 is
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from trl import DistillationTrainer
 
+from sgopd.phases import Phases
 from sgopd.teacher import head_of
 from sgopd.verifier import CORRECT, INCORRECT, UNKNOWN, VerifierPool
 from sgopd_kernels import Gate, gated_kl_loss
@@ -44,10 +47,13 @@ class SGOPDTrainer(DistillationTrainer):
             called in this process; `example` is the dataset's row with all its columns.
         gate: a preset's name or a `Gate`.
         estimator: "full" or "sampled" (reverse KL only, beta = 1).
+        cold_start_steps, teacher_share, teacher_share_schedule: phased teacher sampling, as in `sgopd train`: for the
+            first updates this share of the completions, annealed to 0 ("linear", "cosine", "constant"), is offered to
+            the teacher, and takes the student's place where the verifier endorses it. Default: off.
         The others: `trl.DistillationTrainer`'s.
 
     Logs, beside TRL's own: kl, gate/mean, gate/agree_fraction (of tokens with a verdict), logratio/abs_mean,
-    rollout/accuracy, rollout/unknown.
+    rollout/accuracy, rollout/unknown; in the cold start phase/teacher_share (of the batch) and phase/acceptance.
 
     Raises:
         ValueError: a setting that would drop the answer column, or images in the data.
@@ -56,7 +62,15 @@ class SGOPDTrainer(DistillationTrainer):
     _tag_names = ("trl", "distillation", "sg-opd")
 
     def __init__(
-        self, *args: Any, verifier: Verifier, gate: str | Gate = "sg-opd", estimator: str = "full", **kwargs: Any
+        self,
+        *args: Any,
+        verifier: Verifier,
+        gate: str | Gate = "sg-opd",
+        estimator: str = "full",
+        cold_start_steps: int = 0,
+        teacher_share: float = 0.5,
+        teacher_share_schedule: str = "linear",
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         if self.args.remove_unused_columns:
@@ -68,27 +82,73 @@ class SGOPDTrainer(DistillationTrainer):
             raise ValueError(f"estimator='sampled' is the reverse KL's: set beta=1.0, got beta={self.beta}")
         self.verifier, self.gate, self.estimator = verifier, gate, estimator
         self._sums: dict[str, Tensor] = {}
+        # One completion a row here: each row is a group of its own. The share depends on the step alone, so a resumed
+        # run needs no state of it.
+        settings: Any = SimpleNamespace(
+            cold_start_steps=cold_start_steps,
+            teacher_share=teacher_share,
+            teacher_share_schedule=teacher_share_schedule,
+            num_generations=1,
+        )
+        self.phases = Phases(settings)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
         if "pixel_values" in output:
             raise ValueError("SGOPDTrainer reads text only; the batch has images: use trl.DistillationTrainer for them")
-        ids, mask = output["completion_ids"], output["completion_mask"]
+        if "tool_mask" in output and self.phases.config.cold_start_steps:
+            raise ValueError("phased teacher sampling has no tool calls: set cold_start_steps=0, or drop the tools")
+        taught: list[int] = []
+        if self.model.training and self.phases.share(self.state.global_step) > 0:
+            taught = self._offer_slots(output, inputs)
+        verdict = self._judge(output["completion_ids"], output["completion_mask"], inputs)
+        verdict[taught] = CORRECT
+        output["verdict"] = verdict
+        return output
+
+    def _judge(self, ids: Tensor, mask: Tensor, examples: list[dict[str, Any]]) -> Tensor:
         lengths = mask.sum(1)
         responses = self.processing_class.batch_decode(
             [row[:n] for row, n in zip(ids.tolist(), lengths.tolist())], skip_special_tokens=True
         )
         # A completion that was cut off ends with a token that is no end of sequence.
         last = ids.gather(1, (lengths - 1).clamp(min=0).unsqueeze(1)).squeeze(1)
-        cut = ~torch.isin(last, torch.tensor(self._end_tokens(), device=ids.device))
-        output["verdict"] = self._verdicts(responses, inputs, cut.tolist()).to(ids.device)
-        return output
+        cut = ~torch.isin(last, torch.tensor(self.eos_token_ids, device=ids.device))
+        return self._verdicts(responses, examples, cut.tolist()).to(ids.device)
 
-    def _end_tokens(self) -> list[int]:
-        tokenizer: Any = getattr(self.processing_class, "tokenizer", self.processing_class)
-        configured = self.accelerator.unwrap_model(self.model).generation_config.eos_token_id
-        ids = [configured] if isinstance(configured, int) else list(configured or [])
-        return [*ids, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])]
+    def _offer_slots(self, output: dict[str, Any], inputs: list[dict[str, Any]]) -> list[int]:
+        """Puts endorsed teacher completions in the place of the student's; returns their rows."""
+        step, processes = self.state.global_step, self.accelerator.num_processes
+        seed = (self.args.seed * 1_000_003 + step) * processes + self.accelerator.process_index
+        rows = [row for row, count in enumerate(self.phases.slots(step, len(inputs), seed)) if count]
+        taught: list[int] = []
+        if rows:
+            prompts, attention = output["prompt_ids"][rows], output["prompt_mask"][rows]
+            teacher = self.accelerator.unwrap_model(self.teacher_model).eval()
+            with torch.no_grad():
+                whole = teacher.generate(
+                    input_ids=prompts, attention_mask=attention, generation_config=self.generation_config
+                )
+            ids = whole[:, prompts.shape[1] :]
+            ended = torch.isin(ids, torch.tensor(self.eos_token_ids, device=ids.device)).int()
+            mask = (ended.cumsum(1) - ended == 0).to(output["completion_mask"].dtype)  # up to the first end, with it
+            endorsed = self._judge(ids, mask, [inputs[row] for row in rows]) == CORRECT
+            taught = [row for row, right in zip(rows, endorsed.tolist()) if right]
+            if taught:
+                ids, mask = ids[endorsed], mask[endorsed]
+                width = max(ids.shape[1], output["completion_ids"].shape[1])
+                pad = self.processing_class.pad_token_id
+                for name, new, fill in (("completion_ids", ids, pad), ("completion_mask", mask, 0)):
+                    grown = functional.pad(output[name], (0, width - output[name].shape[1]), value=fill)
+                    grown[taught] = functional.pad(new, (0, width - new.shape[1]), value=fill)
+                    output[name] = grown
+                output["completion_ids"].masked_fill_(output["completion_mask"] == 0, pad)
+        # The denominator counts the tokens that are there now, on every process.
+        output["num_items_in_batch"] = self.accelerator.gather(output["completion_mask"].sum()).sum()
+        metrics = self._metrics["train"]
+        metrics["phase/teacher_share"].append(len(taught) / len(inputs))
+        metrics["phase/acceptance"].append(len(taught) / len(rows) if rows else float("nan"))
+        return taught
 
     def _verdicts(self, responses: list[str], examples: list[dict[str, Any]], cut: list[bool]) -> Tensor:
         if isinstance(self.verifier, VerifierPool):

@@ -79,6 +79,18 @@ def test_second_derivatives_and_second_backwards_are_refused(kit: Any) -> None:
         loss.backward()
 
 
+def test_a_loss_scale_saves_fp16_gradients_from_underflow(kit: Any) -> None:
+    """A mean over many tokens makes gradients below fp16's range: they are rounded after the scale has multiplied."""
+    inputs = kit.make_inputs(n=2000, v=300, hs=32, peak=0.3, masked=0.0, dtype=torch.float16)
+    truth = kit.call(inputs.to(torch.float64))
+    hidden = inputs.student_hidden.clone().requires_grad_()
+    weight = inputs.student_weight.clone().requires_grad_()
+    (gated_kl_loss(hidden, weight, *inputs.args()[2:]) * 65536.0).backward()
+    assert hidden.grad is not None and hidden.grad.dtype == torch.float16 and weight.grad is not None
+    assert kit.relative(hidden.grad.double() / 65536, truth[1]) < 1e-3
+    assert kit.relative(weight.grad.double() / 65536, truth[2]) < 1e-3
+
+
 def test_accumulation_adds_up(kit: Any) -> None:
     """Two micro-batches with num_items of both equal one batch."""
     inputs = kit.make_inputs(n=80, v=150, hs=16)

@@ -321,15 +321,8 @@ def test_liger_jsd(kit: Any, n: int, v: int, dtype: torch.dtype, beta: float) ->
             assert kit.relative(ours(swapped, backend)["kl"], got["kl"]) <= 1e-5
 
 
-FP16_UNDERFLOW = pytest.mark.xfail(
-    strict=True,
-    reason="gradients are rounded to fp16 before the incoming gradient scales them: a loss scale saves none from "
-    'underflow (reduction="none" rounds after)',
-)
-
-
 @pytest.mark.parametrize("ignore_index", [-100, 2])
-@pytest.mark.parametrize("dtype", [*DTYPES, pytest.param(torch.float16, marks=FP16_UNDERFLOW)])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
 @pytest.mark.parametrize(("n", "v"), JSD_SHAPES)
 def test_liger_jsd_not_last(kit: Any, n: int, v: int, dtype: torch.dtype, ignore_index: int) -> None:
     """test_correctness_not_last and _functional: the loss is doubled before the backward."""

@@ -18,8 +18,11 @@ from sgopd.verifier import VerifierPool  # noqa: E402
 ROWS = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(6) for b in range(4)]
 
 
+OWN = ("verifier", "gate", "estimator", "cold_start_steps", "teacher_share", "teacher_share_schedule")
+
+
 def make(cls: Any, tiny: SimpleNamespace, folder: Path, teacher_seed: int = 2, **changes: Any) -> Any:
-    own = {k: changes.pop(k) for k in ("verifier", "gate", "estimator") if k in changes}
+    own = {k: changes.pop(k) for k in OWN if k in changes}
     settings: dict[str, Any] = dict(
         output_dir=str(folder),
         per_device_train_batch_size=4,
@@ -95,6 +98,36 @@ def test_verdicts_follow_their_rows(tiny: SimpleNamespace, tmp_path: Path) -> No
     assert set(trainer._verdicts(["x"], ROWS[:1], [False]).tolist()) == {1}
     trainer.verifier = always(None)
     assert trainer._verdicts(["x"], ROWS[:1], [False]).tolist() == [0]
+
+
+def test_endorsed_teacher_rollouts_take_their_slots(tiny: SimpleNamespace, tmp_path: Path) -> None:
+    """All slots offered, all endorsed: the batch is the teacher's, judged correct, and counted anew."""
+    phase = dict(cold_start_steps=2, teacher_share=1.0, teacher_share_schedule="constant")
+    trainer = make(SGOPDTrainer, tiny, tmp_path, verifier=always(True), **phase)
+    with torch.no_grad():  # a teacher that always says 3 and a student that never does
+        for model, bias in ((trainer.teacher_model, 50.0), (trainer.model, -50.0)):
+            model.lm_head.weight.zero_()
+            model.lm_head.bias = torch.nn.Parameter(torch.zeros(32))
+            model.lm_head.bias[3] = bias
+    trainer.model.train()
+    batch = trainer._generate_and_score_completions(ROWS[:8])
+    ids, mask = batch["completion_ids"], batch["completion_mask"]
+    assert bool((ids[mask == 1] == 3).all()) and batch["verdict"].tolist() == [1] * 8
+    assert ids.shape == mask.shape == (8, 10) and int(batch["num_items_in_batch"]) == 80
+    trainer.verifier = always(False)
+    batch = trainer._generate_and_score_completions(ROWS[:8])
+    assert not bool((batch["completion_ids"] == 3).any()) and batch["verdict"].tolist() == [-1] * 8
+    assert trainer._metrics["train"]["phase/acceptance"] == [1.0, 0.0]
+    assert int(batch["num_items_in_batch"]) == int(batch["completion_mask"].sum())
+
+
+def test_the_cold_start_ends(tiny: SimpleNamespace, tmp_path: Path) -> None:
+    trainer = make(
+        SGOPDTrainer, tiny, tmp_path, verifier=always(True), cold_start_steps=2, teacher_share=0.5, max_steps=3
+    )
+    trainer.train()
+    shares = [entry.get("phase/teacher_share") for entry in trainer.state.log_history if "gate/mean" in entry]
+    assert shares == [0.5, 0.25, None]
 
 
 def test_refusals(tiny: SimpleNamespace, tmp_path: Path) -> None:
