@@ -9,7 +9,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: install quickstart test test-all lint format bench clean
+.PHONY: install quickstart test lint format bench clean
 .DEFAULT_GOAL := quickstart
 
 SOURCES := $(shell find sgopd sgopd_kernels csrc -type f -not -name '*.pyc' -not -name '*.so' 2>/dev/null)
@@ -45,9 +45,6 @@ quickstart: $(VENV)/.installed
 	$(VENV)/bin/sgopd quickstart
 
 test: $(VENV)/.test
-	$(VENV)/bin/pytest tests -m "not slow"
-
-test-all: $(VENV)/.test
 	$(VENV)/bin/pytest tests
 
 lint: $(VENV)-lint/.installed

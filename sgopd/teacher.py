@@ -7,7 +7,7 @@ that what is read here is what the model computes.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,18 @@ def head_of(model: PreTrainedModel) -> Head:
         scale /= getattr(config, name, None) or 1.0
     softcap = getattr(config, "final_logit_softcapping", None)
     return Head(output.weight, getattr(output, "bias", None), scale, softcap)
+
+
+def head_arguments(student: Head, teacher: Head) -> dict[str, Any]:
+    """What `gated_kl_loss` has to know of two heads beside their weights."""
+    return {
+        "student_bias": student.bias,
+        "teacher_bias": teacher.bias,
+        "student_logit_scale": student.logit_scale,
+        "teacher_logit_scale": teacher.logit_scale,
+        "student_softcap": student.softcap,
+        "teacher_softcap": teacher.softcap,
+    }
 
 
 def hidden_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

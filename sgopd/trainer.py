@@ -45,6 +45,7 @@ from sgopd.rollout import Rollout, collate, generate, sampling_of
 from sgopd.teacher import (
     Head,
     eos_ids_of,
+    head_arguments,
     head_of,
     hidden_states,
     load_frozen,
@@ -364,13 +365,8 @@ class Trainer:
             "gate": dataclasses.replace(self.gate, control=None) if self.gate.control == "shuffled" else self.gate,
             "estimator": config.estimator,
             "divergence": ("jsd", config.jsd_beta) if config.divergence == "jsd" else config.divergence,
-            "student_bias": student.bias,
-            "teacher_bias": teacher.bias,
             "temperature": config.temperature,
-            "student_logit_scale": student.logit_scale,
-            "teacher_logit_scale": teacher.logit_scale,
-            "student_softcap": student.softcap,
-            "teacher_softcap": teacher.softcap,
+            **head_arguments(student, teacher),
             "precision": config.precision,
             "backend": config.backend,
         }

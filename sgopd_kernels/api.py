@@ -168,12 +168,9 @@ def gated_kl_loss(
             "divergence": name,
             "beta": beta,
             "temperature": _positive("temperature", temperature),
-            "student_scale": _positive("student_logit_scale", student_logit_scale),
-            "teacher_scale": _positive("teacher_logit_scale", teacher_logit_scale),
-            "reference_scale": _positive("reference_logit_scale", reference_logit_scale),
-            "student_softcap": _softcap("student_softcap", student_softcap),
-            "teacher_softcap": _softcap("teacher_softcap", teacher_softcap),
-            "reference_softcap": _softcap("reference_softcap", reference_softcap),
+            **_head("student", student_logit_scale, student_softcap),
+            **_head("teacher", teacher_logit_scale, teacher_softcap),
+            **_head("reference", reference_logit_scale, reference_softcap),
             "ignore_index": ignore_index,
         },
         tensors={**teacher, **reference},
@@ -240,8 +237,7 @@ def gated_logprob_loss(
         choices={
             "estimator": "sampled",
             "temperature": _positive("temperature", temperature),
-            "student_scale": _positive("student_logit_scale", student_logit_scale),
-            "student_softcap": _softcap("student_softcap", student_softcap),
+            **_head("student", student_logit_scale, student_softcap),
             "ratio_clip": _positive("ratio_clip", ratio_clip),
             "ignore_index": ignore_index,
         },
@@ -315,8 +311,7 @@ def gated_topk_kl_loss(
         gate=gate,
         choices={
             "temperature": _positive("temperature", temperature),
-            "student_scale": _positive("student_logit_scale", student_logit_scale),
-            "student_softcap": _softcap("student_softcap", student_softcap),
+            **_head("student", student_logit_scale, student_softcap),
             "ignore_index": ignore_index,
         },
         tensors={
@@ -626,5 +621,9 @@ def _positive(name: str, value: float) -> float:
     return float(value)
 
 
-def _softcap(name: str, value: float | None) -> float | None:
-    return None if value is None else _positive(name, value)
+def _head(side: str, logit_scale: float, softcap: float | None) -> dict[str, float | None]:
+    """A head's choices, as fields of `Spec`."""
+    return {
+        f"{side}_scale": _positive(f"{side}_logit_scale", logit_scale),
+        f"{side}_softcap": None if softcap is None else _positive(f"{side}_softcap", softcap),
+    }

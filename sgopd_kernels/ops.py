@@ -90,8 +90,7 @@ def scale_of(problem: Problem, denominator: Tensor | None) -> Tensor:
     if problem.spec.reduction != "mean":
         return torch.ones(n, dtype=torch.float64, device=device)
     if denominator is None:
-        denominator = problem.valid_rows().numel() * torch.ones((), dtype=torch.float64, device=device)
-        denominator = denominator.clamp(min=1)
+        denominator = (problem.token_ids != problem.spec.ignore_index).sum().clamp(min=1)
     return denominator.double().reciprocal().expand(n)
 
 

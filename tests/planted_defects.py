@@ -35,7 +35,7 @@ DEFECTS = [
     Defect("gate: pair's sides swapped", "sgopd_kernels/gate.py", "conflict[0] * correct + conflict[1]", "conflict[1] * correct + conflict[0]"),
     Defect("gate: reliability's complement", "sgopd_kernels/gate.py", "reliability + (1 - reliability) *", "(1 - reliability) + reliability *"),
     Defect("gate: rejected rollouts kept", "sgopd_kernels/gate.py", "neutral)]) * kept", "neutral)])"),
-    Defect("mean over all tokens, ignored ones too", "sgopd_kernels/ops.py", "problem.valid_rows().numel() * torch", "n * torch"),
+    Defect("mean over all tokens, ignored ones too", "sgopd_kernels/ops.py", "(problem.token_ids != problem.spec.ignore_index).sum()", "(problem.token_ids == problem.token_ids).sum()"),
     Defect("num_items ignored", "sgopd_kernels/ops.py", "    if denominator is None:", "    if True:"),
     Defect("incoming gradient ignored", "sgopd_kernels/ops.py", "            g.mul_(grad_loss)", "            pass"),
     Defect("per-token incoming gradient ignored", "sgopd_kernels/ops.py", "= grad_loss.contiguous()", "= torch.ones_like(grad_loss)"),

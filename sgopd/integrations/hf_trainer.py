@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sgopd.teacher import head_of, hidden_states
+from sgopd.teacher import head_arguments, head_of, hidden_states
 from sgopd_kernels import Gate, gated_kl_loss
 
 
@@ -91,13 +91,8 @@ class SGOPDMixin:
             inputs["labels"][:, 1:],
             inputs["verdict"].unsqueeze(1),
             gate=self.gate,
-            student_bias=student_head.bias,
-            teacher_bias=teacher_head.bias,
-            student_logit_scale=student_head.logit_scale,
-            teacher_logit_scale=teacher_head.logit_scale,
-            student_softcap=student_head.softcap,
-            teacher_softcap=teacher_head.softcap,
             num_items=num_items_in_batch,
+            **head_arguments(student_head, teacher_head),
             **self.loss_arguments,
         )
         return (loss, None) if return_outputs else loss

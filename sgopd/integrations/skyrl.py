@@ -15,11 +15,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from skyrl.backends.skyrl_train.utils.ppo_utils import register_advantage_estimator
 from skyrl.train.trainer import RayPPOTrainer
 from torch import Tensor
 
+from sgopd.integrations.common import verdict_of
 from sgopd_kernels import Gate, gated_advantage
 from sgopd_kernels.gate import resolve_gate
 
@@ -72,7 +72,7 @@ class SGOPDTrainer(RayPPOTrainer):
             raise ValueError("the batch has no base_action_log_probs: set trainer.ref.model.path to the teacher")
         mask = data["loss_mask"].bool()
         score = data["rewards"].double().sum(-1)
-        verdict = torch.where(score >= self.correct_at, 1, -1).masked_fill(score.isnan(), 0).unsqueeze(1)
+        verdict = verdict_of(score, self.correct_at).unsqueeze(1)
         student, teacher = data["action_log_probs"].masked_fill(~mask, 0.0), teacher.masked_fill(~mask, 0.0)
         advantage, weight = gated_advantage(student, teacher, verdict, gate=self._gate)
         data["rewards"] = advantage

@@ -20,23 +20,13 @@ from torch import Tensor
 from torch.nn import functional
 from trl import DistillationTrainer
 
+from sgopd.integrations.common import GATE_METRICS, gate_sums, log_ratios
 from sgopd.phases import Phases
-from sgopd.teacher import head_of
+from sgopd.teacher import head_arguments, head_of
 from sgopd.verifier import CORRECT, INCORRECT, UNKNOWN, VerifierPool
 from sgopd_kernels import Gate, gated_kl_loss
 
 Verifier = VerifierPool | Callable[[str, dict[str, Any]], bool | None]
-
-# Summed per token or rollout, gathered over processes, logged as ratios: (name, numerator, denominator).
-_SUMS = ("tokens", "kl", "gate", "tested", "agree", "logratio", "rollouts", "correct", "unknown")
-_RATIOS = (
-    ("kl", "kl", "tokens"),
-    ("gate/mean", "gate", "tokens"),
-    ("gate/agree_fraction", "agree", "tested"),
-    ("logratio/abs_mean", "logratio", "tokens"),
-    ("rollout/accuracy", "correct", "rollouts"),
-    ("rollout/unknown", "unknown", "rollouts"),
-)
 
 
 class SGOPDTrainer(DistillationTrainer):
@@ -81,7 +71,6 @@ class SGOPDTrainer(DistillationTrainer):
         if estimator == "sampled" and self.beta != 1.0:
             raise ValueError(f"estimator='sampled' is the reverse KL's: set beta=1.0, got beta={self.beta}")
         self.verifier, self.gate, self.estimator = verifier, gate, estimator
-        self._sums: dict[str, Tensor] = {}
         # One completion a row here: each row is a group of its own. The share depends on the step alone, so a resumed
         # run needs no state of it.
         settings: Any = SimpleNamespace(
@@ -183,39 +172,20 @@ class SGOPDTrainer(DistillationTrainer):
             gate=self.gate,
             estimator=self.estimator,  # type: ignore[arg-type,unused-ignore]
             divergence=("jsd", self.beta),
-            student_bias=student_head.bias,
-            teacher_bias=teacher_head.bias,
             temperature=self.temperature,
-            student_logit_scale=student_head.logit_scale,
-            teacher_logit_scale=teacher_head.logit_scale,
-            student_softcap=student_head.softcap,
-            teacher_softcap=teacher_head.softcap,
             num_items=num_items_in_batch,
             return_stats=True,
+            **head_arguments(student_head, teacher_head),
         )
-        valid, verdict = mask != 0, inputs["verdict"]
-        values = {
-            "tokens": valid.sum(),
-            "kl": stats.kl.sum(),
-            "gate": stats.gate.sum(),
-            "tested": (valid & (verdict != 0).unsqueeze(1)).sum(),
-            "agree": stats.agree.sum(),
-            "logratio": stats.logratio.abs().sum(),
-            "rollouts": torch.tensor(len(verdict), device=valid.device),
-            "correct": (verdict == CORRECT).sum(),
-            "unknown": (verdict == UNKNOWN).sum(),
-        }
-        self._sums = {name: values[name].double() for name in _SUMS}
+        valid, verdict = mask != 0, inputs["verdict"].unsqueeze(1)
+        kl = torch.stack([stats.kl.double().sum(), valid.sum().double()])
+        gate = gate_sums(stats.logratio, stats.gate, stats.agree, verdict, valid)
+        self._sums = torch.cat([kl.unsqueeze(0), gate])
         return loss, stats.student_entropy.sum(), valid.sum()
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        mine = torch.stack([self._sums[name] for name in _SUMS]).unsqueeze(0)
-        sums = dict(zip(_SUMS, self.accelerator.gather(mine).sum(0).tolist()))
-        metrics = self._metrics["train" if self.model.training else "eval"]
-        for name, top, bottom in _RATIOS:
-            # TRL's log leaves NaN out of its averages: an empty cell is not a zero.
-            metrics[name].append(sums[top] / sums[bottom] if sums[bottom] else float("nan"))
+        log_ratios(self, ("kl", *GATE_METRICS), self._sums)
         return result

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
+from sgopd.integrations.common import GATE_METRICS, gate_sums, log_ratios, verdict_of
 from sgopd_kernels import Gate, gated_advantage
 from sgopd_kernels.gate import resolve_gate
 
@@ -87,10 +88,11 @@ class SGOPDGRPOTrainer(GRPOTrainer):
 
         first = self.accelerator.process_index * len(ids)
         reward = self._raw_rewards[first : first + len(ids), self.verifier].to(ids.device)
-        verdict = torch.where(reward >= self.correct_at, 1, -1).masked_fill(reward.isnan(), 0).unsqueeze(1)
+        verdict = verdict_of(reward, self.correct_at).unsqueeze(1)
         advantage, weight = gated_advantage(student, teacher, verdict, gate=self.gate)
         output["advantages"] = advantage + self.task_weight * output["advantages"].unsqueeze(1)
-        self._log_gate(teacher.double() - student.double(), weight, verdict, mask)
+        d = teacher.double() - student.double()
+        log_ratios(self, GATE_METRICS, gate_sums(d, weight, d * verdict > self.gate.tolerance, verdict, mask))
         return output
 
     @torch.no_grad()
@@ -98,22 +100,3 @@ class SGOPDGRPOTrainer(GRPOTrainer):
         size = self.args.per_device_train_batch_size if self.model.training else self.args.per_device_eval_batch_size
         logprobs: Tensor = self._get_per_token_logps_and_entropies(model, ids, attention, keep, batch_size=size)[0]
         return logprobs
-
-    def _log_gate(self, d: Tensor, weight: Tensor, verdict: Tensor, mask: Tensor) -> None:
-        # [B, T], verdict [B, 1]; sums over tokens or rollouts, so that processes of unequal size weigh rightly.
-        words = mask & (verdict != 0)
-        agree, every = d * verdict > self.gate.tolerance, torch.ones_like(verdict, dtype=torch.bool)
-        ratios = {
-            "gate/mean": (weight, mask),
-            "gate/agree_fraction": (agree, words),
-            "logratio/abs_mean": (d.abs(), mask),
-            "rollout/accuracy": (verdict > 0, every),
-            "rollout/unknown": (verdict == 0, every),
-        }
-        sums = torch.stack(
-            [torch.stack([(x.double() * over).sum(), over.sum().double()]) for x, over in ratios.values()]
-        )
-        metrics = self._metrics["train" if self.model.training else "eval"]
-        for name, (top, bottom) in zip(ratios, self.accelerator.gather(sums.unsqueeze(0)).sum(0).tolist()):
-            # TRL's log leaves NaN out of its averages: no word is not a fraction of zero.
-            metrics[name].append(top / bottom if bottom else float("nan"))

@@ -21,11 +21,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from verl.trainer.distillation.losses import DistillationLossSettings, register_distillation_loss
 from verl.workers.utils.padding import no_padding_2_padding
 
+from sgopd.integrations.common import verdict_of
 from sgopd_kernels import Gate, gated_advantage
 from sgopd_kernels.gate import resolve_gate
 
@@ -84,7 +84,7 @@ def _verdict(data: Any, correct_at: float) -> Tensor:
     for key in ("token_level_scores", "rm_scores"):
         if key in data:
             score = _padded(data[key]).double().sum(-1)
-            return torch.where(score >= correct_at, 1, -1).masked_fill(score.isnan(), 0)
+            return verdict_of(score, correct_at)
     raise ValueError(
         f"the batch has neither token_level_scores nor rm_scores (it has {', '.join(sorted(map(str, data.keys())))}): "
         "the sign gate needs the verifier's score of each rollout. Configure a reward function, and see that the "

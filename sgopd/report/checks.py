@@ -66,36 +66,33 @@ def completed(run: Run) -> Check:
 
 
 def accuracy(run: Run) -> Check:
-    name = "Accuracy"
-    change, error = _gain(run, "avg")
-    if not math.isfinite(change):
-        return not_measured(name, "There is no evaluation both before and after training (eval_on_start).")
-    finding = f"avg@k changed by {_points(change)} (two standard errors: {200 * error:.1f})."
-    if _fell(change, error):
-        return warning(
-            name,
-            finding,
-            "The student got worse. Lower the learning rate, check that the teacher is better than the student on "
-            "these questions, and try gate: opd to see whether the gate is the cause.",
-        )
-    return fine(name, finding)
+    return _evaluated(
+        run,
+        "Accuracy",
+        "avg",
+        "The student got worse. Lower the learning rate, check that the teacher is better than the student on "
+        "these questions, and try gate: opd to see whether the gate is the cause.",
+    )
 
 
 def diversity(run: Run) -> Check:
-    name = "Diversity"
-    change, error = _gain(run, "pass")
+    return _evaluated(
+        run,
+        "Diversity",
+        "pass",
+        "Some answers that the student could reach by trying several times are out of its reach now. Where that "
+        "matters, train for fewer updates, or try gate: protect, which never pushes down a token of a correct "
+        "rollout.",
+    )
+
+
+def _evaluated(run: Run, name: str, which: str, advice: str) -> Check:
+    """Whether avg@k or pass@k fell, and what to do then."""
+    change, error = _gain(run, which)
     if not math.isfinite(change):
         return not_measured(name, "There is no evaluation both before and after training (eval_on_start).")
-    finding = f"pass@k changed by {_points(change)} (two standard errors: {200 * error:.1f})."
-    if _fell(change, error):
-        return warning(
-            name,
-            finding,
-            "Some answers that the student could reach by trying several times are out of its reach now. Where that "
-            "matters, train for fewer updates, or try gate: protect, which never pushes down a token of a correct "
-            "rollout.",
-        )
-    return fine(name, finding)
+    finding = f"{which}@k changed by {_points(change)} (two standard errors: {200 * error:.1f})."
+    return warning(name, finding, advice) if _fell(change, error) else fine(name, finding)
 
 
 def _gain(run: Run, which: str) -> tuple[float, float]:

@@ -7,7 +7,10 @@ method can be asked to beat.
 
 from __future__ import annotations
 
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -156,6 +159,31 @@ def call(inputs: Inputs, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Any]:
     return loss.detach(), hidden.grad, weight.grad, stats
 
 
+def run_ranks(function: Callable[..., Any], world: int, folder: Path, *args: Any) -> list[Any]:
+    """function(rank, *args) in `world` gloo processes that form one group; their results, by rank."""
+    context = torch.multiprocessing.get_context("fork")
+    processes = [context.Process(target=_rank, args=(function, rank, world, folder, args)) for rank in range(world)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    errors = [path.read_text() for path in folder.glob("*.error")]
+    assert not errors and all(process.exitcode == 0 for process in processes), "\n".join(errors)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+def _rank(function: Callable[..., Any], rank: int, world: int, folder: Path, args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    try:
+        torch.save(function(rank, *args), folder / f"{rank}.pt")
+    except BaseException:
+        (folder / f"{rank}.error").write_text(traceback.format_exc())
+        raise
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 @pytest.fixture(scope="session")
 def kit() -> Any:
     """The functions above, for test modules: importlib mode has no sibling imports."""
@@ -163,6 +191,6 @@ def kit() -> Any:
     class Kit:
         BACKENDS = BACKENDS
 
-    for function in (make_inputs, oracle, per_token, relative, call):
+    for function in (make_inputs, oracle, per_token, relative, call, run_ranks):
         setattr(Kit, function.__name__, staticmethod(function))
     return Kit

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import traceback
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from sgopd_kernels import gated_kl_loss
@@ -26,27 +23,18 @@ class Student(nn.Module):
         return loss
 
 
-def worker(rank: int, folder: str, args: tuple[Tensor, ...], weight: Tensor) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    try:
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
+def worker(rank: int, args: tuple[Tensor, ...], weight: Tensor) -> dict[str, Tensor]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
 
-        torch.manual_seed(0)
-        model = Student()
-        fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
-        part = slice(20 * rank, 20 * rank + 20)
-        x, t_hidden, ids, verdict = (t[part] for t in args)
-        # FSDP averages over ranks: each divides by its share of the 40 tokens.
-        model(x, t_hidden, weight, ids, verdict, num_items=20).backward()
-        gradients = {name: p.grad.full_tensor() for name, p in model.named_parameters()}  # type: ignore[union-attr]
-        torch.save(gradients, f"{folder}/{rank}.pt")
-    except BaseException:
-        Path(f"{folder}/{rank}.error").write_text(traceback.format_exc())
-        raise
-    finally:
-        dist.destroy_process_group()
+    torch.manual_seed(0)
+    model = Student()
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    part = slice(20 * rank, 20 * rank + 20)
+    x, t_hidden, ids, verdict = (t[part] for t in args)
+    # FSDP averages over ranks: each divides by its share of the 40 tokens.
+    model(x, t_hidden, weight, ids, verdict, num_items=20).backward()
+    return {name: p.grad.full_tensor() for name, p in model.named_parameters()}  # type: ignore[union-attr]
 
 
 def test_fsdp2_gradients_equal_one_process(kit: Any, tmp_path: Path) -> None:
@@ -54,19 +42,10 @@ def test_fsdp2_gradients_equal_one_process(kit: Any, tmp_path: Path) -> None:
     x, t_hidden = torch.randn(40, 16, generator=g), torch.randn(40, 8, generator=g)
     ids, verdict = torch.randint(0, 50, (40,), generator=g), torch.randint(-1, 2, (40,), generator=g)
     weight = torch.randn(50, 8, generator=g)
-    context = mp.get_context("fork")
-    args = (str(tmp_path), (x, t_hidden, ids, verdict), weight)
-    processes = [context.Process(target=worker, args=(rank, *args)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-    errors = [path.read_text() for path in tmp_path.glob("*.error")]
-    assert not errors and all(process.exitcode == 0 for process in processes), "\n".join(errors)
+    ranks = kit.run_ranks(worker, 2, tmp_path, (x, t_hidden, ids, verdict), weight)
     torch.manual_seed(0)
     model = Student()
     model(x, t_hidden, weight, ids, verdict, num_items=40).backward()
-    for rank in range(2):
-        gradients = torch.load(tmp_path / f"{rank}.pt")
+    for gradients in ranks:
         for name, parameter in model.named_parameters():
             assert kit.relative(gradients[name], parameter.grad) < 1e-6, name

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import traceback
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from sgopd_kernels import gated_kl_loss
 
@@ -44,37 +42,21 @@ def compute(inputs: Any, case: dict[str, Any], part: slice, **kwargs: Any) -> li
     return [loss.detach(), hidden.grad, weight.grad, d_bias, stats.kl, stats.gate]  # type: ignore[list-item]
 
 
-def worker(rank: int, world: int, folder: str, inputs: Any) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    try:
-        v = inputs.student_weight.shape[0]
-        bounds = [0, *(v * (i + 1) // world + (7 if i < world - 1 else 0) for i in range(world))]  # unequal slices
-        part = slice(bounds[rank], bounds[rank + 1])
-        results = {}
-        for name, case in CASES.items():
-            generator = torch.Generator().manual_seed(rank)  # only the first rank's may count
-            results[name] = compute(inputs, case, part, process_group=dist.group.WORLD, generator=generator)
-        torch.save((part, results), f"{folder}/{rank}.pt")
-    except BaseException:
-        Path(f"{folder}/{rank}.error").write_text(traceback.format_exc())
-        raise
-    finally:
-        dist.destroy_process_group()
+def worker(rank: int, world: int, inputs: Any) -> tuple[slice, dict[str, list[torch.Tensor]]]:
+    v = inputs.student_weight.shape[0]
+    bounds = [0, *(v * (i + 1) // world + (7 if i < world - 1 else 0) for i in range(world))]  # unequal slices
+    part = slice(bounds[rank], bounds[rank + 1])
+    results = {}
+    for name, case in CASES.items():
+        generator = torch.Generator().manual_seed(rank)  # only the first rank's may count
+        results[name] = compute(inputs, case, part, process_group=dist.group.WORLD, generator=generator)
+    return part, results
 
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_together_equal_one(kit: Any, tmp_path: Path, world: int) -> None:
     inputs = kit.make_inputs(n=60, v=500, hs=24, seed=6)
-    context = mp.get_context("fork")
-    processes = [context.Process(target=worker, args=(rank, world, str(tmp_path), inputs)) for rank in range(world)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-    errors = [path.read_text() for path in tmp_path.glob("*.error")]
-    assert not errors and all(process.exitcode == 0 for process in processes), "\n".join(errors)
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(world)]
+    ranks = kit.run_ranks(worker, world, tmp_path, world, inputs)
     for name, case in CASES.items():
         generator = torch.Generator().manual_seed(0)
         whole = compute(inputs, case, slice(None), backend="torch", generator=generator)
