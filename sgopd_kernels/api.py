@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import backends, plan
+from . import backends, plan, sparse
 from .gate import Gate, cell_weights, choose, draw_agreement, resolve_gate
 from .ops import TENSORS, fused_loss, problem_of, scale_of
 from .problem import Spec
@@ -34,7 +34,9 @@ class Stats:
         gate: the weight w.
         agree: bool, d * verdict > tolerance.
         backend: which backend computed it: "cpu", "torch" or "reference".
-        plan: which plan: "exact" or "reference".
+        plan: the cheapest plan that ran on a part of the call: "screened", "filtered", "exact", or "reference".
+        kept: share of the gradient's [tokens, vocabulary] entries that entered its products one by one; 1 for exact.
+        error_estimate: estimated relative error of loss and gradients, of the worst chunk; 0 for exact.
     """
 
     kl: Tensor
@@ -46,7 +48,19 @@ class Stats:
     gate: Tensor
     agree: Tensor
     backend: str
-    plan: str
+    _report: Tensor | None  # read late: a call under torch.compile has no values yet
+
+    @property
+    def plan(self) -> str:
+        return "reference" if self._report is None else sparse.PLANS[int(self._report[0])]
+
+    @property
+    def kept(self) -> float:
+        return 1.0 if self._report is None else float(self._report[1])
+
+    @property
+    def error_estimate(self) -> float:
+        return 0.0 if self._report is None else float(self._report[2])
 
 
 def gated_kl_loss(
@@ -120,8 +134,11 @@ def gated_kl_loss(
         reduction: "mean" divides the sum by the number of valid tokens, or by `num_items`; "sum"; "none" returns
             the loss per token, shaped like token_ids (its backward computes the logits again).
         num_items: the mean's denominator: valid tokens of the whole optimizer step, over micro-batches and ranks.
-        precision: what may be traded for speed: "auto", "exact", "bf16", or a relative gradient error such as 1e-3.
-            A bound: the exact plan, the only one so far, satisfies each.
+        precision: the relative error of loss and gradients that may be traded for speed. "exact": none (fp32 products
+            throughout). "auto": 1.5e-3, what rounding a gradient to bf16 costs. "bf16": 2^-8. Or a number. A budget:
+            each chunk of tokens takes the cheapest plan whose error, estimated from what was measured on that chunk,
+            keeps within it (docs/kernels.md); `Stats.plan` and `Stats.error_estimate` say what came of it. The CPU
+            backend has such plans, for calls of 2^33 multiply-adds a projection or more; all else is exact.
         backend: "auto", "cpu" (native), "torch" (any device), "reference" (plain autograd in float64, O(N V)
             memory, twice differentiable).
         generator: of the gate's controls ("random", "shuffled"). None: torch's default generator.
@@ -479,6 +496,7 @@ class _Call:
             keep=chosen.keep,
             reduction=reduction,
             workspace=workspace,
+            budget=sparse.budget_of(precision),
             **choices,  # type: ignore[arg-type]
         )
         all_tensors = {**self.tensors, **tensors}
@@ -507,10 +525,10 @@ class _Call:
             return self._reference(spec, all_tensors, return_stats)
         need = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
         group = process_group.group_name if process_group is not None else ""
-        loss, stats, *_ = fused_loss(*all_tensors.values(), *spec.encode(), name, group, need)
+        loss, stats, *_, report = fused_loss(*all_tensors.values(), *spec.encode(), name, group, need)
         if reduction == "none":
             loss = loss.reshape(self.shape)
-        return (loss, self._stats(stats.detach(), name, "exact")) if return_stats else loss
+        return (loss, self._stats(stats.detach(), name, report.detach())) if return_stats else loss
 
     def _sharded(self, asked: str, name: str, tensors: dict[str, Tensor | None]) -> str:
         if asked not in ("auto", "torch") or name == "reference":
@@ -541,9 +559,9 @@ class _Call:
             return loss
         table = torch.zeros(self.token_ids.numel(), plan.COLUMNS, dtype=torch.float64, device=self.device)
         table[rows] = torch.stack([v.detach().double() for v in values], -1)
-        return loss, self._stats(table, "reference", "reference")
+        return loss, self._stats(table, "reference", None)
 
-    def _stats(self, table: Tensor, backend: str, used: str) -> Stats:
+    def _stats(self, table: Tensor, backend: str, report: Tensor | None) -> Stats:
         columns = dict(zip(TokenValues._fields, table.unbind(-1)))
         logratio = columns["teacher_logprob"] - columns["student_logprob"]
         fields = {k: v.float().reshape(self.shape) for k, v in columns.items() if k not in ("loss", "agree")}
@@ -552,7 +570,7 @@ class _Call:
             logratio=logratio.float().reshape(self.shape),
             agree=(columns["agree"] != 0).reshape(self.shape),
             backend=backend,
-            plan=used,
+            _report=report,
         )
 
 

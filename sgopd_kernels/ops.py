@@ -125,14 +125,14 @@ def fused_loss(
     backend: str,
     group: str,
     need: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, stats [N, 8] float64, d_hidden, d_weight, d_bias); a gradient not needed is an empty tensor."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, stats [N, 8] float64, d_hidden, d_weight, d_bias, report [3]); gradients not needed are empty."""
     arguments = locals()
     chosen = Spec.decode(words, numbers)
     problem = problem_of(chosen, {name: arguments[name] for name in TENSORS})
     wanted = plan.Need(*need) if _makes_gradients(chosen, row_scale) else plan.Need()
     scale = row_scale if row_scale is not None else scale_of(problem, denominator)
-    result = plan.exact(problem, get(backend), scale, wanted, group_of(group))
+    result = plan.run(problem, get(backend), scale, wanted, group_of(group))
     losses = result.stats[:, plan.LOSS]
     if chosen.reduction == "none":
         loss = losses.float()
@@ -147,6 +147,7 @@ def fused_loss(
         empty if result.hidden is None else result.hidden,
         empty.clone() if result.weight is None else result.weight,
         empty.clone() if result.bias is None else result.bias,
+        result.report,
     )
 
 
@@ -176,7 +177,7 @@ def _(
     backend: str,
     group: str,
     need: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     n = student_hidden.shape[0]
     chosen = Spec.decode(words, numbers)
     makes = _makes_gradients(chosen, row_scale)
@@ -188,7 +189,7 @@ def _(
         else student_hidden.new_empty(0)
         for wanted, leaf in zip(need, (student_hidden, student_weight, student_bias))
     ]
-    return loss, stats, gradients[0], gradients[1], gradients[2]
+    return loss, stats, gradients[0], gradients[1], gradients[2], torch.empty(3, dtype=torch.float64)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -203,7 +204,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     else:
         # Not save_for_backward: the backward hands these over without a copy, which only their last owner may do.
         # Detached, they hold no reference to this node.
-        ctx.gradients = [g.detach() if wanted else None for wanted, g in zip(need, output[2:])]
+        ctx.gradients = [g.detach() if wanted else None for wanted, g in zip(need, output[2:5])]
     ctx.set_materialize_grads(False)
 
 
@@ -220,7 +221,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Te
         saved = iter(ctx.saved_tensors)
         tensors = dict(zip(TENSORS, (next(saved) if present else None for present in ctx.present)))
         tensors["row_scale"] = grad_loss.contiguous()
-        _, _, *gradients = fused_loss(*tensors.values(), ctx.words, ctx.numbers, ctx.backend, ctx.group, ctx.need)
+        _, _, *gradients, _ = fused_loss(*tensors.values(), ctx.words, ctx.numbers, ctx.backend, ctx.group, ctx.need)
         return (*(g.to(d) if wanted else None for wanted, g, d in zip(ctx.need, gradients, ctx.dtypes)), *nothing)
     if ctx.gradients is None:
         raise RuntimeError(

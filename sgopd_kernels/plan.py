@@ -1,13 +1,15 @@
 """Plans: in which order the GEMMs and the row work run, and how much memory they may hold.
 
-`exact` is the only plan so far, and the oracle of those to come: token chunks; both models' logits of a chunk
-in fp32; one fused row pass that leaves the gradient in the student's logits; two gradient GEMMs. Nothing is
-recomputed (6 Hs + 2 Ht FLOP for each of the N V logits) and the memory is bounded by `workspace`, not by N.
+`exact` is the oracle of the others: token chunks; both models' logits of a chunk in fp32; one fused row pass that
+leaves the gradient in the student's logits; two gradient GEMMs. Nothing is recomputed (6 Hs + 2 Ht FLOP for each of the
+N V logits) and the memory is bounded by `workspace`, not by N. `filtered` and `screened` (sparse.py) replace steps of a
+chunk where the backend has them and the error budget allows.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -17,6 +19,7 @@ from .backends.torch import TILE_BYTES, ShardedColumns, TorchBackend
 from .gate import cell_weights, draw_agreement
 from .problem import Problem
 from .reference import TokenValues
+from .sparse import MASS, MOST, Report, SparseBackend
 
 LOSS, STUDENT_LOGPROB, TEACHER_LOGPROB, GATE = (
     TokenValues._fields.index(name) for name in ("loss", "student_logprob", "teacher_logprob", "gate")
@@ -43,6 +46,7 @@ class Result:
     hidden: Tensor | None  # [N, Hs]
     weight: Tensor | None  # [V_S, Hs]
     bias: Tensor | None  # [V_S]
+    report: Tensor  # [3] float64, Report.tensor
 
 
 def gradient_dtype(leaf: Tensor) -> torch.dtype:
@@ -50,7 +54,7 @@ def gradient_dtype(leaf: Tensor) -> torch.dtype:
     return torch.float32 if leaf.dtype == torch.float16 else leaf.dtype
 
 
-def chunk_rows(problem: Problem, backend: TorchBackend, valid: int, v: int) -> int:
+def chunk_rows(problem: Problem, backend: TorchBackend, valid: int, v: int, pairs: bool = False) -> int:
     """Tokens a chunk: as many as the workspace holds fp32 logits for, in chunks of equal size. `v` columns."""
     heads = sum(h is not None for h in (problem.student, problem.teacher, problem.reference))
     heads += 0 if problem.topk_ids is None else 3  # the completed teacher, and what completing it takes
@@ -58,6 +62,9 @@ def chunk_rows(problem: Problem, backend: TorchBackend, valid: int, v: int) -> i
     cast = TILE_BYTES if any(w.dtype != torch.float32 for w in weights) else 0
     widest = max(w.shape[1] for w in weights)
     row_bytes = 4 * (v * heads + 3 * widest)  # logits; gathered hidden states and a gradient row
+    if pairs:  # at most MOST of a row, 8 bytes each, twice while they are gathered; and each thread's scratch
+        row_bytes += int(16 * MOST * v)
+        cast += 16 * 2**20
     room = problem.spec.workspace - cast - backend.temporary_bytes(problem.token_ids.device.type)
     rows = max(1, room // row_bytes)
     if rows >= valid:
@@ -133,17 +140,19 @@ def same_everywhere(problem: Problem, group: dist.ProcessGroup) -> Problem:
     return replace(problem, verdict=verdict, uniform=uniform)
 
 
-def exact(
+def run(
     problem: Problem,
     backend: TorchBackend,
     row_scale: Tensor,
     need: Need,
     group: dist.ProcessGroup | None = None,
 ) -> Result:
-    """Runs the exact plan. `row_scale` [N] multiplies each token's gradient (not `stats`).
+    """Runs the cheapest plan within `problem.spec.budget`.
 
-    With `group`, each rank holds a slice of every head and the same hidden states; statistics and `hidden` are equal on
-    all ranks, `weight` and `bias` are the slice's.
+    `row_scale` [N] multiplies each token's gradient (not `stats`).
+
+    With `group` the plan is exact: each rank holds a slice of every head and the same hidden states; statistics and
+    `hidden` are equal on all ranks, `weight` and `bias` are the slice's.
     """
     shard = None
     if group is not None:
@@ -197,6 +206,41 @@ def tail_logprob(log_q: Tensor) -> Tensor:
     return torch.log1p(-log_q.exp().sum(-1).clamp(max=1.0))
 
 
+def _forward(
+    problem: Problem,
+    backend: TorchBackend,
+    at: Tensor,
+    z_s: Tensor,
+    z_t: Tensor | None,
+    z_r: Tensor | None,
+    weights: Tensor,
+    forced: Tensor | None,
+    scale: Tensor,
+    gradient: bool,
+    columns: ShardedColumns | None,
+    screen: SparseBackend | None,
+) -> tuple[Tensor, Tensor | None]:
+    """A chunk's statistics, and the report of its screen if there is one; leaves the gradient in z_s."""
+    v = problem.vocabulary
+    project = backend.project if screen is None else screen.project_screened
+    project(problem.student_hidden[at], problem.student.weight[:v], z_s)
+    if problem.teacher is not None:
+        assert z_t is not None and problem.teacher_hidden is not None
+        project(problem.teacher_hidden[at], problem.teacher.weight[:v], z_t)
+    if problem.reference is not None:
+        assert z_r is not None and problem.reference_hidden is not None
+        project(problem.reference_hidden[at], problem.reference.weight[:v], z_r)
+    if problem.topk_ids is not None:
+        assert z_t is not None
+        complete_teacher(problem, at, z_s, z_t)
+    report = None
+    if screen is not None:
+        assert z_t is not None
+        report = screen.refine(problem, at, z_s, z_t, MASS)
+    extra = () if columns is None else (columns,)
+    return backend.rows(problem, at, z_s, z_t, z_r, weights, forced, scale, gradient, *extra), report
+
+
 def _pass(
     problem: Problem,
     backend: TorchBackend,
@@ -209,8 +253,13 @@ def _pass(
 ) -> Result:
     hidden, head, v = problem.student_hidden, problem.student, problem.vocabulary
     device, total = hidden.device, rows.numel()
+    sparse = None if shard is not None or problem.spec.budget == 0 else backend.sparse(problem)
+    if sparse is not None and not sparse.worthwhile(rows):
+        sparse = None
+    if sparse is not None:
+        sparse.probe(rows)
     # Ranks must agree on the chunks: their collectives pair up.
-    size = chunk_rows(problem, backend, total, shard.widest if shard else v)
+    size = chunk_rows(problem, backend, total, shard.widest if shard else v, sparse is not None)
 
     stats = torch.zeros(hidden.shape[0], COLUMNS, dtype=torch.float64, device=device)
     d_hidden = torch.zeros_like(hidden, dtype=gradient_dtype(hidden)) if need.hidden else None
@@ -229,34 +278,21 @@ def _pass(
         at = rows[chunk]
         n = at.numel()
         z_s, h = space_s[:n], hidden[at]
-        backend.project(h, head.weight[:v], z_s)
-        z_t = z_r = None
-        if problem.teacher is not None:
-            assert space_t is not None and problem.teacher_hidden is not None
-            z_t = space_t[:n]
-            backend.project(problem.teacher_hidden[at], problem.teacher.weight[:v], z_t)
-        if problem.reference is not None:
-            assert space_r is not None and problem.reference_hidden is not None
-            z_r = space_r[:n]
-            backend.project(problem.reference_hidden[at], problem.reference.weight[:v], z_r)
-        if problem.topk_ids is not None:
-            assert space_t is not None
-            z_t = complete_teacher(problem, at, z_s, space_t[:n])
+        z_t = None if space_t is None else space_t[:n]
+        z_r = None if space_r is None else space_r[:n]
         scale = row_scale[at]
-        values = backend.rows(
-            problem,
-            at,
-            z_s,
-            z_t,
-            z_r,
-            weights[:, chunk],
-            None if forced is None else forced[chunk],
-            scale,
-            bool(need),
-            *((shard.columns,) if shard else ()),
+
+        part = None if forced is None else forced[chunk]
+        columns = shard.columns if shard else None
+        forward = partial(
+            _forward, problem, backend, at, z_s, z_t, z_r, weights[:, chunk], part, scale, bool(need), columns
         )
+        values, pairs = (forward(None)[0], None) if sparse is None else sparse.chunk(forward, z_s, scale, bool(need))
         stats[at] = values
         if not need:
+            continue
+        if sparse is not None and pairs is not None:
+            sparse.gradients(pairs, z_s, h, at, d_hidden, d_weight, d_bias)
             continue
 
         # Rows without weight leave the backward: the others move up, in place.
@@ -288,4 +324,5 @@ def _pass(
         d_hidden,
         None if d_weight is None else d_weight.to(gradient_dtype(head.weight)),
         None if d_bias is None or head.bias is None else d_bias.to(gradient_dtype(head.bias)),
+        (Report() if sparse is None else sparse.report).tensor(),
     )

@@ -40,6 +40,7 @@ class Spec:
     ignore_index: int = -100
     reduction: str = "mean"  # "mean" | "sum" | "none"
     workspace: int = 256 * 2**20  # bytes a plan may hold above inputs and gradients
+    budget: float = 0.0  # relative error of the gradients that a plan may trade for speed; 0: exact
     student_scale: float = 1.0
     teacher_scale: float = 1.0
     reference_scale: float = 1.0
@@ -60,6 +61,7 @@ class Spec:
             self.ratio_clip,
             float(self.ignore_index),
             float(self.workspace),
+            self.budget,
             self.student_scale,
             self.teacher_scale,
             self.reference_scale,
@@ -87,6 +89,7 @@ class Spec:
             ratio_clip=next(n),
             ignore_index=int(next(n)),
             workspace=int(next(n)),
+            budget=next(n),
             student_scale=next(n),
             teacher_scale=next(n),
             reference_scale=next(n),

@@ -1,10 +1,7 @@
 // The CPU extension: picks the instruction set and splits the rows over threads.
 
-#include <algorithm>
-#include <thread>
-#include <vector>
-
 #include "../arguments.h"
+#include "isa.h"
 
 namespace sgopd {
 namespace base {
@@ -24,14 +21,10 @@ void project(const uint16_t*, int64_t, int64_t, const uint16_t*, int64_t, int64_
              int64_t, uint32_t*);
 }  // namespace avx512bf16
 #endif
-}  // namespace sgopd
 
-namespace {
+void define_screen(py::module_&);  // screen.cpp
 
-namespace py = pybind11;
-using RowsFunction = void (*)(const sgopd::RowsArgs&, int64_t, int64_t);
-
-std::vector<std::string> available() {
+std::vector<std::string> available_isas() {
   std::vector<std::string> names;
 #ifdef SGOPD_X86
   __builtin_cpu_init();
@@ -41,20 +34,32 @@ std::vector<std::string> available() {
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) names.emplace_back("avx2");
 #endif
   names.emplace_back("base");
-  return names;  // best first
+  return names;
 }
 
-RowsFunction pick(const std::string& isa) {
-  const auto names = available();
-  const std::string wanted = isa.empty() ? names.front() : isa;
-  if (std::find(names.begin(), names.end(), wanted) == names.end()) {
+std::string pick_isa(const std::string& isa) {
+  const auto names = available_isas();
+  if (isa.empty()) return names.front();
+  if (std::find(names.begin(), names.end(), isa) == names.end()) {
     std::string list;
     for (const auto& name : names) list += (list.empty() ? "" : ", ") + name;
     throw std::invalid_argument("isa: this processor has no '" + isa + "'; available: " + list);
   }
+  return isa;
+}
+
+}  // namespace sgopd
+
+namespace {
+
+namespace py = pybind11;
+using RowsFunction = void (*)(const sgopd::RowsArgs&, int64_t, int64_t);
+
+RowsFunction pick(const std::string& isa) {
+  const std::string name = sgopd::pick_isa(isa);
 #ifdef SGOPD_X86
-  if (wanted == "avx512") return sgopd::avx512::rows;
-  if (wanted == "avx2") return sgopd::avx2::rows;
+  if (name == "avx512") return sgopd::avx512::rows;
+  if (name == "avx2") return sgopd::avx2::rows;
 #endif
   return sgopd::base::rows;
 }
@@ -69,15 +74,11 @@ void run_rows(const sgopd::RowsArgs& a, int threads, const std::string& isa, std
                               std::to_string(a.vocabulary));
     }
   }
-  // Threads are made for the call: no pool to survive a fork, no runtime to spin beside torch's. Rows are
-  // independent, so the result does not depend on how many there are. Below ~0.2 ms of work they don't pay.
+  // Rows are independent, so the result does not depend on how many threads there are. Below ~0.2 ms of work they
+  // don't pay.
   const int64_t worthwhile = a.rows * a.vocabulary / (1 << 18);
   const int64_t count = std::max<int64_t>(1, std::min<int64_t>({threads, a.rows, worthwhile}));
-  std::vector<std::thread> pool;
-  const auto bound = [&](int64_t i) { return a.rows * i / count; };
-  for (int64_t i = 1; i < count; ++i) pool.emplace_back(run, std::cref(a), bound(i), bound(i + 1));
-  run(a, 0, bound(1));
-  for (auto& thread : pool) thread.join();
+  sgopd::parallel(count, count, [&](int64_t i) { run(a, a.rows * i / count, a.rows * (i + 1) / count); });
 }
 
 bool has_bf16() {
@@ -103,15 +104,11 @@ void project_bf16(std::uintptr_t hidden, int64_t n, int64_t hidden_stride, std::
   py::gil_scoped_release release;
   const int64_t panels = sgopd::avx512bf16::panels(v);
   const int64_t count = std::max<int64_t>(1, std::min<int64_t>({threads, panels, n * v / 4096 * h / 4096}));
-  const auto part = [&](int64_t i) {
+  sgopd::parallel(count, count, [&](int64_t i) {
     std::vector<uint32_t> pack(sgopd::avx512bf16::pack_words(h));
     sgopd::avx512bf16::project(x, n, hidden_stride, w, v, weight_stride, h, z, out_stride, panels * i / count,
                                panels * (i + 1) / count, pack.data());
-  };
-  std::vector<std::thread> pool;
-  for (int64_t i = 1; i < count; ++i) pool.emplace_back(part, i);
-  part(0);
-  for (auto& thread : pool) thread.join();
+  });
 #else
   (void)x, (void)w, (void)z, (void)threads;
 #endif
@@ -121,10 +118,11 @@ void project_bf16(std::uintptr_t hidden, int64_t n, int64_t hidden_stride, std::
 
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "Fused row pass of the gated distillation loss on the CPU (internal: use sgopd_kernels.gated_kl_loss).";
-  m.def("available", &available, "Instruction sets this build and this processor share, best first.");
+  m.def("available", &sgopd::available_isas, "Instruction sets this build and this processor share, best first.");
   sgopd::define_rows(m, run_rows);
   m.def("has_bf16", &has_bf16, "Whether project_bf16 runs on this processor (AVX512-BF16).");
   using namespace py::literals;
   m.def("project_bf16", &project_bf16, py::kw_only(), "hidden"_a, "n"_a, "hidden_stride"_a, "weight"_a, "v"_a,
         "weight_stride"_a, "h"_a, "out"_a, "out_stride"_a, "threads"_a);
+  sgopd::define_screen(m);
 }

@@ -8,100 +8,68 @@
 
 #if defined(__AVX512BF16__) && defined(__AVX512F__) && defined(__AVX512BW__)
 
-#include <immintrin.h>
-
-#include <cstdint>
-#include <cstring>
+#include "panel.h"
 
 namespace sgopd {
 namespace avx512bf16 {
 namespace {
 
-constexpr int64_t kPanel = 64;
 constexpr int kTokens = 6;
 // Pairs summed in one accumulator: 24 KiB of a panel, in L1; and sums of sums round less than one long one.
 constexpr int64_t kDepth = 96;
 
-// 16 x 16 words: out[k] holds word k of each of the 16 rows.
-inline void transpose(__m512i (&r)[16]) {
-  __m512i t[16];
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {  // r[4 g + i], lane l: word 4 l + i of rows 4 g .. 4 g + 3
-    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-  }
-  for (int i = 0; i < 4; ++i) {
-    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
-    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
-  }
-}
-
-// pack[k][j] = columns (2k, 2k + 1) of vocabulary row j as one 32-bit word; missing rows and columns are 0.
-void pack_panel(const uint16_t* weight, int64_t stride, int64_t rows, int64_t h, uint32_t* pack) {
-  const int64_t pairs = (h + 1) / 2;
-  for (int64_t j = 0; j < kPanel; j += 16) {
-    for (int64_t k = 0; k < pairs; k += 16) {
-      const int64_t left = h - 2 * k;  // bf16 columns
-      const __mmask32 mask = left >= 32 ? 0xffffffffu : (1u << left) - 1;
-      __m512i r[16];
-      for (int64_t i = 0; i < 16; ++i)
-        r[i] =
-            j + i < rows ? _mm512_maskz_loadu_epi16(mask, weight + (j + i) * stride + 2 * k) : _mm512_setzero_si512();
-      transpose(r);
-      for (int64_t i = 0; i < 16 && k + i < pairs; ++i) _mm512_storeu_si512(pack + (k + i) * kPanel + j, r[i]);
-    }
-  }
-}
+inline void dot(__m512& sum, __m512i w, __m512i x) { asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x)); }
 
 // Adds the product over pairs [first, last) to out (sets it where first is 0).
 template <int kRows>
 void block(const uint16_t* hidden, int64_t stride, const uint32_t* pack, int64_t h, int64_t first, int64_t last,
            float* out, int64_t out_stride, int64_t columns) {
-  __m512 sum[kRows][4];
-  for (int r = 0; r < kRows; ++r)
-    for (int c = 0; c < 4; ++c) sum[r][c] = _mm512_setzero_ps();
-  const auto step = [&](int64_t k, int bytes) __attribute__((always_inline)) {
-    __m512bh w[4];
-    for (int c = 0; c < 4; ++c) w[c] = (__m512bh)_mm512_loadu_si512(pack + k * kPanel + 16 * c);
-    for (int r = 0; r < kRows; ++r) {
-      uint32_t pair = 0;
-      std::memcpy(&pair, hidden + r * stride + 2 * k, bytes);
-      const __m512bh x = (__m512bh)_mm512_set1_epi32(static_cast<int>(pair));
-      for (int c = 0; c < 4; ++c) sum[r][c] = _mm512_dpbf16_ps(sum[r][c], w[c], x);
-    }
-  };
-  const int64_t whole = last < h / 2 ? last : h / 2;
-  for (int64_t k = first; k < whole; ++k) step(k, 4);
-  if (whole < last) step(whole, 2);  // an odd last column
-  for (int r = 0; r < kRows; ++r) {
-    for (int c = 0; c < 4; ++c) {
-      const int64_t left = columns - 16 * c;
-      if (left <= 0) break;
-      const __mmask16 mask = left >= 16 ? 0xffff : static_cast<__mmask16>((1u << left) - 1);
-      float* to = out + r * out_stride + 16 * c;
-      if (first > 0) sum[r][c] = _mm512_add_ps(sum[r][c], _mm512_maskz_loadu_ps(mask, to));
-      _mm512_mask_storeu_ps(to, mask, sum[r][c]);
-    }
+  // Named variables and dot(): GCC 12 spills an array, and the intrinsic's accumulators, in every step.
+  const __m512 zero = _mm512_setzero_ps();
+#define SGOPD_DECLARE(r) __m512 r##0 = zero, r##1 = zero, r##2 = zero, r##3 = zero;
+  SGOPD_DECLARE(a)
+  SGOPD_DECLARE(b) SGOPD_DECLARE(c) SGOPD_DECLARE(d) SGOPD_DECLARE(e) SGOPD_DECLARE(f)
+#undef SGOPD_DECLARE
+      const auto step = [&](int64_t k, const auto& token) __attribute__((always_inline)) {
+        const uint32_t* w = pack + k * kPanel;
+        const __m512i w0 = _mm512_loadu_si512(w), w1 = _mm512_loadu_si512(w + 16), w2 = _mm512_loadu_si512(w + 32),
+                      w3 = _mm512_loadu_si512(w + 48);
+#define SGOPD_STEP(r, index)                                                \
+  if constexpr (kRows > index) {                                            \
+    const __m512i x = token(hidden + index * stride + 2 * k);               \
+    dot(r##0, w0, x), dot(r##1, w1, x), dot(r##2, w2, x), dot(r##3, w3, x); \
   }
+        SGOPD_STEP(a, 0) SGOPD_STEP(b, 1) SGOPD_STEP(c, 2) SGOPD_STEP(d, 3) SGOPD_STEP(e, 4) SGOPD_STEP(f, 5)
+#undef SGOPD_STEP
+      };
+  const auto pair = [](const uint16_t* at) __attribute__((always_inline)) {
+    // from memory: a broadcast from a general register would take a port of the products
+    return _mm512_castps_si512(_mm512_set1_ps(*reinterpret_cast<const Word*>(at)));
+  };
+  const auto single = [](const uint16_t* at) __attribute__((always_inline)) { return _mm512_set1_epi32(*at); };
+  const int64_t whole = last < h / 2 ? last : h / 2;
+  for (int64_t k = first; k < whole; ++k) step(k, pair);
+  if (whole < last) step(whole, single);  // an odd last column
+  const auto finish = [&](int r, int c, __m512 sum) __attribute__((always_inline)) {
+    if (columns <= 16 * c) return;
+    const __mmask16 mask = left(columns - 16 * c);
+    float* to = out + r * out_stride + 16 * c;
+    if (first > 0) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(mask, to));
+    _mm512_mask_storeu_ps(to, mask, sum);
+  };
+#define SGOPD_FINISH(r, index)                      \
+  if constexpr (kRows > index) {                    \
+    finish(index, 0, r##0), finish(index, 1, r##1); \
+    finish(index, 2, r##2), finish(index, 3, r##3); \
+  }
+  SGOPD_FINISH(a, 0) SGOPD_FINISH(b, 1) SGOPD_FINISH(c, 2) SGOPD_FINISH(d, 3) SGOPD_FINISH(e, 4) SGOPD_FINISH(f, 5)
+#undef SGOPD_FINISH
 }
 
 }  // namespace
 
-int64_t panels(int64_t v) { return (v + kPanel - 1) / kPanel; }
-int64_t pack_words(int64_t h) { return (h + 1) / 2 * kPanel; }
+int64_t panels(int64_t v) { return panel_count(v); }
+int64_t pack_words(int64_t h) { return panel_words(h); }
 
 // Panels [first, last) of the product; `pack` is this thread's scratch of pack_words(h) words.
 void project(const uint16_t* hidden, int64_t n, int64_t hidden_stride, const uint16_t* weight, int64_t v,

@@ -8,7 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..problem import Problem
+from ..sparse import Pairs, Sparse
 from .native import NativeBackend
+
+_ELEMENTS = (torch.float32, torch.bfloat16)
+
+
+def _matrix(tensor: Tensor) -> tuple[int, int, bool]:
+    """(address, row stride, is bf16), as the extension takes a matrix."""
+    assert tensor.dtype in _ELEMENTS and tensor.stride(1) == 1
+    return tensor.data_ptr(), tensor.stride(0), tensor.dtype == torch.bfloat16
+
 
 _module: ModuleType | None
 try:
@@ -44,6 +55,94 @@ class CpuBackend(NativeBackend):
             out_stride=out.stride(0),
             threads=torch.get_num_threads(),
         )
+
+    def sparse(self, problem: Problem) -> Sparse | None:
+        """For fp32 and bf16 heads. The screen sees plain logits: neither bias, softcap nor a third model."""
+        if self.module is None or problem.student.weight.dtype not in _ELEMENTS:
+            return None
+        heads = [h for h in (problem.student, problem.teacher) if h is not None]
+        operands = [problem.student_hidden, *(h.weight for h in heads)]
+        operands += [] if problem.teacher_hidden is None else [problem.teacher_hidden]
+        screens = (
+            self.module.has_int16()
+            and len(heads) == 2
+            and problem.reference is None
+            and problem.spec.estimator == "full"
+            and all(h.bias is None and h.softcap is None for h in heads)
+            and all(t.dtype in _ELEMENTS for t in operands)
+        )
+        return Sparse(problem, self, problem.vocabulary, screens)
+
+    def project_screened(self, hidden: Tensor, weight: Tensor, out: Tensor) -> None:
+        """out [n, V] = hidden @ weight.T in 16-bit integers: csrc/cpu/project_int16.cpp."""
+        assert self.module is not None
+        hidden, weight = hidden.contiguous(), weight if weight.stride(1) == 1 else weight.contiguous()
+        self.module.project_int16(
+            hidden=_matrix(hidden),
+            n=hidden.shape[0],
+            weight=_matrix(weight),
+            v=weight.shape[0],
+            h=weight.shape[1],
+            out=out.data_ptr(),
+            out_stride=out.stride(0),
+            threads=torch.get_num_threads(),
+        )
+
+    def refine(self, problem: Problem, rows: Tensor, z_s: Tensor, z_t: Tensor, mass: float) -> Tensor:
+        """fp32 logits where either model has probability `mass`; returns a report [n, 6] (csrc/cpu/screen.cpp)."""
+        assert self.module is not None and problem.teacher is not None and problem.teacher_hidden is not None
+        n, v = z_s.shape
+        report = torch.zeros(n, 6, dtype=torch.float64)
+        ids = problem.token_ids[rows].contiguous()
+        sides = {
+            "student": z_s.data_ptr(),
+            "student_stride": z_s.stride(0),
+            "student_scale": problem.student.logit_scale / problem.spec.temperature,
+            "teacher": z_t.data_ptr(),
+            "teacher_stride": z_t.stride(0),
+            "teacher_scale": problem.teacher.logit_scale / problem.spec.temperature,
+            "report": report.data_ptr(),
+            **self.launch(),
+        }
+        pairs = self.module.select_mass(**sides, n=n, v=v, token_ids=ids.data_ptr(), threshold=mass)
+        hidden = problem.student_hidden[rows].float().contiguous()
+        teacher_hidden = problem.teacher_hidden[rows].float().contiguous()
+        weights = [w if w.stride(1) == 1 else w.contiguous() for w in (problem.student.weight, problem.teacher.weight)]
+        pairs.refine(
+            **sides,
+            student_hidden=_matrix(hidden),
+            student_weight=_matrix(weights[0]),
+            student_width=hidden.shape[1],
+            teacher_hidden=_matrix(teacher_hidden),
+            teacher_weight=_matrix(weights[1]),
+            teacher_width=teacher_hidden.shape[1],
+        )
+        return report
+
+    def take_large(self, g: Tensor, budget: float, most: float) -> Pairs:
+        assert self.module is not None
+        n, v = g.shape
+        pairs: Pairs = self.module.take_large(
+            gradient=g.data_ptr(), stride=g.stride(0), n=n, v=v, budget=budget, most=most, **self.launch()
+        )
+        return pairs
+
+    def restore(self, pairs: Any, g: Tensor) -> None:
+        pairs.restore(g.data_ptr(), g.stride(0))
+
+    def add_pairs_hidden(self, pairs: Any, weight: Tensor, out: Tensor) -> None:
+        weight = weight if weight.stride(1) == 1 else weight.contiguous()
+        pairs.add_hidden_gradient(
+            weight=_matrix(weight), h=weight.shape[1], out=out.data_ptr(), out_stride=out.stride(0), **self.launch()
+        )
+
+    def add_pairs_weight(self, pairs: Any, hidden: Tensor, out: Tensor) -> None:
+        pairs.add_weight_gradient(
+            hidden=_matrix(hidden), h=hidden.shape[1], out=out.data_ptr(), out_stride=out.stride(0), **self.launch()
+        )
+
+    def add_pairs_bias(self, pairs: Any, out: Tensor) -> None:
+        pairs.add_bias_gradient(out.data_ptr())
 
     def instruction_sets(self) -> list[str]:
         """Of the build and this processor, best first; the first one is used."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..gate import choose
 from ..problem import PLAIN, Head, Problem, Spec
+from ..sparse import Sparse
 
 # Bytes of one cast tile of a low-precision head: the cast is done again for every token chunk, in pieces that
 # stay in the last-level cache.
@@ -101,6 +102,10 @@ class TorchBackend:
     def temporary_bytes(self, device_type: str) -> int:
         """What `rows` holds for a moment, for the plan's memory count."""
         return _block_bytes(device_type)
+
+    def sparse(self, problem: Problem) -> Sparse | None:
+        """The parts of the filtered and screened plans, where this backend has them for the problem."""
+        return None
 
     def project(self, hidden: Tensor, weight: Tensor, out: Tensor) -> None:
         with ieee_matmul():

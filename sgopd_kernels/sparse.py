@@ -1,0 +1,278 @@
+"""The filtered and the screened plan's parts: an error budget, who keeps to it, and what happens when it isn't kept.
+
+Reverse KL's gradient G = w p ((z_S - z_T) - E_p[z_S - z_T]) carries the factor p: of a chunk's entries, 1-4 %
+hold all but a thousandth of its norm. They differ from token to token (the union of their columns over 256 tokens is
+half of the vocabulary), so the gradient's products run over (token, column) pairs and not over columns:
+
+    filtered   logits as in the exact plan; dW = pairs^T H; dH = pairs W + (the rest U) B
+    screened   logits in 16-bit integers; the pairs that carry probability again in fp32; then as filtered
+
+The rest of a row, thousands of entries below the threshold, is no noise: heads' rows share directions, along which it
+adds up. B [r, H] are those directions (the leading ones of a sample of the head's rows) and U = W B^T, so that the rest
+moves dH within them; what is lost is its part outside them.
+
+Nothing is trusted that was not measured on the chunk at hand. The threshold comes from a histogram of |G|; what it
+leaves is summed; the screen's error is measured on the pairs that are computed twice. From these an error is estimated,
+and a chunk whose estimate exceeds the budget is computed again by the exact plan. docs/kernels.md has the constants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .problem import Problem
+
+AUTO = 1.5e-3  # relative Frobenius error of a gradient: what rounding it to bf16 costs
+BF16 = 2.0**-8
+RANK = 16  # directions of the head that the rest of a gradient keeps
+# ||rest outside the directions|| against its entries taken as independent: 2.3-3.7 measured
+COHERENCE = 4.0
+MOST = 0.12  # share of pairs above which dense products are faster
+MASS = 1e-4  # probability from which a logit is computed again in fp32
+GATE = 1e-4  # log-ratio below which a sign may flip (docs/method.md)
+WORTHWHILE = 2.0**33  # multiply-adds of one projection below which a call is exact: 300 tokens of SmolLM2
+PROBED_ROWS, PROBED_STRIDE = 16, 8
+
+
+def budget_of(precision: str | float) -> float:
+    """The relative gradient error a call allows; 0: exact."""
+    named = {"exact": 0.0, "auto": AUTO, "bf16": BF16}
+    return named[precision] if isinstance(precision, str) else float(precision)
+
+
+@dataclass
+class Report:
+    """What the plans did, over a call's chunks."""
+
+    screened: int = 0  # tokens
+    filtered: int = 0
+    exact: int = 0
+    kept: float = 0.0  # entries of the gradient that entered its products
+    entries: float = 0.0
+    error: float = 0.0  # the worst chunk's estimate
+
+    def tensor(self) -> Tensor:
+        """[3] float64: plan (0 exact, 1 filtered, 2 screened: the cheapest that ran), share kept, error estimate."""
+        plan = 2 if self.screened else 1 if self.filtered else 0
+        share = self.kept / self.entries if self.entries else 1.0
+        return torch.tensor([plan, share, self.error], dtype=torch.float64)
+
+
+PLANS = ("exact", "filtered", "screened")
+
+
+@dataclass
+class Directions:
+    """Leading directions of a head's rows: B [r, H] orthonormal, U = W B^T [V, r], and what is outside them."""
+
+    basis: Tensor
+    along: Tensor
+    outside: float  # root mean square norm of a row outside them
+
+    @staticmethod
+    def of(weight: Tensor) -> Directions:
+        v, h = weight.shape
+        sample = weight[:: max(1, v // 4096)].float()
+        r = min(RANK, h)
+        start = torch.randn(h, r, generator=torch.Generator().manual_seed(0))
+        for _ in range(2):
+            start = torch.linalg.qr(sample.T @ (sample @ start))[0]
+        basis = start.T.contiguous()
+        along = torch.empty(v, r)
+        for first in range(0, v, 8192):
+            part = slice(first, first + 8192)
+            torch.mm(weight[part].float(), start, out=along[part])
+        rest = sample.square().sum() - (sample @ start).square().sum()
+        return Directions(basis, along, float((rest / sample.shape[0]).clamp(min=0).sqrt()))
+
+
+class Pairs(Protocol):
+    """(token, column) pairs of a chunk with their gradient: `_cpu.Pairs`."""
+
+    count: int
+    taken: float  # sum of their squares
+    left: float  # ... of what stayed in the block
+    dense: bool  # too many: nothing was taken
+
+
+class SparseBackend(Protocol):
+    """What a backend brings for these plans. Blocks are [n, V] fp32, hidden states and weights fp32 or bf16."""
+
+    def project_screened(self, hidden: Tensor, weight: Tensor, out: Tensor) -> None: ...
+
+    def refine(self, problem: Problem, rows: Tensor, z_s: Tensor, z_t: Tensor, mass: float) -> Tensor: ...
+
+    def take_large(self, g: Tensor, budget: float, most: float) -> Pairs: ...
+
+    def restore(self, pairs: Pairs, g: Tensor) -> None: ...
+
+    def add_pairs_hidden(self, pairs: Pairs, weight: Tensor, out: Tensor) -> None: ...
+
+    def add_pairs_weight(self, pairs: Pairs, hidden: Tensor, out: Tensor) -> None: ...
+
+    def add_pairs_bias(self, pairs: Pairs, out: Tensor) -> None: ...
+
+
+@dataclass
+class Sparse:
+    """One call's sparse plan; `v`: the shared vocabulary."""
+
+    problem: Problem
+    backend: SparseBackend
+    v: int
+    screens: bool
+    report: Report = field(default_factory=Report)
+    _directions: Directions | None = None
+    _hidden: Tensor | None = None  # the chunk's hidden gradient so far
+    _error: float = 0.0
+
+    @property
+    def budget(self) -> float:
+        return self.problem.spec.budget
+
+    def worthwhile(self, rows: Tensor) -> bool:
+        return rows.numel() * self.v * self.problem.student_hidden.shape[1] >= WORTHWHILE
+
+    def probe(self, rows: Tensor) -> None:
+        """Turns the screen off where it can't pay: flat distributions, or models too near for 16 bits.
+
+        Every eighth column of up to 16 tokens, in fp32: how many carry probability, and the KL between the two
+        distributions restricted to them. Worth under 1 % of a chunk.
+        """
+        if not self.screens or rows.numel() == 0:
+            return
+        p = self.problem
+        assert p.teacher is not None and p.teacher_hidden is not None
+        at = rows[:: max(1, rows.numel() // PROBED_ROWS)][:PROBED_ROWS]
+        columns = slice(0, self.v, PROBED_STRIDE)
+        scale = 1 / p.spec.temperature
+
+        def logits(hidden: Tensor, weight: Tensor, logit_scale: float) -> Tensor:
+            z = hidden[at].float() @ weight[columns].float().T
+            return torch.log_softmax(z * (logit_scale * scale), -1)
+
+        log_p = logits(p.student_hidden, p.student.weight, p.student.logit_scale)
+        log_q = logits(p.teacher_hidden, p.teacher.weight, p.teacher.logit_scale)
+        # Restricted to an eighth of the columns a probability is eight times as large.
+        carry = float(((torch.maximum(log_p, log_q) - torch.tensor(PROBED_STRIDE).log()).exp() > MASS).float().mean())
+        kl = float((log_p.exp() * (log_p - log_q)).sum(-1).median())
+        # The screen's variance is about 1e-6; on the tail's 3 % it moves the loss by 3e-8.
+        self.screens = carry < MOST and kl * self.budget > 3e-8
+
+    def chunk(
+        self,
+        forward: Callable[[SparseBackend | None], tuple[Tensor, Tensor | None]],
+        z_s: Tensor,
+        scale: Tensor,
+        need: bool,
+    ) -> tuple[Tensor, list[Pairs] | None]:
+        """(statistics, the gradient's pairs; None where it stays dense in z_s)."""
+        n = z_s.shape[0]
+        screened = self.screens
+        values, report = forward(self.backend if screened else None)
+        pairs = self._take(z_s) if need else None
+        error = 0.0
+        if report is not None:
+            energy = None
+            if need:
+                energy = float(z_s.square().sum()) if pairs is None else sum(p.taken for p in pairs) + pairs[-1].left
+            estimate = self.screen_error(report, values, energy, values[:, 6] * scale)
+            screened = estimate is not None
+            error = estimate or 0.0
+            if not screened:
+                self.screens = False  # nor will it hold on the chunks to come
+                values, _ = forward(None)
+                pairs = self._take(z_s) if need else None
+        if screened:
+            self.report.screened += n
+        elif pairs is not None:
+            self.report.filtered += n
+        else:
+            self.report.exact += n
+        self.report.error = max(self.report.error, error, self._error if pairs is not None else 0.0)
+        self.report.entries += n * self.v
+        self.report.kept += n * self.v if pairs is None else sum(p.count for p in pairs)
+        return values, pairs
+
+    def _take(self, g: Tensor) -> list[Pairs] | None:
+        """Takes the entries of g [n, V] that the budget asks for; leaves the rest in g. None: g is whole, and dense."""
+        weight = self.problem.student.weight[: self.v]
+        first = self.backend.take_large(g, 0.3 * self.budget, MOST)
+        if first.dense:
+            return None
+        pairs = [first]
+        total = first.taken + first.left
+        self._hidden = torch.zeros(g.shape[0], weight.shape[1])
+        self.backend.add_pairs_hidden(first, weight, self._hidden)
+        if total == 0:
+            self._error = 0.0
+            return pairs
+        outside = self.directions().outside
+        for _ in range(2):
+            left = pairs[-1].left
+            reach = float(self._hidden.norm())
+            lost = COHERENCE * left**0.5 * outside / reach if reach > 0 else float("inf")
+            self._error = max(lost, 1.5 * (left / total) ** 0.5)
+            if self._error <= self.budget:
+                return pairs
+            if len(pairs) == 1:
+                more = self.backend.take_large(g, 0.8 * self.budget / self._error, MOST)
+                if more.dense:
+                    break
+                pairs.append(more)
+                self.backend.add_pairs_hidden(more, weight, self._hidden)
+        for taken in pairs:
+            self.backend.restore(taken, g)
+        return None
+
+    def gradients(
+        self,
+        pairs: list[Pairs],
+        rest: Tensor,
+        hidden: Tensor,
+        at: Tensor,
+        d_hidden: Tensor | None,
+        d_weight: Tensor | None,
+        d_bias: Tensor | None,
+    ) -> None:
+        """Adds a chunk's gradients: rest [n, V] what the pairs left, hidden [n, H], at [n] its rows in d_hidden."""
+        if d_hidden is not None:
+            assert self._hidden is not None
+            directions = self.directions()
+            self._hidden.addmm_(rest @ directions.along, directions.basis)
+            d_hidden[at] = self._hidden.to(d_hidden.dtype)
+        wide = hidden.float().contiguous()
+        for taken in pairs:
+            if d_weight is not None:
+                self.backend.add_pairs_weight(taken, wide, d_weight)
+            if d_bias is not None:
+                self.backend.add_pairs_bias(taken, d_bias)
+        if d_bias is not None:
+            d_bias[: self.v] += rest.sum(0)
+
+    def directions(self) -> Directions:
+        if self._directions is None:
+            self._directions = Directions.of(self.problem.student.weight[: self.v])
+        return self._directions
+
+    def screen_error(self, report: Tensor, values: Tensor, energy: float | None, row_weight: Tensor) -> float | None:
+        """The screen's error estimate for a chunk, None where it breaks the budget.
+
+        report [n, 6] as `_cpu.Pairs.refine` leaves it, values [n, 8] the statistics, energy ||G||^2 (None: no
+        gradient), row_weight [n].
+        """
+        tail = torch.maximum(report[:, 2], report[:, 3])
+        variance = report[:, 4] + report[:, 5]
+        at_most = MASS * tail * variance  # bounds the sum over the tail of p^2 times the variance
+        ratio = 5 * float(at_most.max().sqrt())
+        estimate = float((tail * variance).sum() / values[:, 1].abs().sum().clamp(min=1e-300))
+        if energy is not None:
+            noise = float((row_weight.double().square() * at_most).sum().sqrt())
+            estimate = max(estimate, noise / max(energy, 1e-300) ** 0.5)
+        # Comparisons that a NaN fails: what cannot be estimated is computed exactly.
+        return estimate if estimate <= self.budget and ratio <= GATE else None

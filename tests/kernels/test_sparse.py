@@ -1,0 +1,129 @@
+"""The filtered and screened plans against float64, and their estimates against what they estimate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sgopd_kernels import backends, gated_kl_loss, sparse
+
+pytestmark = pytest.mark.skipif(not backends.usable("cpu"), reason="the native CPU extension is not built")
+
+
+@pytest.fixture(autouse=True)
+def any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sparse, "WORTHWHILE", 0.0)
+
+
+def inputs(spread: float, distance: float, dtype: torch.dtype, n: int = 70, v: int = 4103, h: int = 65) -> list[Tensor]:
+    """Logits of standard deviation `spread`; a teacher at `distance` from the student. Ragged sizes."""
+    g = torch.Generator().manual_seed(3)
+    hidden = torch.randn(n, h, generator=g)
+    # heads share a direction and have rows of different norms, as real ones do
+    weight = (torch.randn(v, h, generator=g) + 0.7) * (spread / h**0.5) * (0.5 + torch.rand(v, 1, generator=g))
+    teacher_hidden = hidden + distance * torch.randn(n, h, generator=g)
+    teacher_weight = weight + distance * 0.3 * weight.std() * torch.randn(v, h, generator=g)
+    with torch.no_grad():
+        ids = torch.multinomial(torch.softmax(hidden @ weight.T, -1), 1, generator=g).squeeze(-1)
+    ids[::9] = -100
+    verdict = torch.randint(0, 2, (n,), generator=g).float() * 2 - 1
+    operands = [t.to(dtype) for t in (hidden, weight, teacher_hidden, teacher_weight)]
+    return [*operands, ids, verdict]
+
+
+def gradients(operands: list[Tensor], **options: Any) -> tuple[Tensor, Tensor, Tensor, Any]:
+    hidden, weight = (t.clone().requires_grad_() for t in operands[:2])
+    loss, stats = gated_kl_loss(hidden, weight, *operands[2:], return_stats=True, **options)
+    loss.backward()
+    assert hidden.grad is not None and weight.grad is not None
+    return loss.detach().double(), hidden.grad.double(), weight.grad.double(), stats
+
+
+def error(got: Tensor, true: Tensor) -> float:
+    return float((got - true).norm() / true.norm())
+
+
+@pytest.mark.parametrize("gate", ["opd", "sg-opd", "opdvr"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("spread", "distance"), [(4.0, 0.3), (4.0, 0.03), (8.0, 0.1), (4.0, 1e-4)])
+def test_within_the_budget(spread: float, distance: float, dtype: torch.dtype, gate: str) -> None:
+    operands = inputs(spread, distance, dtype)
+    truth = gradients([t.double() if t.is_floating_point() else t for t in operands], gate=gate)
+    got = gradients(operands, gate=gate, backend="cpu")
+    exact = gradients(operands, gate=gate, backend="cpu", precision="exact")
+    for mine, other, true in zip(got[:3], exact[:3], truth[:3]):
+        # what exact arithmetic can't give (a gradient's own dtype, near-equal models) is not the plan's
+        assert error(mine, true) <= sparse.AUTO + 1.5 * error(other, true)
+    assert torch.equal(got[3].agree, exact[3].agree)
+    assert exact[3].plan == "exact" and exact[3].kept == 1 and exact[3].error_estimate == 0
+    assert got[3].error_estimate <= sparse.AUTO
+
+
+def test_each_plan_is_taken_where_it_pays() -> None:
+    assert gradients(inputs(8.0, 0.1, torch.float32))[3].plan == "screened"
+    near = gradients(inputs(8.0, 1e-4, torch.float32))[3]
+    assert near.plan != "screened"  # too near for 16 bits
+    flat = gradients(inputs(0.01, 0.3, torch.float32, v=2048))[3]
+    assert flat.plan == "exact" and flat.kept == 1
+
+
+@pytest.mark.parametrize("budget", [1e-2, 1e-3, 1e-4])
+def test_a_smaller_budget_is_a_smaller_error(budget: float) -> None:
+    operands = inputs(6.0, 0.2, torch.float32)
+    truth = gradients([t.double() if t.is_floating_point() else t for t in operands])
+    got = gradients(operands, precision=budget)
+    assert max(error(m, t) for m, t in zip(got[:3], truth[:3])) <= budget
+    assert got[3].error_estimate <= budget
+
+
+def test_the_estimate_bounds_the_error() -> None:
+    for spread, distance in [(4.0, 0.3), (8.0, 0.1), (6.0, 0.02)]:
+        operands = inputs(spread, distance, torch.float32)
+        truth = gradients([t.double() if t.is_floating_point() else t for t in operands])
+        got = gradients(operands, precision=1e-2)
+        assert got[3].plan != "exact"
+        assert max(error(m, t) for m, t in zip(got[1:3], truth[1:3])) <= got[3].error_estimate
+
+
+@pytest.mark.parametrize("options", [{"student_bias": True}, {"student_softcap": 30.0}, {"divergence": "forward-kl"}])
+def test_options_beside_the_plans(options: dict[str, Any]) -> None:
+    operands = inputs(6.0, 0.2, torch.float32)
+    if "student_bias" in options:
+        options = {"student_bias": torch.randn(operands[1].shape[0], generator=torch.Generator().manual_seed(0))}
+    double = {k: x.double() if isinstance(x, Tensor) else x for k, x in options.items()}
+    truth = gradients([t.double() if t.is_floating_point() else t for t in operands], **double)
+    got = gradients(operands, **options)
+    assert max(error(m, t) for m, t in zip(got[:3], truth[:3])) <= sparse.AUTO
+    assert got[3].plan == ("screened" if "divergence" in options else "filtered")
+
+
+def test_repeats_bit_for_bit_with_any_number_of_threads() -> None:
+    operands, before = inputs(6.0, 0.2, torch.float32), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = gradients(operands)
+        again = gradients(operands)
+    finally:
+        torch.set_num_threads(before)
+    for a, b in zip(one[:3], again[:3]):
+        assert torch.equal(a, b)
+
+
+def test_nan_is_not_hidden() -> None:
+    operands = inputs(6.0, 0.2, torch.float32)
+    operands[0][1] = float("nan")
+    loss, d_hidden, _, stats = gradients(operands)
+    assert loss.isnan() and d_hidden[1].isnan().any() and stats.plan != "screened"
+
+
+def test_instruction_sets_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    operands = inputs(6.0, 0.2, torch.float32)
+    backend: Any = backends.get("cpu")
+    best = gradients(operands)
+    for isa in backend.instruction_sets():
+        monkeypatch.setattr(backend, "isa", isa)
+        for a, b in zip(gradients(operands)[:3], best[:3]):
+            assert error(a, b) < 1e-4
