@@ -40,8 +40,8 @@ def read(name: str) -> list[Row]:
         elif line:
             gold, sign, answer = line.split(" | ", 2)
             whole = sign.endswith("r")
-            response = answer.replace(r"\n\n", "\n\n") if whole else rf"So the answer is $\boxed{{{answer}}}$."
-            rows.append(Row(form, gold.replace(r"pens.\n", "pens.\n"), response, sign[0] == "="))
+            response = answer if whole else rf"So the answer is $\boxed{{{answer}}}$."
+            rows.append(Row(form, gold.replace("⏎", "\n"), response.replace("⏎", "\n"), sign[0] == "="))
     return rows
 
 
