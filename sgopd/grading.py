@@ -85,8 +85,6 @@ def reference_answer(example: Example) -> str | None:
 _SYMBOLS = str.maketrans(
     {"−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "÷": r"\div ", "π": r"\pi ", "∞": r"\infty ", "°": r"^\circ "}
     | {
-        "²": "^2",
-        "³": "^3",
         "√": "sqrt",
         "½": r"\frac{1}{2}",
         "≤": r"\le ",
@@ -98,6 +96,8 @@ _SYMBOLS = str.maketrans(
     | dict.fromkeys("€£¥", "")
     | {"，": ",", "（": "(", "）": ")", "％": "%", "\u00a0": " ", "~": " "}
 )
+_SUPERSCRIPTS = re.compile("[⁻⁺]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+")
+_LOWERED = str.maketrans("⁻⁺⁰¹²³⁴⁵⁶⁷⁸⁹", "-+0123456789")
 # 30° is as good as 30, but its sine is not that of 30 radians.
 _ANGLE = (
     r"\\(sin|cos|tan|cot|sec|csc)((?:\^\{?\d\}?)?\s?[({]?)\s?([\d.]+)\s?\^\s?(?:\\circ(?![a-zA-Z])|\{\s?\\circ\s?\})"
@@ -143,7 +143,7 @@ _PLUS_MINUS = re.compile(r"(?:[a-zA-Z] ?= ?)?([^,=\[]*[^,=\[ ]) ?\\pm(?![a-zA-Z]
 
 def clean(latex: str) -> str:
     """`latex` as math-verify reads it best: ASCII, no math delimiters, thin spaces or final full stop."""
-    text = latex.translate(_SYMBOLS)
+    text = _SUPERSCRIPTS.sub(lambda match: f"^{{{match[0].translate(_LOWERED)}}}", latex).translate(_SYMBOLS)
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
     text = text.strip().rstrip(".,;").strip()
@@ -358,7 +358,7 @@ class _Magnitude:
         size = 0.0
         if token in "([{":
             size = self._of_group()
-        elif token[0].isdigit():
+        elif token.isdecimal():  # isdigit is true of ⑤, which int cannot read
             size = math.log10(int(token) + 1)
         elif token.endswith("binom"):
             size = self._exponent(self._of_factor()) * math.log10(2)
