@@ -85,8 +85,6 @@ def reference_answer(example: Example) -> str | None:
 _SYMBOLS = str.maketrans(
     {"−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "÷": r"\div ", "π": r"\pi ", "∞": r"\infty ", "°": r"^\circ "}
     | {
-        "²": "^2",
-        "³": "^3",
         "√": "sqrt",
         "½": r"\frac{1}{2}",
         "≤": r"\le ",
@@ -95,7 +93,14 @@ _SYMBOLS = str.maketrans(
         "∪": r"\cup ",
         "∅": r"\emptyset ",
     }
+    | dict.fromkeys("€£¥", "")
     | {"，": ",", "（": "(", "）": ")", "％": "%", "\u00a0": " ", "~": " "}
+)
+_SUPERSCRIPTS = re.compile("[⁻⁺]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+")
+_LOWERED = str.maketrans("⁻⁺⁰¹²³⁴⁵⁶⁷⁸⁹", "-+0123456789")
+# 30° is as good as 30, but its sine is not that of 30 radians.
+_ANGLE = (
+    r"\\(sin|cos|tan|cot|sec|csc)((?:\^\{?\d\}?)?\s?[({]?)\s?([\d.]+)\s?\^\s?(?:\\circ(?![a-zA-Z])|\{\s?\\circ\s?\})"
 )
 _REWRITES = [
     (re.compile(pattern), replacement)
@@ -104,6 +109,14 @@ _REWRITES = [
         (r"\\\$", ""),
         (r"(?<=\d)(?:,?\\[,;:! ]|\{,\})\s?(?=\d{3}(?!\d))", ""),  # 12{,}345 and 12\,345
         (r"(?<!\\)\\[,;:! ]|\\q?quad(?![a-zA-Z])", " "),
+        (r"^\s*(?:\\approx(?![a-zA-Z])|≈|\\text\s?\{[^{}]*\b(?:is|are|equals)\s?:?\s?\})", " "),
+        (r"\\(?:boldsymbol|bm|underline)(?=\s?\{)", ""),
+        (r"\\(?:mathrm|mathit)\s?\{\s?([ei])\s?\}", r"\1"),
+        (r"\\sqrt\s?\[(\d*[13579])\]\s?\{\s?-([^-+{}]+)\}", r"(-\\sqrt[\1]{\2})"),  # the real root
+        (r"(?<![\d.])(\d+)\s?\\[dt]?frac\s?(\d|\{\d+\})\s?(\d|\{\d+\})\s?(?=\\?%)", r"(\1+\\frac\2\3)"),
+        (r"\\langle(?![a-zA-Z])", "("),
+        (r"\\rangle(?![a-zA-Z])", ")"),
+        (_ANGLE, r"\\\1\2\\frac{\3\\pi}{180}"),
         (r"\*\*", "^"),
         (r"\\varnothing(?![a-zA-Z])", r"\\emptyset"),
         (r"(?<![\d.])(\d+) (\d+)/(\d+)", r"\1\\frac{\2}{\3}"),  # 2 1/2
@@ -124,18 +137,26 @@ _SPELLINGS = [
 ]
 
 
+# x = a ± b, which math-verify does not read inside a fraction or after an equals sign
+_PLUS_MINUS = re.compile(r"(?:[a-zA-Z] ?= ?)?([^,=\[]*[^,=\[ ]) ?\\pm(?![a-zA-Z]) ?([^,=\]]+)")
+
+
 def clean(latex: str) -> str:
     """`latex` as math-verify reads it best: ASCII, no math delimiters, thin spaces or final full stop."""
-    text = latex.translate(_SYMBOLS)
+    text = _SUPERSCRIPTS.sub(lambda match: f"^{{{match[0].translate(_LOWERED)}}}", latex).translate(_SYMBOLS)
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
-    return text.strip().rstrip(".,;").strip()
+    text = text.strip().rstrip(".,;").strip()
+    both = _PLUS_MINUS.fullmatch(text)
+    if both and len(re.findall(r"\\[pm][pm](?![a-zA-Z])|\\\{", text)) == 1:
+        text = f"{both[1]}+{both[2]}, {both[1]}-{both[2]}"
+    return text
 
 
 def literal(text: str) -> str:
     r"""A spelling of cleaned LaTeX that ignores blanks, \left and \right, \dfrac, {1} for 1, and case in words."""
     wrapped = _WRAPPED.fullmatch(text)
-    text = wrapped[1] if wrapped else text
+    text = wrapped[1].strip(" .,;!") if wrapped else text
     if re.fullmatch(r"[a-zA-Z ]+", text):
         return " ".join(text.casefold().split())
     for pattern, replacement in _SPELLINGS:
@@ -144,6 +165,7 @@ def literal(text: str) -> str:
 
 
 _DECIMAL = re.compile(r"([+-]?)(\d{1,3}(?:[ ,]\d{3})+|\d*)(\.\d*)?(?:[eE]([+-]?\d{1,3}))?")
+_SCIENTIFIC = re.compile(r"([+-]?\d+(\.\d+)?)\\(?:times|cdot)10\^(\d|\{[+-]?\d{1,3}\})")
 _RATIO = re.compile(r"([+-]?)\\frac(\d|\{[+-]?\d+\})(\d|\{[+-]?\d+\})|([+-]?\d+)/(\d+)")
 _REPEATING = re.compile(r"([+-]?)(\d*)\.(\d*)\\overline(\d|\{\d+\})")
 _BLANKS = re.compile(r"[-+]?[\d.]+(?:\s[-+]?[\d.]+)+")
@@ -163,6 +185,8 @@ def number(text: str) -> Number | None:
             return None
         value = int(whole + decimals) * Fraction(10) ** (int(exponent or 0) - len(decimals))
         return -value if sign == "-" else value, match[3] is not None or exponent is not None
+    if match := _SCIENTIFIC.fullmatch(text):
+        return Fraction(match[1]) * Fraction(10) ** int(match[3].strip("{}")), match[2] is not None
     if match := _RATIO.fullmatch(text):
         sign, *parts = match.groups()
         numerator, denominator = (int(part.strip("{}")) for part in parts if part)
@@ -176,12 +200,111 @@ def number(text: str) -> Number | None:
     return None
 
 
+_WORD = re.compile(r"[a-zA-Z ]{3,}")
+
+
+def other_word(gold: str, answer: str) -> bool:
+    """Whether two cleaned texts, spelled differently, are words or names: to sympy they are products of letters."""
+    wrapped = [_WRAPPED.fullmatch(text) for text in (gold, answer)]
+    words = [(match[1] if match else text).strip() for match, text in zip(wrapped, (gold, answer))]
+    named = any(wrapped) or all(word.isupper() for word in words)  # BAC is an order, not b·a·c
+    return named and all(_WORD.fullmatch(word) for word in words)
+
+
+_CHOICE = re.compile(
+    r"(?:\\(?:text|textbf|mathrm|mathbf) ?\{ ?\(?([A-J])[).:] ?\}|\(([A-J])\) ) ?[.:]? ?([^\s,^_=+*/&].*)"
+)
+_SEVERAL = re.compile(r"\b(?:and|or)\b|\([A-J]\)|[,&]")
+_LETTER = re.compile(r"\(?[A-J]\)?")
+
+
+def choice(text: str) -> tuple[str, str] | None:
+    r"""Letter and rest of a choice with its value, such as `\textbf{(B)} 12`; None for anything else."""
+    match = _CHOICE.fullmatch(text)
+    return (match[1] or match[2], match[3]) if match and not _SEVERAL.search(match[3]) else None
+
+
+# Units of one dimension, each with how many of the first it is. math-verify drops whatever unit there is.
+_UNITS = {
+    name: (dimension, Fraction(factor))
+    for dimension, units in {
+        "length": {
+            "m meter meters metre metres": "1",
+            "cm centimeter centimeters centimetre centimetres": "0.01",
+            "mm millimeter millimeters millimetre millimetres": "0.001",
+            "km kilometer kilometers kilometre kilometres": "1000",
+            "in inch inches": "0.0254",
+            "ft foot feet": "0.3048",
+            "yd yard yards": "0.9144",
+            "mi mile miles": "1609.344",
+        },
+        "time": {
+            "s sec second seconds": "1",
+            "min minute minutes": "60",
+            "h hr hrs hour hours": "3600",
+            "day days": "86400",
+            "week weeks": "604800",
+        },
+        "mass": {
+            "g gram grams": "1",
+            "mg milligram milligrams": "0.001",
+            "kg kilogram kilograms": "1000",
+            "lb lbs pound pounds": "453.59237",
+            "oz ounce ounces": "28.349523125",
+        },
+        "money": {"dollar dollars USD": "1", "cent cents": "0.01"},
+    }.items()
+    for names, factor in units.items()
+    for name in names.split()
+}
+_IN_UNITS = re.compile(
+    r"((?:(?!\\text|\\mathrm|\\mbox).)*?) ?\\(?:text|textrm|mathrm|mbox) ?"
+    r"\{ ?(square |cubic |sq\.? )?([a-zA-Z]+)\.? ?\} ?(?:\^ ?\{?([23])\}?)?"
+)
+
+
+def with_unit(text: str) -> tuple[str, tuple[str, int], Fraction] | None:
+    """Number, dimension and scale of a cleaned quantity in a unit of `_UNITS`; None for anything else."""
+    match = _IN_UNITS.fullmatch(text)
+    if not match or match[3] not in _UNITS:
+        return None
+    dimension, factor = _UNITS[match[3]]
+    power = int(match[4] or {"s": 2, "c": 3}.get((match[2] or " ")[0], 1))
+    return match[1], (dimension, power), factor**power
+
+
+def same_quantity(gold: str, answer: str) -> bool | None:
+    """Whether two quantities in units of the table are equal; None where the units agree, or only the power differs."""
+    first, second = with_unit(gold), with_unit(answer)
+    if first is None or second is None:
+        return None
+    (x_text, (x_kind, x_power), x_scale), (y_text, (y_kind, y_power), y_scale) = first, second
+    if x_kind == y_kind and (x_power != y_power or x_scale == y_scale):
+        return None
+    x, y = number(literal(x_text)), number(literal(y_text))
+    if x_kind != y_kind or x is None or y is None:
+        return False
+    return same_number((x[0] * x_scale, x[1]), (y[0] * y_scale, y[1]))
+
+
 def plain(text: str) -> Plain | None:
     """A literal that is a plain number, or a point or interval of such; None for anything else."""
     match = re.fullmatch(r"([(\[])(.+,.+)([)\]])", text)
     brackets, parts = (match[1] + match[3], match[2].split(",")) if match else ("", [text])
     numbers = [value for value in map(number, parts) if value]
     return (brackets, numbers) if len(numbers) == len(parts) else None
+
+
+_PROPORTION = re.compile(r"\d+(?::\d+){2,}")
+
+
+def same_proportion(gold: str, answer: str) -> bool | None:
+    """Whether two literals a:b:c are one proportion (math-verify divides them all); None if either is no such."""
+    if not (_PROPORTION.fullmatch(gold) and _PROPORTION.fullmatch(answer)):
+        return None
+    xs, ys = ([int(term) for term in text.split(":")] for text in (gold, answer))
+    proportional = all(x * sum(ys) == y * sum(xs) for x, y in zip(xs, ys))
+    return len(xs) == len(ys) and proportional and any(xs) == any(ys)
 
 
 def same_number(gold: Number, answer: Number) -> bool:
@@ -235,7 +358,7 @@ class _Magnitude:
         size = 0.0
         if token in "([{":
             size = self._of_group()
-        elif token[0].isdigit():
+        elif token.isdecimal():  # isdigit is true of ⑤, which int cannot read
             size = math.log10(int(token) + 1)
         elif token.endswith("binom"):
             size = self._exponent(self._of_factor()) * math.log10(2)
@@ -287,6 +410,18 @@ def _read(latex: str) -> tuple[str, str, Plain | None, str | None]:
     return text, spelling, None if why_not else plain(spelling), why_not
 
 
+def _without_letter(gold: str, answer: str) -> tuple[str, str]:
+    """Of two answers, one or both with a choice's letter before the value, what they can be compared by."""
+    labelled = choice(_read(gold)[0]), choice(_read(answer)[0])
+    if labelled == (None, None):
+        return gold, answer
+    letters = [_LETTER.fullmatch(literal(_read(text)[0]).upper()) for text in (gold, answer)]
+    by_letter = all(pair or letter for pair, letter in zip(labelled, letters))
+    part = 0 if by_letter else 1
+    first, second = (pair[part] if pair else text for pair, text in zip(labelled, (gold, answer)))
+    return first, second
+
+
 def decide_math(response: str, example: Example) -> str | Work:
     r"""Grades by spelling and by plain-number value; the rest, (gold, answer) in cleaned LaTeX, is for a worker.
 
@@ -299,6 +434,7 @@ def decide_math(response: str, example: Example) -> str | Work:
     gold = reference_answer(example)
     if gold is None:
         return "bad_gold"
+    gold, answer = _without_letter(gold, answer)
     gold_text, gold_spelling, gold_plain, gold_refused = _read(gold)
     answer_text, answer_spelling, answer_plain, answer_refused = _read(answer)
     if not answer_text:
@@ -307,8 +443,11 @@ def decide_math(response: str, example: Example) -> str | Work:
         return "correct"
     if gold_refused or not gold_text:
         return "bad_gold"
-    if answer_refused:
+    if answer_refused or other_word(gold_text, answer_text):
         return "incorrect"
+    for same in (same_quantity(gold_text, answer_text), same_proportion(gold_spelling, answer_spelling)):
+        if same is not None:
+            return "correct" if same else "incorrect"
     if gold_plain and answer_plain:
         (gold_brackets, xs), (answer_brackets, ys) = gold_plain, answer_plain
         if gold_brackets == answer_brackets and len(xs) == len(ys):

@@ -8,19 +8,26 @@ from __future__ import annotations
 
 import logging
 import random
+import re
 from functools import lru_cache
 from typing import Any
 
 from math_verify import LatexExtractionConfig, parse, verify
 from sympy import (
+    Abs,
+    And,
     Eq,
     Expr,
     FiniteSet,
     Float,
+    Function,
+    I,
     Interval,
     MatrixBase,
+    Set,
     Tuple,
     UnevaluatedExpr,
+    Union,
     default_sort_key,
     nan,
     simplify,
@@ -28,6 +35,7 @@ from sympy import (
     zoo,
 )
 from sympy.core.random import seed as seed_sympy
+from sympy.core.relational import Relational
 
 logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it warns that its timeouts are off
 
@@ -46,10 +54,12 @@ def grade(gold: str, answer: str | None) -> str:
     if gold_value is None:
         return "bad_gold"
     answer_value = None if answer is None else _parse(answer)
-    if answer_value is None or _numbers_differ(gold_value, answer_value):
+    if answer is None or answer_value is None or _numbers_differ(gold_value, answer_value):
         return "incorrect"
     equal = verify(gold_value, answer_value, allow_set_relation_comp=True, timeout_seconds=None, raise_on_error=True)
-    if equal and isinstance(gold_value, Eq) and isinstance(answer_value, Eq) and gold_value != answer_value:
+    if not equal:
+        equal = _same_constant(gold_value, answer_value) or _same_set(gold_value, gold, answer_value, answer)
+    elif isinstance(gold_value, Eq) and isinstance(answer_value, Eq) and gold_value != answer_value:
         equal = _same_equation(gold_value.lhs - gold_value.rhs, answer_value.lhs - answer_value.rhs)
     return "correct" if equal else "incorrect"
 
@@ -111,3 +121,57 @@ def _same_equation(gold: Expr, answer: Expr) -> bool:
             pairs = (answer, solutions[0]), (gold, solutions[1])
             return all(simplify(side.subs(symbol, root)) == 0 for side, roots in pairs for root in roots)
     return False
+
+
+# It misses constants whose equality is beyond `simplify`, and reads i as a letter.
+
+
+def _same_constant(gold: Any, answer: Any) -> bool:
+    """Whether two exact expressions are one real or complex number: their difference is below 1e-300."""
+    if not (isinstance(gold, Expr) and isinstance(answer, Expr)) or gold.has(Float) or answer.has(Float):
+        return False
+    x, y = _with_unit_imaginary(gold), _with_unit_imaginary(answer)
+    if not (x.is_number and y.is_number and x.is_finite is not False and y.is_finite is not False):
+        return False
+    # evalf raises its precision, to maxn digits, until the difference has one that counts
+    try:
+        return abs(complex((x - y).evalf(5, maxn=400))) < 1e-300
+    except (TypeError, OverflowError):  # no number after all, or a huge one
+        return False
+
+
+def _with_unit_imaginary(value: Expr) -> Expr:
+    letters = [symbol for symbol in value.free_symbols if symbol.name == "i"]
+    return value.subs({letter: I for letter in letters}).doit()
+
+
+# It compares an inequality with an interval only where the inequality is a bare x > a.
+
+
+def _same_set(gold: Any, gold_latex: str, answer: Any, answer_latex: str) -> bool:
+    """Whether two inequalities in one real variable, or unions of intervals, are one set."""
+    first, second = _as_set(gold, gold_latex), _as_set(answer, answer_latex)
+    if first is None or second is None:
+        return False
+    if _variables(gold) and _variables(answer) and _variables(gold) != _variables(answer):
+        return False
+    return bool(first == second)
+
+
+def _variables(value: Any) -> set[str]:
+    return {symbol.name for symbol in value.free_symbols}
+
+
+def _as_set(value: Any, latex: str) -> Set | None:
+    parts = [value]
+    if isinstance(value, FiniteSet) and _OR.search(latex):  # x < 1 or x > 5
+        parts = list(value.args)
+    if isinstance(value, (Interval, Union)):
+        return value
+    relational = all(isinstance(part, (Relational, And)) and not isinstance(part, Eq) for part in parts)
+    if not relational or len(_variables(value)) != 1 or value.atoms(Function) - value.atoms(Abs):
+        return None
+    return Union(*(part.doit().as_set() for part in parts))
+
+
+_OR = re.compile(r"\bor\b|\\l?or\b|\\vee\b")

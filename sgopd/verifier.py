@@ -233,7 +233,13 @@ class VerifierPool:
 
     def _decide(self, response: str, example: Example) -> str | Work:
         if self.kind == "math":
-            return grading.decide_math(response, example)
+            try:
+                return grading.decide_math(response, example)
+            except Exception:  # whatever a model may write, it does not end a run
+                level = logging.DEBUG if "deciding" in self._logged else logging.WARNING
+                self._logged.add("deciding")
+                logger.log(level, "verifier: error while reading %.300r", response[-2_000:], exc_info=True)
+                return "error"
         if self.kind == "exact":
             return grading.decide_exact(response, example)
         if self.kind == "reasoning-gym":

@@ -3,6 +3,7 @@ r"""The verifier: right answers, and survival. Every test here can hang the call
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import signal
 import subprocess
@@ -20,244 +21,18 @@ from sgopd.verifier import CORRECT, INCORRECT, UNKNOWN, VerifierPool
 
 SLACK = 0.5  # seconds past the deadline within which every verdict is due
 
-# gold | = or ! | answer, each row checked by hand
-CORPUS = r"""
-5 | = | 5
-5 | ! | 6
--5 | = | −5
-1000 | = | 1,000
-12345 | = | 12{,}345
-12345 | = | 12,\!345
-1234567 | = | 1,234,567
-10 | = | 10.0
-0.5 | = | 1/2
-\frac{1}{2} | = | 0.5
-\frac12 | = | \dfrac{1}{2}
-\frac{1}{2} | = | \tfrac12
-\frac{3}{4} | = | \frac{6}{8}
-\frac{1}{3} | = | 0.333333
-\frac{1}{3} | ! | 0.33
-\frac{1}{3} | = | 0.\overline{3}
-0.\overline{36} | = | \frac{4}{11}
--\frac{2}{3} | = | \frac{-2}{3}
--\frac{2}{3} | = | \frac{2}{-3}
-\frac{2}{3} | ! | \frac{3}{2}
-2\frac{1}{2} | = | \frac{5}{2}
-\frac{21}{2} | ! | 2 1/2
-\frac{5}{2} | = | 2.5
-50\% | = | 50
-50\% | = | 50%
-50\% | = | 0.5
-50\% | = | \frac{1}{2}
-50 | = | 50\%
-50\% | ! | 5
-5 | = | 5\text{ cm}
-5\text{ cm} | = | 5
-5 | = | 5 \text{ cm}^2
-12 | = | \$12
-12 | = | 12\text{ dollars}
-90 | = | 90^\circ
-90^\circ | = | 90
-90^\circ | ! | 45^\circ
-(1,2) | = | (1, 2)
-(1,2) | = | \left( 1, 2 \right)
-(1,2) | ! | (2,1)
-(2,1) | ! | (3,1)
-(2,1) | = | (2,1)
-(5,-3) | ! | (5,-4)
-(5,-3) | = | \left(5, -3\right)
-(5,-3) | = | (\frac{10}{2},-3)
-(3,\frac{\pi}{2}) | = | \left( 3, \frac{\pi}{2} \right)
-(3,\frac{\pi}{2}) | = | (3, \pi/2)
-(3,\frac{\pi}{2}) | ! | (3, \pi/3)
-(4,\frac{\pi}{2}) | ! | (3, \pi/2)
-(1,2,3) | = | (1,2,3)
-(1,2,3) | ! | (3,2,1)
-[1,2] | ! | (1,2)
-[1,2) | = | [1, 2)
-[1,2) | ! | (1,2]
-(-\infty,3) | = | (-\infty, 3)
-(-\infty,3) | ! | (-\infty, 3]
-(-\infty,2]\cup[5,\infty) | = | [5,\infty) \cup (-\infty,2]
-(-\infty,2]\cup[5,\infty) | ! | (-\infty,2)\cup(5,\infty)
-(1,2) | = | 1<x<2
-x\in(1,2) | = | (1,2)
-\{1,2,3\} | = | \{3, 2, 1\}
-\{1,2,3\} | ! | \{1,2\}
-1,2,3 | = | 3, 1, 2
-1,2 | = | 1 \text{ and } 2
-1,2 | ! | 1,3
-1,-2 | = | -2,1
-1,-2 | ! | 1, 2
-\pm 3 | = | 3, -3
-\pm 3 | ! | 3
-\sqrt{2} | = | \sqrt2
-\sqrt{2} | = | sqrt(2)
-\sqrt{2} | = | 2^{1/2}
-\sqrt{8} | = | 2\sqrt{2}
-\sqrt{2} | = | 1.414214
-\sqrt{2} | ! | 1.41
-\frac{1}{\sqrt{2}} | = | \frac{\sqrt{2}}{2}
-\frac{\sqrt{3}}{2} | = | \sqrt{3}/2
-2\sqrt{3} | ! | 3\sqrt{2}
-2\pi | = | 6.283185
-2\pi | = | 2π
-2\pi | = | 2pi
-2\pi | ! | \pi
-\frac{\pi}{6} | = | \pi/6
-x=5 | = | 5
-5 | = | x=5
-5 | ! | x = 6
-x=5 | ! | y=5
-y=2x+1 | = | y = 1 + 2x
-y=2x+1 | = | 2x - y + 1 = 0
-y=2x+1 | ! | y=2x-1
-3x-y+13=0 | ! | 3x+4y+14=0
-3x-y+13=0 | = | y=3x+13
-3x-y+13=0 | = | 6x-2y+26=0
-xy=1 | = | y=\frac{1}{x}
-x^2+y^2=4 | = | x^2+y^2-4=0
-x^2+y^2=4 | ! | x^2+y^2=9
-x^2+2x+1 | = | (x+1)^2
-x^2+2x+1 | = | 1 + 2x + x^2
-x^2+2x+1 | ! | x^2+2x-1
-\frac{a}{b} | = | a/b
-\frac{x+1}{x-1} | = | \frac{1+x}{x-1}
-\frac{x+1}{x-1} | ! | \frac{x-1}{x+1}
-(x-2)(x+3) | = | x^2+x-6
-3n^2+n | = | n(3n+1)
-2^{10} | = | 1024
-1024 | = | 2^{10}
-2^{-99} | ! | 2^{-98}
-2^-99 | ! | 2^-98
-2^{-99} | = | \frac{1}{2^{99}}
-\frac{1}{2004!} | ! | \frac{1}{2006!}
-1/2004! | ! | 1/2006!
-1/2004! | = | \frac{1}{2004!}
-10! | = | 3628800
-10^{10} | = | 10000000000
-1.5\times 10^3 | = | 1500
-1500 | = | 1.5e3
-10^{-3} | = | 0.001
-0.0000001 | ! | 0.0000002
-\binom{5}{2} | = | 10
-\log_2 8 | = | 3
-e^2 | = | e^{2}
-e^2 | ! | e^3
-3+4i | = | 4i+3
-3+4i | ! | 3-4i
-101_2 | = | 101_2
-101_2 | ! | 101_3
-101_2 | = | 101_{2}
-413_5 | = | 413
-\text{Monday} | = | Monday
-\text{Monday} | = | monday
-\text{Monday} | ! | Tuesday
-\text{(B)} | = | B
-B | = | (B)
-B | = | \text{B}
-B | ! | C
-\text{(B)} | ! | (C)
-\text{even} | ! | \text{odd}
-\text{no solution} | = | no solution
-\begin{pmatrix}1\\2\end{pmatrix} | = | \begin{pmatrix} 1 \\ 2 \end{pmatrix}
-\begin{pmatrix}1\\2\end{pmatrix} | = | \begin{bmatrix}1\\2\end{bmatrix}
-\begin{pmatrix}1\\2\end{pmatrix} | ! | \begin{pmatrix}2\\1\end{pmatrix}
-\begin{pmatrix}1&2\\3&4\end{pmatrix} | ! | \begin{pmatrix}1&2\\3&5\end{pmatrix}
-x>3 | = | 3<x
-x>3 | ! | x\ge 3
-x>3 | = | (3,\infty)
--1<x<4 | = | (-1,4)
-\infty | = | \infty
-\infty | ! | -\infty
-11:30 | = | 11:30
-3:4 | ! | 3:5
-5 | = | 5.
-5 | = | $5$
-5 | = | \mathbf{5}
-0 | = | -0
-007 | = | 7
-9.99 | = | 9.99
-9.99 | ! | 10
-100 | = | 99.9999999
-x^2+x+1=0 | ! | x^2+1=0
-x^2+1=0 | = | 2x^2+2=0
-2^{-99}, 1 | ! | 2^{-98}, 1
-\{2^{-99}, 1\} | = | \{1, 2^{-99}\}
-(2^{-99}, 1) | ! | (2^{-98}, 1)
-[0, 2^{-99}] | ! | [0,2^{-98}]
-10^{-20} | ! | 10^{-21}
-10^{-20} | ! | 0
-e^{-50} | ! | e^{-60}
-e^{-50} | = | \frac{1}{e^{50}}
-10000 | = | 10 000
-10 | ! | 10 000
-12 | ! | 3 4 5
-3 | ! | 1 2
-\frac{5}{2} | = | 2 1/2
-\frac{5}{2} | = | 2½
-(x,y)=(1,2) | = | (1,2)
-(x,y)=(1,2) | ! | (2,1)
-f(x)=x+1 | = | x+1
-f(x)=x+1 | ! | f(x)=x+2
-x=2 \text{ or } x=3 | = | x=3 \text{ or } x=2
-x=2 \text{ or } x=3 | = | 2, 3
-3\% | = | 0.03
-0.03 | ! | 3
-\sqrt{x^2} | = | |x|
-|x| | ! | x
-|-5| | = | 5
-2:3 | = | \frac{2}{3}
-\mathbb{R} | = | (-\infty,\infty)
-\frac{x^2-1}{x-1} | = | x+1
-\sin^2 x+\cos^2 x | = | 1
-\sin x | ! | \cos x
-\log_2 8 | = | 3
-6 | ! | 6 \text{ or } 7
-6 | = | x = 2+4 = 6
-8 | ! | \text{eight}
-2^{100} | ! | 2^{100}+1
-100! | ! | 100!+1
-\sqrt[3]{2} | = | 2^{\frac{1}{3}}
-\sqrt[3]{2} | ! | \sqrt{2}
-\frac{-1+\sqrt{5}}{2} | = | \frac{\sqrt{5}-1}{2}
-\frac{-1+\sqrt{5}}{2} | ! | \frac{\sqrt{5}+1}{2}
-1+i | = | i+1
-x^2 | = | x²
-3.50 | = | \$3.50
-3.50 | = | 3.5
-\frac{7}{20} | = | 35\%
-2\sqrt{3} | = | 2√3
-\frac{1}{2},\frac{1}{3} | = | \frac{1}{3}, \frac{1}{2}
-y=x+1 | = | x+1
--\frac{1}{2} | = | -\frac12
--\frac{1}{2} | = | -0.5
--\frac{1}{2} | ! | \frac{1}{2}
-11 | = | 11.0000001
-1.1 | ! | 1.2
-4 | = | 2^2
-2^{2^3} | = | 256
-2^{2024} | = | 2^{2023}\cdot 2
-2^{2024} | ! | 2^{2023}
-\frac{2^{10}}{3^{5}} | = | \frac{1024}{243}
-C | = | \text{(C)}
-A, C | ! | A, B, C
-x+y+z | = | z+y+x
-10,000 | = | 10000
-0.1 | = | \frac{1}{10}
-0.1 | = | .1
-6 | = | 6\text{ apples}
-3 \text{ and } 4 | = | 3, 4
-\text{Yes} | = | yes
-\text{Yes} | ! | No
-\frac{3\pi}{4} | ! | 135^\circ
-\emptyset | = | \varnothing
-"""
+_path = Path(__file__).resolve().parents[2] / "bench" / "verifier_accuracy.py"
+_spec = importlib.util.spec_from_file_location("verifier_accuracy", _path)
+assert _spec is not None and _spec.loader is not None
+accuracy = importlib.util.module_from_spec(_spec)
+sys.modules["verifier_accuracy"] = accuracy  # where its NamedTuple looks for its annotations
+_spec.loader.exec_module(accuracy)
 
 
 def corpus() -> list[tuple[str, str, int]]:
-    rows = [line.split(" | ", 2) for line in CORPUS.strip().splitlines()]
-    return [(gold, answer, CORRECT if sign == "=" else INCORRECT) for gold, sign, answer in rows]
+    """Gold, response and right verdict of the rows that the rules were written against."""
+    rows = accuracy.read("answers_rules.txt")
+    return [(row.gold, row.response, CORRECT if row.correct else INCORRECT) for row in rows]
 
 
 @pytest.fixture(scope="module")
@@ -280,9 +55,20 @@ def box(answer: str) -> str:
 def test_hand_checked_answers(math_pool: VerifierPool) -> None:
     rows = corpus()
     assert len(rows) > 200
-    verdicts = math_pool.verify([box(answer) for _, answer, _ in rows], [{"answer": gold} for gold, _, _ in rows])
+    verdicts = math_pool.verify([response for _, response, _ in rows], [{"answer": gold} for gold, _, _ in rows])
     wrong = [(row, verdict) for row, verdict in zip(rows, verdicts) if verdict.value != row[2]]
     assert wrong == []
+
+
+# What docs/reliability.md says of the rows written after the rules: it may get better, not worse.
+@pytest.mark.parametrize(
+    ("name", "precision", "recall"), [("answers_later.txt", 1.0, 1.0), ("answers_unseen.txt", 1.0, 1.0)]
+)
+def test_answers_written_after_the_rules(math_pool: VerifierPool, name: str, precision: float, recall: float) -> None:
+    rows = accuracy.read(name)
+    verdicts = math_pool.verify([row.response for row in rows], [{"answer": row.gold} for row in rows])
+    figures = accuracy.figures(rows, [verdict.value for verdict in verdicts])
+    assert figures["precision"] >= precision and figures["recall"] >= recall, figures
 
 
 def test_verdicts_do_not_depend_on_the_pool_or_the_order() -> None:
@@ -290,7 +76,7 @@ def test_verdicts_do_not_depend_on_the_pool_or_the_order() -> None:
 
     def verdicts(workers: int, order: list[int]) -> list[tuple[int, str]]:
         with VerifierPool(workers=workers, timeout=20.0) as pool:
-            graded = pool.verify([box(rows[i][1]) for i in order], [{"answer": rows[i][0]} for i in order])
+            graded = pool.verify([rows[i][1] for i in order], [{"answer": rows[i][0]} for i in order])
         return [verdict[:2] for _, verdict in sorted(zip(order, graded))]
 
     forward = list(range(len(rows)))
@@ -398,12 +184,13 @@ def test_bad_golds_are_listed_and_push_nothing(math_pool: VerifierPool) -> None:
 
 
 def test_throughput_on_ordinary_answers(math_pool: VerifierPool) -> None:
-    rows = [(gold, answer) for gold, answer, _ in corpus()]
-    work = [(str(i), str(i + i % 3)) for i in range(300)] + [(f"x+{i}", f"{i}+x") for i in range(100)] + rows[:50]
-    examples = [{"answer": gold} for gold, _ in work]
-    math_pool.verify([box(answer) for _, answer in work], examples)
+    rows = [(gold, response) for gold, response, _ in corpus()]
+    work = [(str(i), box(str(i + i % 3))) for i in range(300)] + [(f"x+{i}", box(f"{i}+x")) for i in range(100)]
+    work += rows[:50]
+    responses, examples = [response for _, response in work], [{"answer": gold} for gold, _ in work]
+    math_pool.verify(responses, examples)
     start = time.monotonic()
-    math_pool.verify([box(answer) for _, answer in work], examples)
+    math_pool.verify(responses, examples)
     assert len(work) / (time.monotonic() - start) > 50  # an idle machine does many times that
 
 

@@ -1,0 +1,109 @@
+r"""Precision and recall of `VerifierPool("math")` beside plain math-verify, on hand-checked answers, as Markdown.
+
+    python bench/verifier_accuracy.py             the table
+    python bench/verifier_accuracy.py --wrong     and every row that our verifier gets wrong
+
+The rows are in tests/sgopd/corpora: those the rules were written against (answers_rules.txt), rows written later and
+then used to better them (answers_later.txt), and rows of that same sitting that were set aside (answers_unseen.txt).
+"Plain math-verify" is its documented use, with its defaults: `verify(parse(gold), parse(response))`, the gold in a
+box. Endorsed means verdict correct; a gold that cannot be read (unknown) counts as not endorsed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+CORPORA = Path(__file__).resolve().parent.parent / "tests" / "sgopd" / "corpora"
+FILES = ("answers_rules.txt", "answers_later.txt", "answers_unseen.txt")
+
+
+class Row(NamedTuple):
+    form: str  # the heading it stands under
+    gold: str
+    response: str
+    correct: bool
+
+    def __str__(self) -> str:
+        return f"{self.gold} {'=' if self.correct else '!'} {self.response}"
+
+
+def read(name: str) -> list[Row]:
+    """The rows of a corpus; an answer that is not a whole response is put in a box."""
+    rows, form = [], ""
+    for line in (CORPORA / name).read_text(encoding="utf-8").splitlines():
+        if line.startswith("# "):
+            form = line[2:]
+        elif line:
+            gold, sign, answer = line.split(" | ", 2)
+            whole = sign.endswith("r")
+            response = answer if whole else rf"So the answer is $\boxed{{{answer}}}$."
+            rows.append(Row(form, gold.replace("⏎", "\n"), response.replace("⏎", "\n"), sign[0] == "="))
+    return rows
+
+
+def ours(rows: list[Row]) -> list[int]:
+    from sgopd.verifier import VerifierPool
+
+    with VerifierPool("math", workers=2, timeout=10.0) as pool:
+        verdicts = pool.verify([row.response for row in rows], [{"answer": row.gold} for row in rows])
+    return [verdict.value for verdict in verdicts]
+
+
+def math_verify(rows: list[Row]) -> list[int]:
+    from math_verify import parse, verify
+
+    from sgopd.grading import reference_answer
+
+    logging.disable(logging.ERROR)
+    verdicts = []
+    for row in rows:
+        gold = reference_answer({"answer": row.gold})
+        verdicts.append(1 if verify(parse(rf"\boxed{{{gold}}}"), parse(row.response)) else -1)
+    logging.disable(logging.NOTSET)
+    return verdicts
+
+
+def figures(rows: list[Row], verdicts: list[int]) -> dict[str, float]:
+    pairs = [(row.correct, verdict) for row, verdict in zip(rows, verdicts)]
+    right = pairs.count((True, 1))
+    endorsed = sum(verdict == 1 for _, verdict in pairs)
+    return {
+        "precision": right / endorsed,
+        "recall": right / sum(correct for correct, _ in pairs),
+        "false_correct": endorsed - right,
+        "false_incorrect": pairs.count((True, -1)),
+        "unknown": sum(verdict == 0 for _, verdict in pairs),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--wrong", action="store_true", help="list the rows that our verifier gets wrong")
+    parser.add_argument("--plain-wrong", action="store_true", help="list the rows that plain math-verify gets wrong")
+    parser.add_argument("--files", nargs="+", default=list(FILES), help="corpora to read")
+    arguments = parser.parse_args()
+    graders: dict[str, Callable[[list[Row]], list[int]]] = {"sgopd": ours, "plain math-verify": math_verify}
+    print("| rows | verifier | precision | recall | wrong rows endorsed | right rows rejected | unknown |")
+    print("|---|---|---|---|---|---|---|")
+    wrong = []
+    for name in arguments.files:
+        rows = read(name)
+        for grader, verdicts in ((grader, grade(rows)) for grader, grade in graders.items()):
+            f = figures(rows, verdicts)
+            print(
+                f"| {name} ({len(rows)}) | {grader} | {f['precision']:.1%} | {f['recall']:.1%} "
+                f"| {f['false_correct']:.0f} | {f['false_incorrect']:.0f} | {f['unknown']:.0f} |",
+                flush=True,
+            )
+            if arguments.wrong if grader == "sgopd" else arguments.plain_wrong:
+                wrong += [(name, grader, row, v) for row, v in zip(rows, verdicts) if (v == 1) != row.correct]
+    for name, grader, row, verdict in wrong:
+        print(f"{grader} on {name}, {row.form}: {row} -> {verdict:+d}")
+
+
+if __name__ == "__main__":
+    main()
