@@ -28,7 +28,8 @@ void block(const uint16_t* hidden, int64_t stride, const uint32_t* pack, int64_t
   const __m512 zero = _mm512_setzero_ps();
 #define SGOPD_DECLARE(r) __m512 r##0 = zero, r##1 = zero, r##2 = zero, r##3 = zero;
   SGOPD_DECLARE(a)
-  SGOPD_DECLARE(b) SGOPD_DECLARE(c) SGOPD_DECLARE(d) SGOPD_DECLARE(e) SGOPD_DECLARE(f)
+  SGOPD_DECLARE(b)
+  SGOPD_DECLARE(c) SGOPD_DECLARE(d) SGOPD_DECLARE(e) SGOPD_DECLARE(f)
 #undef SGOPD_DECLARE
       const auto step = [&](int64_t k, const auto& token) __attribute__((always_inline)) {
         const uint32_t* w = pack + k * kPanel;

@@ -75,7 +75,8 @@ void block(const int16_t* hidden, int64_t stride, const uint32_t* pack, int64_t 
   __m512i zero = _mm512_setzero_si512();
 #define SGOPD_DECLARE(r) __m512i r##0 = zero, r##1 = zero, r##2 = zero, r##3 = zero;
   SGOPD_DECLARE(a)
-  SGOPD_DECLARE(b) SGOPD_DECLARE(c) SGOPD_DECLARE(d) SGOPD_DECLARE(e) SGOPD_DECLARE(f)
+  SGOPD_DECLARE(b)
+  SGOPD_DECLARE(c) SGOPD_DECLARE(d) SGOPD_DECLARE(e) SGOPD_DECLARE(f)
 #undef SGOPD_DECLARE
       for (int64_t k = first; k < last; ++k) {
     const uint32_t* w = pack + k * kPanel;
