@@ -29,20 +29,23 @@ void block(const uint16_t* hidden, int64_t stride, const uint32_t* pack, int64_t
 #define SGOPD_DECLARE(r) __m512 r##0 = zero, r##1 = zero, r##2 = zero, r##3 = zero;
   SGOPD_DECLARE(a)
   SGOPD_DECLARE(b)
-  SGOPD_DECLARE(c) SGOPD_DECLARE(d) SGOPD_DECLARE(e) SGOPD_DECLARE(f)
+  SGOPD_DECLARE(c)
+  SGOPD_DECLARE(d)
+  SGOPD_DECLARE(e)
+  SGOPD_DECLARE(f)
 #undef SGOPD_DECLARE
-      const auto step = [&](int64_t k, const auto& token) __attribute__((always_inline)) {
-        const uint32_t* w = pack + k * kPanel;
-        const __m512i w0 = _mm512_loadu_si512(w), w1 = _mm512_loadu_si512(w + 16), w2 = _mm512_loadu_si512(w + 32),
-                      w3 = _mm512_loadu_si512(w + 48);
+  const auto step = [&](int64_t k, const auto& token) __attribute__((always_inline)) {
+    const uint32_t* w = pack + k * kPanel;
+    const __m512i w0 = _mm512_loadu_si512(w), w1 = _mm512_loadu_si512(w + 16), w2 = _mm512_loadu_si512(w + 32),
+                  w3 = _mm512_loadu_si512(w + 48);
 #define SGOPD_STEP(r, index)                                                \
   if constexpr (kRows > index) {                                            \
     const __m512i x = token(hidden + index * stride + 2 * k);               \
     dot(r##0, w0, x), dot(r##1, w1, x), dot(r##2, w2, x), dot(r##3, w3, x); \
   }
-        SGOPD_STEP(a, 0) SGOPD_STEP(b, 1) SGOPD_STEP(c, 2) SGOPD_STEP(d, 3) SGOPD_STEP(e, 4) SGOPD_STEP(f, 5)
+    SGOPD_STEP(a, 0) SGOPD_STEP(b, 1) SGOPD_STEP(c, 2) SGOPD_STEP(d, 3) SGOPD_STEP(e, 4) SGOPD_STEP(f, 5)
 #undef SGOPD_STEP
-      };
+  };
   const auto pair = [](const uint16_t* at) __attribute__((always_inline)) {
     // from memory: a broadcast from a general register would take a port of the products
     return _mm512_castps_si512(_mm512_set1_ps(*reinterpret_cast<const Word*>(at)));

@@ -76,9 +76,12 @@ void block(const int16_t* hidden, int64_t stride, const uint32_t* pack, int64_t 
 #define SGOPD_DECLARE(r) __m512i r##0 = zero, r##1 = zero, r##2 = zero, r##3 = zero;
   SGOPD_DECLARE(a)
   SGOPD_DECLARE(b)
-  SGOPD_DECLARE(c) SGOPD_DECLARE(d) SGOPD_DECLARE(e) SGOPD_DECLARE(f)
+  SGOPD_DECLARE(c)
+  SGOPD_DECLARE(d)
+  SGOPD_DECLARE(e)
+  SGOPD_DECLARE(f)
 #undef SGOPD_DECLARE
-      for (int64_t k = first; k < last; ++k) {
+  for (int64_t k = first; k < last; ++k) {
     const uint32_t* w = pack + k * kPanel;
     const __m512i w0 = _mm512_loadu_si512(w), w1 = _mm512_loadu_si512(w + 16), w2 = _mm512_loadu_si512(w + 32),
                   w3 = _mm512_loadu_si512(w + 48);
