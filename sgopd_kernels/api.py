@@ -48,19 +48,20 @@ class Stats:
     gate: Tensor
     agree: Tensor
     backend: str
-    _report: Tensor | None  # read late: a call under torch.compile has no values yet
+    # [3] float64, sparse.Report; None: the reference backend. Read late: under torch.compile there are no values yet.
+    report: Tensor | None = None
 
     @property
     def plan(self) -> str:
-        return "reference" if self._report is None else sparse.PLANS[int(self._report[0])]
+        return "reference" if self.report is None else sparse.PLANS[int(self.report[0])]
 
     @property
     def kept(self) -> float:
-        return 1.0 if self._report is None else float(self._report[1])
+        return 1.0 if self.report is None else float(self.report[1])
 
     @property
     def error_estimate(self) -> float:
-        return 0.0 if self._report is None else float(self._report[2])
+        return 0.0 if self.report is None else float(self.report[2])
 
 
 def gated_kl_loss(
@@ -570,7 +571,7 @@ class _Call:
             logratio=logratio.float().reshape(self.shape),
             agree=(columns["agree"] != 0).reshape(self.shape),
             backend=backend,
-            _report=report,
+            report=report,
         )
 
 

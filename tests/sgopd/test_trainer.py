@@ -487,7 +487,6 @@ def test_token_metrics_by_hand(settings):
         gate=gate,
         agree=torch.tensor([True, False, False, True, False, False]),
         backend="torch",
-        plan="exact",
     )
     sums = Sums()
     add_token_metrics(sums, stats, verdict, student + torch.tensor([0.0, 0, 0, 0, 0.3, -0.6]), tolerance=0.1)
