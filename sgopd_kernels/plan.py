@@ -287,12 +287,12 @@ def _pass(
         forward = partial(
             _forward, problem, backend, at, z_s, z_t, z_r, weights[:, chunk], part, scale, bool(need), columns
         )
-        values, pairs = (forward(None)[0], None) if sparse is None else sparse.chunk(forward, z_s, scale, bool(need))
+        values, taken = (forward(None)[0], None) if sparse is None else sparse.chunk(forward, z_s, scale, bool(need))
         stats[at] = values
         if not need:
             continue
-        if sparse is not None and pairs is not None:
-            sparse.gradients(pairs, z_s, h, at, d_hidden, d_weight, d_bias)
+        if sparse is not None and taken is not None:
+            sparse.gradients(taken, z_s, h, at, d_hidden, d_weight, d_bias)
             continue
 
         # Rows without weight leave the backward: the others move up, in place.

@@ -26,6 +26,9 @@ import torch
 from torch import Tensor
 
 from .problem import Problem
+from .reference import TokenValues
+
+KL, GATE_WEIGHT = (TokenValues._fields.index(name) for name in ("kl", "gate"))
 
 AUTO = 1.5e-3  # relative Frobenius error of a gradient: what rounding it to bf16 costs
 BF16 = 2.0**-8
@@ -119,6 +122,20 @@ class SparseBackend(Protocol):
 
 
 @dataclass
+class Taken:
+    """What was taken out of a chunk's gradient."""
+
+    pairs: list[Pairs]
+    hidden: Tensor  # [n, H] fp32: their part of the hidden gradient
+    error: float = 0.0  # estimate for both gradients without the rest
+
+    @property
+    def energy(self) -> float:
+        """||G||^2 of the chunk, the rest included."""
+        return sum(p.taken for p in self.pairs) + self.pairs[-1].left
+
+
+@dataclass
 class Sparse:
     """One call's sparse plan; `v`: the shared vocabulary."""
 
@@ -128,8 +145,6 @@ class Sparse:
     screens: bool
     report: Report = field(default_factory=Report)
     _directions: Directions | None = None
-    _hidden: Tensor | None = None  # the chunk's hidden gradient so far
-    _error: float = 0.0
 
     @property
     def budget(self) -> float:
@@ -170,69 +185,66 @@ class Sparse:
         z_s: Tensor,
         scale: Tensor,
         need: bool,
-    ) -> tuple[Tensor, list[Pairs] | None]:
-        """(statistics, the gradient's pairs; None where it stays dense in z_s)."""
+    ) -> tuple[Tensor, Taken | None]:
+        """(statistics, what was taken out of the gradient; None where it stays dense in z_s)."""
         n = z_s.shape[0]
-        screened = self.screens
-        values, report = forward(self.backend if screened else None)
-        pairs = self._take(z_s) if need else None
+        values, report = forward(self.backend if self.screens else None)
+        taken = self._take(z_s) if need else None
         error = 0.0
         if report is not None:
             energy = None
             if need:
-                energy = float(z_s.square().sum()) if pairs is None else sum(p.taken for p in pairs) + pairs[-1].left
-            estimate = self.screen_error(report, values, energy, values[:, 6] * scale)
-            screened = estimate is not None
-            error = estimate or 0.0
-            if not screened:
+                energy = float(z_s.square().sum()) if taken is None else taken.energy
+            estimate = self.screen_error(report, values, energy, values[:, GATE_WEIGHT] * scale)
+            if estimate is None:
                 self.screens = False  # nor will it hold on the chunks to come
-                values, _ = forward(None)
-                pairs = self._take(z_s) if need else None
-        if screened:
+                values, report = forward(None)
+                taken = self._take(z_s) if need else None
+            else:
+                error = estimate
+        if report is not None:
             self.report.screened += n
-        elif pairs is not None:
+        elif taken is not None:
             self.report.filtered += n
         else:
             self.report.exact += n
-        self.report.error = max(self.report.error, error, self._error if pairs is not None else 0.0)
+        self.report.error = max(self.report.error, error, 0.0 if taken is None else taken.error)
         self.report.entries += n * self.v
-        self.report.kept += n * self.v if pairs is None else sum(p.count for p in pairs)
-        return values, pairs
+        self.report.kept += n * self.v if taken is None else sum(p.count for p in taken.pairs)
+        return values, taken
 
-    def _take(self, g: Tensor) -> list[Pairs] | None:
+    def _take(self, g: Tensor) -> Taken | None:
         """Takes the entries of g [n, V] that the budget asks for; leaves the rest in g. None: g is whole, and dense."""
         weight = self.problem.student.weight[: self.v]
         first = self.backend.take_large(g, 0.3 * self.budget, MOST)
         if first.dense:
             return None
-        pairs = [first]
-        total = first.taken + first.left
-        self._hidden = torch.zeros(g.shape[0], weight.shape[1])
-        self.backend.add_pairs_hidden(first, weight, self._hidden)
-        if total == 0:
-            self._error = 0.0
-            return pairs
-        outside = self.directions().outside
-        for _ in range(2):
-            left = pairs[-1].left
-            reach = float(self._hidden.norm())
-            lost = COHERENCE * left**0.5 * outside / reach if reach > 0 else float("inf")
-            self._error = max(lost, 1.5 * (left / total) ** 0.5)
-            if self._error <= self.budget:
-                return pairs
-            if len(pairs) == 1:
-                more = self.backend.take_large(g, 0.8 * self.budget / self._error, MOST)
-                if more.dense:
-                    break
-                pairs.append(more)
-                self.backend.add_pairs_hidden(more, weight, self._hidden)
-        for taken in pairs:
-            self.backend.restore(taken, g)
+        taken = Taken([first], torch.zeros(g.shape[0], weight.shape[1]))
+        self.backend.add_pairs_hidden(first, weight, taken.hidden)
+        if taken.energy == 0:
+            return taken
+        taken.error = self._left_out(taken)
+        if not taken.error <= self.budget:
+            more = self.backend.take_large(g, 0.8 * self.budget / taken.error, MOST)
+            if not more.dense:
+                taken.pairs.append(more)
+                self.backend.add_pairs_hidden(more, weight, taken.hidden)
+                taken.error = self._left_out(taken)
+        if taken.error <= self.budget:
+            return taken
+        for pairs in taken.pairs:
+            self.backend.restore(pairs, g)
         return None
+
+    def _left_out(self, taken: Taken) -> float:
+        """The error estimate of both gradients for what the pairs leave."""
+        left, reach = taken.pairs[-1].left, float(taken.hidden.norm())
+        lost = COHERENCE * left**0.5 * self.directions().outside / reach if reach > 0 else float("inf")
+        return max(lost, 1.5 * (left / taken.energy) ** 0.5)
 
     def gradients(
         self,
-        pairs: list[Pairs],
+        taken: Taken,
         rest: Tensor,
         hidden: Tensor,
         at: Tensor,
@@ -242,16 +254,14 @@ class Sparse:
     ) -> None:
         """Adds a chunk's gradients: rest [n, V] what the pairs left, hidden [n, H], at [n] its rows in d_hidden."""
         if d_hidden is not None:
-            assert self._hidden is not None
             directions = self.directions()
-            self._hidden.addmm_(rest @ directions.along, directions.basis)
-            d_hidden[at] = self._hidden.to(d_hidden.dtype)
+            d_hidden[at] = torch.addmm(taken.hidden, rest @ directions.along, directions.basis).to(d_hidden.dtype)
         wide = hidden.float().contiguous()
-        for taken in pairs:
+        for pairs in taken.pairs:
             if d_weight is not None:
-                self.backend.add_pairs_weight(taken, wide, d_weight)
+                self.backend.add_pairs_weight(pairs, wide, d_weight)
             if d_bias is not None:
-                self.backend.add_pairs_bias(taken, d_bias)
+                self.backend.add_pairs_bias(pairs, d_bias)
         if d_bias is not None:
             d_bias[: self.v] += rest.sum(0)
 
@@ -270,7 +280,7 @@ class Sparse:
         variance = report[:, 4] + report[:, 5]
         at_most = MASS * tail * variance  # bounds the sum over the tail of p^2 times the variance
         ratio = 5 * float(at_most.max().sqrt())
-        estimate = float((tail * variance).sum() / values[:, 1].abs().sum().clamp(min=1e-300))
+        estimate = float((tail * variance).sum() / values[:, KL].abs().sum().clamp(min=1e-300))
         if energy is not None:
             noise = float((row_weight.double().square() * at_most).sum().sqrt())
             estimate = max(estimate, noise / max(energy, 1e-300) ** 0.5)

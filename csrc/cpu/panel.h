@@ -59,6 +59,11 @@ using Word __attribute__((may_alias)) = float;  // two 16-bit elements
 
 inline __mmask16 left(int64_t count) { return count >= 16 ? 0xffff : static_cast<__mmask16>((1u << count) - 1); }
 
+// M(name, index) for each of the tokens whose accumulators a kernel holds. They are variables by name, a0 to f3,
+// because GCC 12 spills an array of them in every step, as it does the dot-product intrinsics' own: see dot() beside
+// each kernel.
+#define SGOPD_TOKENS(M) M(a, 0) M(b, 1) M(c, 2) M(d, 3) M(e, 4) M(f, 5)
+
 inline int64_t panel_count(int64_t v) { return (v + kPanel - 1) / kPanel; }
 inline int64_t panel_words(int64_t h) { return (h + 1) / 2 * kPanel; }
 

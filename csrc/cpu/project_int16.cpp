@@ -71,15 +71,9 @@ float quantise(const T* row, int64_t h, int16_t* out) {
 template <int kRows>
 void block(const int16_t* hidden, int64_t stride, const uint32_t* pack, int64_t first, int64_t last, bool final,
            const float* step_x, const float* step_w, float* partial, float* out, int64_t out_stride, int64_t columns) {
-  // Named variables and dot(): GCC 12 spills an array, and the intrinsic's accumulators, in every step.
   __m512i zero = _mm512_setzero_si512();
-#define SGOPD_DECLARE(r) __m512i r##0 = zero, r##1 = zero, r##2 = zero, r##3 = zero;
-  SGOPD_DECLARE(a)
-  SGOPD_DECLARE(b)
-  SGOPD_DECLARE(c)
-  SGOPD_DECLARE(d)
-  SGOPD_DECLARE(e)
-  SGOPD_DECLARE(f)
+#define SGOPD_DECLARE(r, index) __m512i r##0 = zero, r##1 = zero, r##2 = zero, r##3 = zero;
+  SGOPD_TOKENS(SGOPD_DECLARE)
 #undef SGOPD_DECLARE
   for (int64_t k = first; k < last; ++k) {
     const uint32_t* w = pack + k * kPanel;
@@ -92,7 +86,7 @@ void block(const int16_t* hidden, int64_t stride, const uint32_t* pack, int64_t 
     const __m512i x = _mm512_castps_si512(_mm512_set1_ps(*at));                      \
     dot(r##0, w0, x), dot(r##1, w1, x), dot(r##2, w2, x), dot(r##3, w3, x);          \
   }
-    SGOPD_STEP(a, 0) SGOPD_STEP(b, 1) SGOPD_STEP(c, 2) SGOPD_STEP(d, 3) SGOPD_STEP(e, 4) SGOPD_STEP(f, 5)
+    SGOPD_TOKENS(SGOPD_STEP)
 #undef SGOPD_STEP
   }
   const auto finish = [&](int r, int c, __m512i sum) __attribute__((always_inline)) {
@@ -109,7 +103,7 @@ void block(const int16_t* hidden, int64_t stride, const uint32_t* pack, int64_t 
 #define SGOPD_FINISH(r, index) \
   if constexpr (kRows > index) \
     finish(index, 0, r##0), finish(index, 1, r##1), finish(index, 2, r##2), finish(index, 3, r##3);
-  SGOPD_FINISH(a, 0) SGOPD_FINISH(b, 1) SGOPD_FINISH(c, 2) SGOPD_FINISH(d, 3) SGOPD_FINISH(e, 4) SGOPD_FINISH(f, 5)
+  SGOPD_TOKENS(SGOPD_FINISH)
 #undef SGOPD_FINISH
 }
 

@@ -79,6 +79,10 @@ struct Pairs {
   double threshold = 0, taken = 0, left = 0;
   bool dense = false;  // too many to be worth it: nothing was taken
 
+  void require_values(const char* what) const {
+    if (values.size() != columns.size())
+      throw std::invalid_argument(std::string(what) + ": these pairs hold no gradient; take_large makes such");
+  }
   int64_t count() const { return static_cast<int64_t>(columns.size()); }
 };
 
@@ -360,7 +364,7 @@ std::unique_ptr<Pairs> take_large(Address gradient, int64_t stride, int64_t n, i
 // Puts the pairs back into the gradient they were taken from.
 void restore(const Pairs& pairs, Address gradient, int64_t stride) {
   const Logits g = logits("gradient", gradient, stride, pairs.vocabulary);
-  if (pairs.values.size() != pairs.columns.size()) throw std::invalid_argument("restore: these pairs hold no values");
+  pairs.require_values("restore");
   for (int64_t i = 0; i < pairs.rows; ++i)
     for (int64_t k = pairs.first[i]; k < pairs.first[i + 1]; ++k)
       g.data[i * g.stride + pairs.columns[k]] = pairs.values[k];
@@ -371,8 +375,7 @@ void add_hidden_gradient(const Pairs& pairs, const MatrixTuple& weight, int64_t 
                          int threads, const std::string& isa) {
   const Matrix w = matrix("weight", weight, h);
   if (out_stride < h) throw std::invalid_argument("add_hidden_gradient: a row stride is smaller than the width");
-  if (pairs.values.size() != pairs.columns.size())
-    throw std::invalid_argument("add_hidden_gradient: these pairs hold no values");
+  pairs.require_values("add_hidden_gradient");
   auto* to = pointer<float>("out", out, true);
   const SparseKernels& k = kernels(isa);
   py::gil_scoped_release release;
@@ -413,8 +416,7 @@ void add_weight_gradient(const Pairs& pairs, const MatrixTuple& hidden, int64_t 
   const Matrix x = matrix("hidden", hidden, h);
   if (x.element != Element::kFloat32) throw std::invalid_argument("add_weight_gradient: hidden must be float32");
   if (out_stride < h) throw std::invalid_argument("add_weight_gradient: a row stride is smaller than the width");
-  if (pairs.values.size() != pairs.columns.size())
-    throw std::invalid_argument("add_weight_gradient: these pairs hold no values");
+  pairs.require_values("add_weight_gradient");
   auto* to = pointer<float>("out", out, true);
   const SparseKernels& k = kernels(isa);
   py::gil_scoped_release release;
@@ -440,6 +442,7 @@ void add_weight_gradient(const Pairs& pairs, const MatrixTuple& hidden, int64_t 
 
 // out [v] fp32 += column sums.
 void add_bias_gradient(const Pairs& pairs, Address out) {
+  pairs.require_values("add_bias_gradient");
   auto* to = pointer<float>("out", out, true);
   for (size_t k = 0; k < pairs.columns.size(); ++k) to[pairs.columns[k]] += pairs.values[k];
 }

@@ -15,6 +15,10 @@ from .native import NativeBackend
 _ELEMENTS = (torch.float32, torch.bfloat16)
 
 
+def _unit_stride(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(1) == 1 else tensor.contiguous()
+
+
 def _matrix(tensor: Tensor) -> tuple[int, int, bool]:
     """(address, row stride, is bf16), as the extension takes a matrix."""
     assert tensor.dtype in _ELEMENTS and tensor.stride(1) == 1
@@ -76,7 +80,7 @@ class CpuBackend(NativeBackend):
     def project_screened(self, hidden: Tensor, weight: Tensor, out: Tensor) -> None:
         """out [n, V] = hidden @ weight.T in 16-bit integers: csrc/cpu/project_int16.cpp."""
         assert self.module is not None
-        hidden, weight = hidden.contiguous(), weight if weight.stride(1) == 1 else weight.contiguous()
+        hidden, weight = hidden.contiguous(), _unit_stride(weight)
         self.module.project_int16(
             hidden=_matrix(hidden),
             n=hidden.shape[0],
@@ -107,7 +111,7 @@ class CpuBackend(NativeBackend):
         pairs = self.module.select_mass(**sides, n=n, v=v, token_ids=ids.data_ptr(), threshold=mass)
         hidden = problem.student_hidden[rows].float().contiguous()
         teacher_hidden = problem.teacher_hidden[rows].float().contiguous()
-        weights = [w if w.stride(1) == 1 else w.contiguous() for w in (problem.student.weight, problem.teacher.weight)]
+        weights = [_unit_stride(w) for w in (problem.student.weight, problem.teacher.weight)]
         pairs.refine(
             **sides,
             student_hidden=_matrix(hidden),
@@ -131,7 +135,7 @@ class CpuBackend(NativeBackend):
         pairs.restore(g.data_ptr(), g.stride(0))
 
     def add_pairs_hidden(self, pairs: Any, weight: Tensor, out: Tensor) -> None:
-        weight = weight if weight.stride(1) == 1 else weight.contiguous()
+        weight = _unit_stride(weight)
         pairs.add_hidden_gradient(
             weight=_matrix(weight), h=weight.shape[1], out=out.data_ptr(), out_stride=out.stride(0), **self.launch()
         )
