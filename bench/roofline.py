@@ -1,0 +1,314 @@
+"""What each plan must cost on a GPU: operations, bytes and launches -> a lower bound in milliseconds, as Markdown.
+
+    python bench/roofline.py                                     # the target shape, all devices, a sweep of chunk sizes
+    python bench/roofline.py --tokens 4096 --chunk 2048 --output runs/roofline.md
+
+A model, not a measurement. Every product reads its operands and writes its result once (the cache is perfect within a
+product, and useless between two); a stage takes the longer of its arithmetic and its traffic; stages follow one
+another; each launch costs a gap. So a device should not be faster than this by more than the error of its assumed
+rates, and what it is slower by is what the kernels waste: tiles that don't fill the device, operands read twice,
+launches that wait for the host. `bench/gpu_suite.py` puts its measurements beside these numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+# Kernels launched for one chunk; assumed, of a backend whose row work is one Triton kernel a step.
+LAUNCHES_EXACT, LAUNCHES_FORWARD, LAUNCHES_SPARSE = 40, 20, 60
+LAUNCH_GAP = 2e-6  # seconds between two kernels of a stream whose queue is never empty; assumed
+
+
+@dataclass(frozen=True)
+class Device:
+    """Sustained rates: what a large product and a large copy reach, not the datasheet's."""
+
+    name: str
+    bf16: float  # FLOP/s, dense, fp32 accumulation
+    fp8: float | None  # None: no such units
+    bandwidth: float  # bytes/s, read and written together
+    source: str
+
+
+# A large bf16 product reaches 0.81 of the H100's datasheet rate and a large copy 0.90 of its bandwidth: what is assumed
+# for cards that gave us no such reading, and for fp8.
+_PRODUCT, _COPY = 798 / 989, 3.0 / 3.35
+DEVICES = (
+    Device(
+        "H100",
+        798e12,
+        1979e12 * _PRODUCT,
+        3.0e12,
+        "SXM5 80 GB: an 8,192³ bf16 product and a device-to-device copy, read on such a card outside this project",
+    ),
+    Device("H200", 788e12, 1979e12 * _PRODUCT, 4.3e12, "SXM 141 GB: likewise"),
+    Device("A100", 312e12 * _PRODUCT, None, 2.04e12 * _COPY, "SXM4 80 GB: datasheet × the H100's shares"),
+    Device("B200", 2250e12 * _PRODUCT, 4500e12 * _PRODUCT, 8.0e12 * _COPY, "SXM: datasheet × the H100's shares"),
+)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One call, bf16 operands. Defaults: the target shape."""
+
+    tokens: int = 8192
+    vocabulary: int = 151_936
+    student: int = 2048  # width Hs
+    teacher: int = 4096  # width Ht
+    chunk: int = 1024  # tokens a chunk, at the most
+
+    @property
+    def chunks(self) -> int:
+        return -(-self.tokens // self.chunk) if self.tokens else 0
+
+    @property
+    def logits(self) -> int:
+        return self.tokens * self.vocabulary
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Bytes an element of what a chunk leaves in memory between two kernels."""
+
+    operand: int = 2  # bf16 hidden states and heads
+    logit: int = 4  # fp32
+    gradient: int = 2  # bf16 operand of the gradient products
+    accumulator: int = 4  # fp32 dW
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of all chunks together."""
+
+    name: str
+    flop: float = 0.0
+    traffic: float = 0.0  # bytes
+    fp8: bool = False
+
+    def seconds(self, device: Device) -> float:
+        rate = device.fp8 if self.fp8 else device.bf16
+        if rate is None:
+            return math.inf
+        return max(self.flop / rate, self.traffic / device.bandwidth)
+
+
+@dataclass(frozen=True)
+class Cost:
+    stages: tuple[Stage, ...]
+    launches: int
+
+    @property
+    def flop(self) -> float:
+        return sum(s.flop for s in self.stages)
+
+    @property
+    def traffic(self) -> float:
+        return sum(s.traffic for s in self.stages)
+
+    def arithmetic(self, device: Device) -> float:
+        """Seconds of the products alone, were memory free."""
+        return sum(Stage(s.name, s.flop, 0.0, s.fp8).seconds(device) for s in self.stages)
+
+    def seconds(self, device: Device) -> float:
+        """The lower bound; infinite where the device lacks what the plan needs."""
+        return sum(s.seconds(device) for s in self.stages) + self.launches * LAUNCH_GAP
+
+
+def product(name: str, shape: Shape, width: int, head: int, hidden: int, result: float, fp8: bool = False) -> Stage:
+    """A projection of all chunks: the head is read again for each. `head`, `hidden`, `result`: bytes an element."""
+    traffic = shape.chunks * shape.vocabulary * width * head + shape.tokens * width * hidden + shape.logits * result
+    return Stage(name, 2.0 * shape.logits * width, traffic, fp8)
+
+
+def forward(shape: Shape, store: Storage) -> tuple[Stage, ...]:
+    return tuple(
+        product(f"{who} logits", shape, width, store.operand, store.operand, store.logit)
+        for who, width in (("student", shape.student), ("teacher", shape.teacher))
+    )
+
+
+def gradients(shape: Shape, store: Storage, rows: float = 1.0, columns: float = 1.0) -> tuple[Stage, ...]:
+    """dH and dW over a share of the tokens and a share of the vocabulary's columns, each chunk's own."""
+    v, hs = shape.vocabulary, shape.student
+    g = rows * columns * shape.logits
+    head = shape.chunks * columns * v * hs
+    hidden = rows * shape.tokens * hs
+    d_hidden = Stage("dH", 2.0 * g * hs, g * store.gradient + (head + hidden) * store.operand)
+    # The first chunk writes the accumulator, the others read and write it; then it is read once and rounded.
+    passes = (2 * shape.chunks - 1) * columns * v * hs * store.accumulator if shape.chunks else 0
+    rounding = v * hs * (store.accumulator + store.operand)
+    d_weight = Stage("dW", 2.0 * g * hs, g * store.gradient + hidden * store.operand + passes + rounding)
+    return d_hidden, d_weight
+
+
+def row_pass(shape: Shape, store: Storage, gradient: bool = True) -> Stage:
+    """Both logits once for the statistics; once more for the gradient, which is written."""
+    both = 2 * store.logit
+    return Stage("rows", 0.0, shape.logits * (both + (both + store.gradient if gradient else 0)))
+
+
+def exact(shape: Shape, store: Storage = Storage(), density: float = 1.0) -> Cost:
+    """`density`: share of the tokens whose gate is not 0; the others leave the backward."""
+    moved = 2 * density * shape.logits * store.gradient if density < 1 else 0  # the rows that stay move together
+    stages = (
+        *forward(shape, store),
+        row_pass(shape, store),
+        Stage("compaction", 0.0, moved),
+        *gradients(shape, store, rows=density),
+    )
+    return Cost(stages, shape.chunks * LAUNCHES_EXACT)
+
+
+def statistics(shape: Shape, store: Storage = Storage()) -> Cost:
+    return Cost((*forward(shape, store), row_pass(shape, store, gradient=False)), shape.chunks * LAUNCHES_FORWARD)
+
+
+def _compact(shape: Shape, store: Storage, share: float) -> tuple[Stage, ...]:
+    """Column choice and what it saves: the chunk's columns of the head gathered, small products, rows added back."""
+    rows_of_head = shape.chunks * share * shape.vocabulary * shape.student
+    g = share * shape.logits
+    choice = shape.logits * 2 * store.logit  # the largest |g| of every column, from both logits
+    compact = g * (2 * store.logit + store.gradient)
+    gather = 2 * rows_of_head * store.operand
+    scatter = 2 * rows_of_head * store.accumulator  # the small product's result, written and read once more
+    return (
+        Stage("column choice", 0.0, choice),
+        Stage("gather", 0.0, compact + gather),
+        *gradients(shape, store, columns=share),
+        Stage("scatter", 0.0, scatter),
+    )
+
+
+def filtered(shape: Shape, share: float, store: Storage = Storage()) -> Cost:
+    """`share`: columns kept by a chunk."""
+    stages = (*forward(shape, store), row_pass(shape, store, gradient=False), *_compact(shape, store, share))
+    return Cost(stages, shape.chunks * LAUNCHES_SPARSE)
+
+
+def screened(shape: Shape, share: float, refined: float = 0.25, store: Storage = Storage()) -> Cost:
+    """fp8 logits, then a share `refined` of a chunk's columns again from bf16 operands; the rest as filtered."""
+    widths = (("student", shape.student), ("teacher", shape.teacher))
+    screen = tuple(product(f"{who} screen", shape, w, 1, 1, store.logit, fp8=True) for who, w in widths)
+    again = []
+    for who, w in widths:
+        head = shape.chunks * refined * shape.vocabulary * w * store.operand
+        logits = refined * shape.logits
+        # gathered (read, written), multiplied (read), put in place of the screened values (written, read, written)
+        traffic = 3 * head + shape.tokens * w * store.operand + 3 * logits * store.logit
+        again.append(Stage(f"{who} refinement", 2.0 * logits * w, traffic))
+    carry = Stage("columns that carry mass", 0.0, shape.logits * 2 * store.logit)
+    stages = (*screen, carry, *again, row_pass(shape, store, gradient=False), *_compact(shape, store, share))
+    return Cost(stages, shape.chunks * 2 * LAUNCHES_SPARSE)
+
+
+def recomputed(shape: Shape, store: Storage = Storage()) -> Cost:
+    """For scale: logits never stored, both projections again in the backward (TRL, cut-cross-entropy)."""
+    seen = Storage(store.operand, 0, 0, store.accumulator)
+    return Cost(
+        (*forward(shape, seen), *forward(shape, seen), *gradients(shape, seen)), shape.chunks * LAUNCHES_FORWARD
+    )
+
+
+PLANS: dict[str, Callable[[Shape], Cost]] = {
+    "exact": exact,
+    "exact, gate density ½": lambda s: exact(s, density=0.5),
+    "filtered, s = 0.1": lambda s: filtered(s, 0.1),
+    "filtered, s = 0.3": lambda s: filtered(s, 0.3),
+    "screened + filtered, s = 0.1": lambda s: screened(s, 0.1),
+    "statistics, no gradient": statistics,
+    "everything recomputed (peers)": recomputed,
+}
+
+
+def workspace(shape: Shape, store: Storage = Storage()) -> int:
+    """Bytes of one chunk's logits of both models: what a caller must allow for chunks of this size."""
+    return min(shape.chunk, shape.tokens) * shape.vocabulary * 2 * store.logit
+
+
+def _milliseconds(seconds: float) -> str:
+    return "–" if math.isinf(seconds) else f"{1e3 * seconds:.1f}"
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    head = list(head)
+    return ["| " + " | ".join(r) + " |" for r in (head, ["---"] * len(head), *map(list, rows))]
+
+
+def markdown(shape: Shape, chunks: Iterable[int]) -> str:
+    """The tables: plans by device, where the bytes go, chunk sizes, assumptions."""
+    names = [d.name for d in DEVICES]
+    lines = [
+        f"N {shape.tokens:,}, V {shape.vocabulary:,}, Hs {shape.student:,}, Ht {shape.teacher:,}, bf16, chunks of "
+        f"{shape.chunk:,}: modelled lower bounds, milliseconds. Not measured.",
+        "",
+    ]
+    rows = []
+    for name, plan in PLANS.items():
+        cost = plan(shape)
+        rows.append(
+            [
+                name,
+                f"{cost.flop / 1e12:.1f}",
+                f"{cost.traffic / 1e9:.0f}",
+                f"{cost.launches:,}",
+                _milliseconds(cost.arithmetic(DEVICES[0])),
+                *(_milliseconds(cost.seconds(d)) for d in DEVICES),
+            ]
+        )
+    lines += _table(["plan", "TFLOP", "GB moved", "launches", "arithmetic alone, H100", *names], rows)
+    lines += ["", "Where `exact` and `filtered` (s = 0.1) spend, by stage:", ""]
+    rows = []
+    for name in ("exact", "filtered, s = 0.1"):
+        for s in PLANS[name](shape).stages:
+            if s.flop or s.traffic:
+                took = [_milliseconds(s.seconds(d)) for d in DEVICES]
+                rows.append([name, s.name, f"{s.flop / 1e12:.2f}", f"{s.traffic / 1e9:.1f}", *took])
+    lines += _table(["plan", "stage", "TFLOP", "GB moved", *names], rows)
+    lines += ["", f"Chunk sizes, {DEVICES[0].name}:", ""]
+    shown = ["exact", "filtered, s = 0.1", "screened + filtered, s = 0.1", "statistics, no gradient"]
+    rows = []
+    for size in chunks:
+        sized = Shape(shape.tokens, shape.vocabulary, shape.student, shape.teacher, size)
+        took = [_milliseconds(PLANS[name](sized).seconds(DEVICES[0])) for name in shown]
+        rows.append([f"{size:,}", f"{workspace(sized) / 2**30:.2f}", *took])
+    lines += _table(["tokens a chunk", "logits, GiB", *shown], rows)
+    lines += ["", "Assumed rates:", ""]
+    rows = [
+        [
+            d.name,
+            f"{d.bf16 / 1e12:.0f}",
+            "–" if d.fp8 is None else f"{d.fp8 / 1e12:.0f}",
+            f"{d.bandwidth / 1e12:.2f}",
+            d.source,
+        ]
+        for d in DEVICES
+    ]
+    lines += _table(["device", "bf16 TFLOP/s", "fp8 TFLOP/s", "TB/s", "from"], rows)
+    lines += [
+        "",
+        f"fp8: the datasheet's × {_PRODUCT:.2f} everywhere, the bf16 share. {LAUNCH_GAP * 1e6:.0f} µs a launch.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("tokens", "vocabulary", "student", "teacher", "chunk"):
+        parser.add_argument(f"--{name}", type=int, default=getattr(Shape, name), help="default %(default)s")
+    parser.add_argument("--chunks", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096, 8192])
+    parser.add_argument("--output", type=Path, help="write the Markdown here (default: standard output)")
+    args = parser.parse_args()
+    text = markdown(Shape(args.tokens, args.vocabulary, args.student, args.teacher, args.chunk), args.chunks)
+    if args.output is None:
+        print(text, end="")
+    else:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
