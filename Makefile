@@ -3,13 +3,14 @@
 #   make test         install the packages and test what was installed
 #   make lint         format, lint and type checks
 #   make bench        the peers side by side, error beside time
+#   make soak         an hour of training, watched for what grows
 PYTHON ?= python3
 VENV ?= .venv
 # A pinned torch keeps the environment the same for everyone; any torch >= 2.10 works: make TORCH=torch test
 TORCH ?= torch==2.13.0
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: install quickstart test lint format bench clean
+.PHONY: install quickstart test lint format bench soak clean
 .DEFAULT_GOAL := quickstart
 
 SOURCES := $(shell find sgopd sgopd_kernels csrc -type f -not -name '*.pyc' -not -name '*.so' 2>/dev/null)
@@ -60,6 +61,9 @@ format: $(VENV)-lint/.installed
 
 bench: $(VENV)/.bench
 	$(VENV)/bin/python bench/loss.py --output bench/results/latest.json
+
+soak: $(VENV)/.test
+	$(VENV)/bin/python tests/soak.py --minutes $(or $(MINUTES),60)
 
 clean:
 	rm -rf build $(VENV) $(VENV)-lint *.egg-info sgopd_kernels/*.so
