@@ -187,13 +187,13 @@ double precise_divergence(const float* __restrict z, const float* __restrict t, 
       for (int64_t i = first; i < last; ++i) {
         const double p = z[i] == kNegInf ? 0.0 : std::exp(static_cast<double>(z[i]) - lse_p);
         const double q = t[i] == kNegInf ? 0.0 : std::exp(static_cast<double>(t[i]) - lse_q);
-        if (p > 0) {
+        if (p != 0) {  // NaN too: a comparison with 0 would drop it from the value and leave it in the gradient
           const double u = lse_difference - (static_cast<double>(z[i]) - t[i]);
           const double r = log_mixture_ratio(u, beta);
           mixture -= p * r;
           mass += p;
-          total += (q > 0 ? beta * q * (u - r) : 0.0) - (1 - beta) * p * r;
-        } else if (q > 0) {
+          total += (q != 0 ? beta * q * (u - r) : 0.0) - (1 - beta) * p * r;
+        } else if (q != 0) {
           total -= beta * q * std::log(beta);
         }
       }
@@ -398,7 +398,7 @@ void one_row(const RowsArgs& a, int64_t n) {
     }
   } else if (a.behaviour_logprob != nullptr) {
     const double ratio = std::exp(lp - a.behaviour_logprob[n]);
-    advantage *= ratio < a.ratio_clip ? ratio : a.ratio_clip;
+    advantage *= ratio > a.ratio_clip ? a.ratio_clip : ratio;  // NaN stays NaN
   }
   if (weight == 0) {
     out[kLoss] = 0;

@@ -174,7 +174,7 @@ __device__ double divergence(const Row& row, const Summary& s, double* mixture, 
       const double p = p_in ? exp(x.x - lse_p) : 0.0, q = q_in ? exp(x.y - lse_q) : 0.0;
       if (p_in) {
         const double u = dlse - (static_cast<double>(x.x) - x.y), ratio = log_mixture_ratio(u, a.beta);
-        sums[0] += (q > 0 ? a.beta * q * (u - ratio) : 0.0) - (1 - a.beta) * p * ratio;
+        sums[0] += (q != 0 ? a.beta * q * (u - ratio) : 0.0) - (1 - a.beta) * p * ratio;
         sums[1] -= p * ratio;
         sums[2] += p;
       } else if (q_in) {
@@ -248,7 +248,7 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const RowsArgs a) {
     }
   } else if (a.behaviour_logprob != nullptr) {
     const double ratio = exp(lp - a.behaviour_logprob[n]);
-    advantage *= ratio < a.ratio_clip ? ratio : a.ratio_clip;
+    advantage *= ratio > a.ratio_clip ? a.ratio_clip : ratio;  // NaN stays NaN
   }
   if (threadIdx.x == 0) {
     double* out = a.stats + n * kColumns;

@@ -244,17 +244,56 @@ def test_minus_infinity(kit: Any, inputs: Any, estimator: str, backend: str) -> 
     assert bool((one_sided[3].kl >= 0).all())
 
 
+OPERANDS = ["student_hidden", "student_weight", "teacher_hidden", "teacher_weight"]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_nan_is_not_hidden(kit: Any, inputs: Any, backend: str) -> None:
-    for position in range(4):
+@pytest.mark.parametrize("operand", OPERANDS)
+@pytest.mark.parametrize(
+    "estimator, divergence",
+    [("full", "reverse-kl"), ("full", "forward-kl"), ("full", ("jsd", 0.5)), ("sampled", "reverse-kl")],
+)
+def test_nan_is_not_hidden(kit: Any, inputs: Any, estimator: str, divergence: Any, operand: str, backend: str) -> None:
+    """One NaN row of either side: the loss says so wherever the gradient would carry it, with all columns or some."""
+    position = OPERANDS.index(operand)
+    for row in (3, slice(None)):
         args = [t.clone() for t in inputs.args()]
-        args[position][3] = torch.nan
+        args[position][row] = torch.nan
         args[4][3] = 3
         hidden, weight = args[0].requires_grad_(), args[1].requires_grad_()
-        loss = gated_kl_loss(hidden, weight, *args[2:], backend=backend)
+        loss, stats = gated_kl_loss(
+            hidden, weight, *args[2:], estimator=estimator, divergence=divergence, backend=backend, return_stats=True
+        )
         loss.backward()
-        assert torch.isnan(loss), f"operand {position}"
-        assert hidden.grad is not None and torch.isnan(hidden.grad).any()
+        assert torch.isnan(loss) and torch.isnan(stats.kl[3])
+        assert hidden.grad is not None and torch.isnan(hidden.grad[3]).any()
+        assert weight.grad is not None and torch.isnan(weight.grad).any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("operand", ["hidden", "teacher_logprob", "behaviour_logprob"])
+def test_nan_is_not_hidden_in_the_logprob_loss(kit: Any, inputs: Any, operand: str, backend: str) -> None:
+    *_, stats = kit.call(inputs, estimator="sampled", backend=backend)
+    given = dict(
+        hidden=inputs.student_hidden,
+        teacher_logprob=stats.teacher_logprob,
+        behaviour_logprob=stats.student_logprob,
+    )
+    given[operand] = given[operand].clone()
+    i = int(torch.nonzero(inputs.token_ids != -100)[0])
+    given[operand][i] = torch.nan
+    hidden = given.pop("hidden").requires_grad_()
+    loss = gated_logprob_loss(
+        hidden,
+        inputs.student_weight,
+        inputs.token_ids,
+        given["teacher_logprob"],
+        inputs.verdict,
+        behaviour_logprob=given["behaviour_logprob"],
+        backend=backend,
+    )
+    loss.backward()
+    assert torch.isnan(loss) and hidden.grad is not None and torch.isnan(hidden.grad[i]).any()
 
 
 # ---- the other calls ----------------------------------------------------------------------------------------------
