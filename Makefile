@@ -4,13 +4,14 @@
 #   make lint         format, lint and type checks
 #   make bench        the peers side by side, error beside time
 #   make soak         an hour of training, watched for what grows
+#   make hostile      the verifier under attack, and its accuracy beside plain math-verify (minutes)
 PYTHON ?= python3
 VENV ?= .venv
 # A pinned torch keeps the environment the same for everyone; any torch >= 2.10 works: make TORCH=torch test
 TORCH ?= torch==2.13.0
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: install quickstart test lint format bench soak clean
+.PHONY: install quickstart test lint format bench hostile soak clean
 .DEFAULT_GOAL := quickstart
 
 SOURCES := $(shell find sgopd sgopd_kernels csrc -type f -not -name '*.pyc' -not -name '*.so' 2>/dev/null)
@@ -64,6 +65,10 @@ bench: $(VENV)/.bench
 
 soak: $(VENV)/.test
 	$(VENV)/bin/python tests/soak.py --minutes $(or $(MINUTES),60)
+
+hostile: $(VENV)/.test
+	$(VENV)/bin/python bench/verifier_accuracy.py --wrong
+	$(VENV)/bin/python bench/verifier_hostile.py
 
 clean:
 	rm -rf build $(VENV) $(VENV)-lint *.egg-info sgopd_kernels/*.so

@@ -1,10 +1,11 @@
 r"""Precision and recall of `VerifierPool("math")` beside plain math-verify, on hand-checked answers, as Markdown.
 
-    python bench/verifier_accuracy.py             the table
+    python bench/verifier_accuracy.py             the table, and whether the pool's size changes a verdict
     python bench/verifier_accuracy.py --wrong     and every row that our verifier gets wrong
 
 The rows are in tests/sgopd/corpora: those the rules were written against (answers_rules.txt), rows written later and
-then used to better them (answers_later.txt), and rows of that same sitting that were set aside (answers_unseen.txt).
+then used to better them (answers_later.txt), rows of that same sitting that were set aside (answers_unseen.txt), and
+rows by someone who had not read the rules (answers_blind.txt), some of which led to a rule afterwards.
 "Plain math-verify" is its documented use, with its defaults: `verify(parse(gold), parse(response))`, the gold in a
 box. Endorsed means verdict correct; a gold that cannot be read (unknown) counts as not endorsed.
 """
@@ -13,12 +14,14 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 CORPORA = Path(__file__).resolve().parent.parent / "tests" / "sgopd" / "corpora"
-FILES = ("answers_rules.txt", "answers_later.txt", "answers_unseen.txt")
+FILES = ("answers_rules.txt", "answers_later.txt", "answers_unseen.txt", "answers_blind.txt")
+POOLS = (1, 2, 4)
 
 
 class Row(NamedTuple):
@@ -45,12 +48,18 @@ def read(name: str) -> list[Row]:
     return rows
 
 
-def ours(rows: list[Row]) -> list[int]:
+def reasons(rows: list[Row], workers: int = 2) -> list[str]:
     from sgopd.verifier import VerifierPool
 
-    with VerifierPool("math", workers=2, timeout=10.0) as pool:
+    with VerifierPool("math", workers=workers, timeout=10.0) as pool:
         verdicts = pool.verify([row.response for row in rows], [{"answer": row.gold} for row in rows])
-    return [verdict.value for verdict in verdicts]
+    return [verdict.reason for verdict in verdicts]
+
+
+def ours(rows: list[Row]) -> list[int]:
+    from sgopd.verifier import VALUES
+
+    return [VALUES[reason] for reason in reasons(rows)]
 
 
 def math_verify(rows: list[Row]) -> list[int]:
@@ -103,6 +112,15 @@ def main() -> None:
                 wrong += [(name, grader, row, v) for row, v in zip(rows, verdicts) if (v == 1) != row.correct]
     for name, grader, row, verdict in wrong:
         print(f"{grader} on {name}, {row.form}: {row} -> {verdict:+d}")
+
+    everything = [row for name in arguments.files for row in read(name)]
+    verdicts_of = {workers: reasons(everything, workers) for workers in POOLS}
+    different = [row for row, *said in zip(everything, *verdicts_of.values()) if len(set(said)) > 1]
+    print(f"\n{len(everything)} rows, pools of {', '.join(map(str, POOLS))} workers: {len(different)} verdicts differ")
+    for row in different:
+        print(f"differs: {row}")
+    if different:
+        sys.exit("the size of the pool changed a verdict")
 
 
 if __name__ == "__main__":

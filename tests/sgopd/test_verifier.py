@@ -62,7 +62,8 @@ def test_hand_checked_answers(math_pool: VerifierPool) -> None:
 
 # What docs/reliability.md says of the rows written after the rules: it may get better, not worse.
 @pytest.mark.parametrize(
-    ("name", "precision", "recall"), [("answers_later.txt", 1.0, 1.0), ("answers_unseen.txt", 1.0, 1.0)]
+    ("name", "precision", "recall"),
+    [("answers_later.txt", 1.0, 1.0), ("answers_unseen.txt", 1.0, 1.0), ("answers_blind.txt", 1.0, 0.97)],
 )
 def test_answers_written_after_the_rules(math_pool: VerifierPool, name: str, precision: float, recall: float) -> None:
     rows = accuracy.read(name)
@@ -181,17 +182,6 @@ def test_bad_golds_are_listed_and_push_nothing(math_pool: VerifierPool) -> None:
         assert grade(math_pool, gold, box(gold) + "}" * 9)[0] != INCORRECT
     assert grade(math_pool, golds[4], box(golds[4])) == (CORRECT, "correct")
     assert math_pool.check_golds([{"answer": gold} for gold, _, _ in corpus()]) == []
-
-
-def test_throughput_on_ordinary_answers(math_pool: VerifierPool) -> None:
-    rows = [(gold, response) for gold, response, _ in corpus()]
-    work = [(str(i), box(str(i + i % 3))) for i in range(300)] + [(f"x+{i}", box(f"{i}+x")) for i in range(100)]
-    work += rows[:50]
-    responses, examples = [response for _, response in work], [{"answer": gold} for gold, _ in work]
-    math_pool.verify(responses, examples)
-    start = time.monotonic()
-    math_pool.verify(responses, examples)
-    assert len(work) / (time.monotonic() - start) > 50  # an idle machine does many times that
 
 
 # --- hostile answers ---
