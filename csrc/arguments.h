@@ -30,6 +30,30 @@ inline T* pointer(const char* name, std::uintptr_t address, bool required) {
   return reinterpret_cast<T*>(address);
 }
 
+// Modules serve the main interpreter alone, as torch does. pybind11's PyInit takes the GIL with PyGILState_Ensure,
+// which before Python 3.12 waits for ever in a subinterpreter: it would wait for the thread that it runs on. So
+// SGOPD_PYINIT defines a PyInit that asks first and stands before pybind11's; and since Python 3.13 runs every PyInit
+// in the main interpreter, whatever interpreter imports, a module's body begins with the same question.
+inline const char* refusal() {
+  return PyInterpreterState_Get() == PyInterpreterState_Main()
+             ? nullptr
+             : "sgopd_kernels: its native extensions, like torch, serve the main interpreter alone; import it there, "
+               "and use threads or processes for parallel work";
+}
+
+inline void require_main_interpreter() {
+  if (const char* why = refusal()) throw py::import_error(why);
+}
+
+#define SGOPD_PYINIT(exported, pybind)              \
+  extern "C" PYBIND11_EXPORT PyObject* exported() { \
+    if (const char* why = ::sgopd::refusal()) {     \
+      PyErr_SetString(PyExc_ImportError, why);      \
+      return nullptr;                               \
+    }                                               \
+    return pybind();                                \
+  }
+
 inline HeadArgs head(const char* name, const HeadTuple& h) {
   return {pointer<const float>(name, std::get<0>(h), false), std::get<1>(h), std::get<2>(h)};
 }

@@ -4,6 +4,7 @@ from sgopd_kernels import gated_kl_loss
 loss = gated_kl_loss(h_student, w_student, h_teacher, w_teacher, token_ids, verdict)
 """
 
+from . import _extension  # noqa: F401  before torch, which hangs in a subinterpreter where this refuses
 from .api import Stats, gated_advantage, gated_kl_loss, gated_logprob_loss, gated_topk_kl_loss
 from .gate import CORRECT, INCORRECT, PRESETS, UNKNOWN, Gate
 

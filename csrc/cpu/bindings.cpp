@@ -116,7 +116,9 @@ void project_bf16(std::uintptr_t hidden, int64_t n, int64_t hidden_stride, std::
 
 }  // namespace
 
+#define PyInit__cpu sgopd_pybind_init
 PYBIND11_MODULE(_cpu, m) {
+  sgopd::require_main_interpreter();
   m.doc() = "Fused row pass of the gated distillation loss on the CPU (internal: use sgopd_kernels.gated_kl_loss).";
   m.def("available", &sgopd::available_isas, "Instruction sets this build and this processor share, best first.");
   sgopd::define_rows(m, run_rows);
@@ -126,3 +128,5 @@ PYBIND11_MODULE(_cpu, m) {
         "weight_stride"_a, "h"_a, "out"_a, "out_stride"_a, "threads"_a);
   sgopd::define_screen(m);
 }
+#undef PyInit__cpu
+SGOPD_PYINIT(PyInit__cpu, sgopd_pybind_init)

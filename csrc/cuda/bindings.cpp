@@ -6,9 +6,13 @@ namespace sgopd {
 void cuda_rows(const RowsArgs& args, void* stream);
 }
 
+#define PyInit__cuda sgopd_pybind_init
 PYBIND11_MODULE(_cuda, m) {
+  sgopd::require_main_interpreter();
   m.doc() = "Fused row pass of the gated distillation loss in CUDA (internal: use sgopd_kernels.gated_kl_loss).";
   sgopd::define_rows(m, [](const sgopd::RowsArgs& args, int, const std::string&, std::uintptr_t stream) {
     sgopd::cuda_rows(args, reinterpret_cast<void*>(stream));
   });
 }
+#undef PyInit__cuda
+SGOPD_PYINIT(PyInit__cuda, sgopd_pybind_init)

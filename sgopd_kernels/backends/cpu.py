@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import _extension
 from ..problem import Problem
 from ..sparse import Pairs, Sparse
 from .native import NativeBackend
@@ -25,16 +25,9 @@ def _matrix(tensor: Tensor) -> tuple[int, int, bool]:
     return tensor.data_ptr(), tensor.stride(0), tensor.dtype == torch.bfloat16
 
 
-_module: ModuleType | None
-try:
-    from .. import _cpu as _module  # type: ignore[attr-defined,no-redef,unused-ignore]
-except ImportError:  # a source tree that was not built; asking for the backend by name says so
-    _module = None
-
-
 class CpuBackend(NativeBackend):
     name = "cpu"
-    module = _module
+    module = _extension.CPU
     isa = ""  # "": the best one
 
     def launch(self) -> dict[str, Any]:

@@ -6,23 +6,17 @@ Built where nvcc is found. It compiles for sm_80, sm_90, sm_100 and sm_120; no d
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import torch
 
+from .. import _extension
 from .native import NativeBackend
-
-_module: ModuleType | None
-try:
-    from .. import _cuda as _module  # type: ignore[attr-defined,no-redef,unused-ignore]
-except ImportError:  # built without nvcc; asking for the backend by name says so
-    _module = None
 
 
 class CudaBackend(NativeBackend):
     name = "cuda"
-    module = _module
+    module = _extension.CUDA
 
     def launch(self) -> dict[str, Any]:
         return {"stream": torch.cuda.current_stream().cuda_stream}
