@@ -83,29 +83,31 @@ def operands(near: bool) -> list[Tensor]:
     return [hidden, weight, teacher, t_weight, ids, torch.randint(-1, 2, (N,), generator=g)]
 
 
-def cast(value: Any, dtype: torch.dtype) -> Any:
-    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+def cast(value: Any, dtype: torch.dtype, device: str) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(device, dtype if value.is_floating_point() else None)
 
 
-def run(given: Options, dtype: torch.dtype, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss per token, d_hidden, d_weight); an uneven incoming gradient for reduction none."""
+def run(given: Options, dtype: torch.dtype, backend: str, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+    """(loss per token, d_hidden, d_weight), on the CPU; an uneven incoming gradient for reduction none."""
     given = dict(given)
-    tensors = [cast(t, dtype) for t in operands(given.pop("near", False))]
-    keywords = {name: cast(value, dtype) for name, value in given.items()}
+    tensors = [cast(t, dtype, device) for t in operands(given.pop("near", False))]
+    keywords = {name: cast(value, dtype, device) for name, value in given.items()}
     hidden, weight = (t.requires_grad_() for t in tensors[:2])
     loss = gated_kl_loss(hidden, weight, *tensors[2:], backend=backend, **keywords)
     assert isinstance(loss, Tensor)
-    loss.backward(torch.linspace(-1, 2, N).to(loss.dtype) if loss.ndim else None)
+    loss.backward(torch.linspace(-1, 2, N).to(loss) if loss.ndim else None)
     assert hidden.grad is not None and weight.grad is not None
     with torch.no_grad():
         each = gated_kl_loss(hidden, weight, *tensors[2:], backend=backend, **{**keywords, "reduction": "none"})
     assert isinstance(each, Tensor)
-    return each, hidden.grad, weight.grad
+    return each.cpu(), hidden.grad.cpu(), weight.grad.cpu()
 
 
-def errors(given: Options, backend: str) -> list[float]:
+def errors(given: Options, backend: str, device: str = "cpu") -> list[float]:
     truth = run(given, torch.float64, "reference")
-    got = run(given, torch.float32, backend)
+    got = run(given, torch.float32, backend, device)
     return [float((a.double() - b).norm() / b.norm()) for a, b in zip(got, truth, strict=True)]
 
 
