@@ -24,9 +24,9 @@ def suite(script: Callable[[str], ModuleType]) -> Any:
 
 def test_dry_run(root: Path, tmp_path: Path) -> None:
     """The same code path as on a device, tiny: every stage, every candidate, both files."""
-    command = [sys.executable, str(root / "bench" / "gpu_suite.py"), "--dry-run", "--minutes", "5"]
+    command = [sys.executable, str(root / "bench" / "gpu_suite.py"), "--dry-run", "--minutes", "20"]
     command += ["--output", str(tmp_path)] + (["--source"] if os.environ.get("SGOPD_TEST_SOURCE") == "1" else [])
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1300)
     logs = "\n".join(p.read_text()[-3000:] for p in tmp_path.glob("*.log"))
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:] + logs
     data = json.loads((tmp_path / "results.json").read_text())
