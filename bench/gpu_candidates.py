@@ -5,15 +5,16 @@ Nothing here needs a GPU: the same functions run on the CPU at tiny shapes (`gpu
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sgopd_kernels import gated_kl_loss
+from sgopd_kernels import backends, gated_kl_loss
 
 
 class Operands(NamedTuple):
@@ -126,7 +127,7 @@ class Candidate:
     backward: bool = True
     compared: bool = True  # computes what `truth` does
     package: str = ""  # what it needs beyond torch
-    plan: str = ""  # the name in roofline.PLANS that it is held against
+    plan: str = ""  # the name in roofline.PLANS that it is held against; "" for none
 
 
 # ---- ours
@@ -139,21 +140,23 @@ def ours(backend: str, gate: str = "opd", **options: Any) -> Callable[..., Any]:
     return call
 
 
-def our_plans(backend: str, **options: Any) -> list[Candidate]:
+def our_plans(backend: str) -> list[Candidate]:
+    """`precision="auto"` rounds the gradient to bf16 before its products, "exact" doesn't: triton_kernels.py."""
     name = f"sgopd {backend}"
-    exact = ours(backend, precision="exact", **options)
-    return [
-        Candidate(f"{name}, exact", exact, "ours", plan="exact"),
-        Candidate(f"{name}, default precision", ours(backend, **options), "ours", plan="filtered, s = 0.1"),
-        Candidate(f"{name}, statistics", exact, "ours", backward=False, plan="statistics, no gradient"),
+    modelled = backend == "triton"  # the others' products are fp32
+    plans = [
+        Candidate(f"{name}, default precision", ours(backend), "ours", plan="exact, G in bf16"),
+        Candidate(f"{name}, exact", ours(backend, precision="exact"), "ours", plan="exact, G in two bf16 parts"),
+        Candidate(f"{name}, statistics", ours(backend), "ours", backward=False, plan="statistics, no gradient"),
         Candidate(
-            f"{name}, exact, gate density ½",
-            ours(backend, "verified-only", precision="exact", **options),
+            f"{name}, gate density ½",
+            ours(backend, "verified-only"),
             "ours",
             compared=False,
-            plan="exact, gate density ½",
+            plan="exact, G in bf16, gate density ½",
         ),
     ]
+    return plans if modelled else [replace(p, plan="") for p in plans]
 
 
 # ---- peers: each computes the ungated reverse KL
@@ -246,21 +249,13 @@ def products(backward: bool, rows: int) -> Callable[[Operands], None]:
     return call
 
 
-def candidates(backends: list[str], rows: int, dry: bool) -> list[Candidate]:
+def candidates(names: list[str], rows: int, dry: bool) -> list[Candidate]:
     """The most important first: a run that is cut early has measured those."""
     if dry:
         CompiledChunks.compiler = "aot_eager"  # the graph, without a C++ compilation
     floors = [
-        Candidate(f"products, exact, {rows} rows", products(True, rows), "floor", False, False, plan="exact"),
-        Candidate(
-            f"products, forward, {rows} rows",
-            products(False, rows),
-            "floor",
-            False,
-            False,
-            "",
-            "statistics, no gradient",
-        ),
+        Candidate(f"products of exact, {rows} rows", products(True, rows), "floor", False, False),
+        Candidate(f"products of the forward, {rows} rows", products(False, rows), "floor", False, False),
     ]
     peers = [
         Candidate(f"compiled chunks of {rows}", compiled_chunks(rows), "peer"),
@@ -268,7 +263,7 @@ def candidates(backends: list[str], rows: int, dry: bool) -> list[Candidate]:
         Candidate("TRL ChunkedDivergence", trl_chunked, "peer", package="trl"),
         Candidate("Liger fused_linear_jsd", liger_fused, "peer", package="liger_kernel"),
     ]
-    first, *others = (our_plans(b) for b in backends)
+    first, *others = (our_plans(b) for b in names)
     return [*first, *floors, *peers, *(plans[0] for plans in others)]
 
 
@@ -299,24 +294,66 @@ def errors(candidate: Candidate, loss: Tensor | None, leaves: list[Tensor], exac
     return found
 
 
+@contextlib.contextmanager
+def patched(where: Any, **values: Any) -> Iterator[None]:
+    """Attributes set for the time of a call."""
+    before = {k: vars(where)[k] for k in values if k in vars(where)}
+    for k, v in values.items():
+        setattr(where, k, v)
+    try:
+        yield
+    finally:
+        for k in values:
+            setattr(where, k, before[k]) if k in before else delattr(where, k)
+
+
 def report(candidate: Candidate, operands: Operands) -> dict[str, Any]:
-    """What a call of ours says of itself."""
-    if candidate.kind != "ours" or not candidate.compared:
+    """What a call of ours says of itself, and how many tokens its chunks had."""
+    if candidate.kind != "ours":
         return {}
+    backend = backends.get(candidate.name.split()[1].rstrip(","))
+    rows, chunks = backend.rows, []
+
+    def seen(problem: Any, at: Tensor, *rest: Any, **options: Any) -> Tensor:
+        chunks.append(at.numel())
+        return rows(problem, at, *rest, **options)
+
     leaves = [t.detach().requires_grad_(candidate.backward) for t in operands[:2]]
-    _, stats = candidate.call(operands._replace(hidden=leaves[0], weight=leaves[1]), return_stats=True)
-    return {"ran": f"{stats.backend} {stats.plan}", "kept": stats.kept, "estimate": stats.error_estimate}
+    with patched(backend, rows=seen):
+        _, stats = candidate.call(operands._replace(hidden=leaves[0], weight=leaves[1]), return_stats=True)
+    return {
+        "ran": f"{stats.backend} {stats.plan}",
+        "kept": stats.kept,
+        "estimate": stats.error_estimate,
+        "chunk": max(chunks, default=0),
+    }
+
+
+def tiled(backend: str, block: int, warps: int) -> Callable[..., Any]:
+    """Default precision with other tiles of the Triton row kernel."""
+    from sgopd_kernels.backends import triton as tiles
+
+    plain = ours(backend)
+
+    def call(o: Operands, **more: Any) -> Any:
+        with patched(tiles, BLOCK=block, WARPS=warps):
+            return plain(o, **more)
+
+    return call
 
 
 def swept(backend: str, shape: Shape, dry: bool) -> list[Candidate]:
-    """Chunk sizes by their workspace, beside the products in chunks of the same number of tokens."""
+    """Chunk sizes by their workspace, beside the products in chunks of as many tokens; then tiles of the row kernel."""
     tried = []
     for rows in (16, 48) if dry else (512, 1024, 2048, 4096, 8192):
-        logits = 2 * 4 * rows * shape.vocabulary
-        name = f"{rows} rows, {logits / 2**30:.2f} GiB"
-        workspace = int(1.1 * logits) + 2**26
-        for words, options in (("exact", {"precision": "exact"}), ("default precision", {})):
+        workspace = int(1.03 * 8 * rows * shape.vocabulary) + 2**24
+        name = f"{rows} rows"
+        for words, options in (("default precision", {}), ("exact", {"precision": "exact"})):
             call = ours(backend, workspace=workspace, **options)
             tried.append(Candidate(f"sgopd {backend}, {words}, {name}", call, "ours"))
-        tried.append(Candidate(f"products, exact, {name}", products(True, rows), "floor", False, False))
+        tried.append(Candidate(f"products of exact, {name}", products(True, rows), "floor", False, False))
+    if backend == "triton":
+        for block, warps in ((512, 4),) if dry else ((1024, 4), (2048, 4), (2048, 16), (4096, 8), (4096, 16)):
+            name = f"sgopd {backend}, default precision, tiles {block} × {warps} warps"
+            tried.append(Candidate(name, tiled(backend, block, warps), "ours"))
     return tried

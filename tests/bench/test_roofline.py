@@ -26,6 +26,7 @@ def test_operations(model: Any) -> None:
     hs, ht = s.student, s.teacher
     for cost, expected in (
         (model.exact(s), 6 * hs + 2 * ht),
+        (model.exact(s, model.SPLIT), 10 * hs + 2 * ht),
         (model.exact(s, density=0.5), 4 * hs + 2 * ht),
         (model.filtered(s, 0.17), 2 * (hs + ht) + 0.17 * 4 * hs),
         (model.filtered(s, 1.0), 6 * hs + 2 * ht),
@@ -54,12 +55,17 @@ def test_bytes_of_one_chunk_by_hand(model: Any) -> None:
     assert by_name["rows"] == 2 * 3 * (4 + 4) + 2 * 3 * (4 + 4 + 2)
     assert by_name["dH"] == 2 * 3 * 2 + 3 * 5 * 2 + 2 * 5 * 2
     assert by_name["dW"] == 2 * 3 * 2 + 2 * 5 * 2 + 3 * 5 * 4 + 3 * 5 * (4 + 2)
+    split = {stage.name: stage.traffic for stage in model.exact(s, model.SPLIT).stages}
+    # G in fp32: written by the row pass; read and written in two parts; each part multiplied by its own.
+    assert split["rows"] == by_name["rows"] + 2 * 3 * 2
+    assert split["dH"] == 2 * 3 * (4 + 2 + 2) + 2 * by_name["dH"]
+    assert split["dW"] == 2 * 3 * (4 + 2 + 2) + 2 * (by_name["dW"] - 3 * 5 * (4 + 2)) + 3 * 5 * (4 + 2)
     rows = next(stage for stage in model.statistics(s).stages if stage.name == "rows")
     assert rows.traffic == 2 * 3 * (4 + 4)
 
 
 def test_smaller_chunks_read_the_heads_more_often_and_change_nothing_else(model: Any) -> None:
-    s = model.Shape(tokens=4096, chunk=4096)
+    s = model.Shape(tokens=4096, chunk=4096)  # one chunk against two
     halves = replace(s, chunk=2048)
     heads = s.vocabulary * (2 * s.student + s.teacher) * 2  # student's for logits and dH, teacher's for logits
     accumulator = 2 * s.vocabulary * s.student * 4
