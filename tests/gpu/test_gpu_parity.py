@@ -114,14 +114,12 @@ def test_option(options: Any, device: Any, backend: str, name: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("n", [0, 1, 127, 8192])
-def test_sizes(kit: Any, device: Any, backend: str, n: int, dtype: torch.dtype) -> None:
+def test_sizes(kit: Any, backend: str, n: int, dtype: torch.dtype) -> None:
     """An odd vocabulary, no alignment anywhere."""
-    if device.dry:
-        n = min(n, 130)
     inputs = kit.make_inputs(n=n, v=1021, hs=33, ht=47, masked=0.1 if n > 1 else 0.0, seed=n, dtype=dtype)
     truth = kit.oracle(inputs)
     loss, d_hidden, d_weight, stats = kit.call(inputs, backend=backend)
-    assert d_hidden.shape == (n, 33) and stats.kl.shape == (n,)
+    assert d_hidden.shape == inputs.student_hidden.shape and stats.kl.shape == inputs.token_ids.shape
     rounding = 1e-5 if dtype == torch.float32 else 2**-8
     assert kit.relative(loss, truth.loss) <= 1e-5
     assert kit.relative(d_hidden, truth.d_hidden) <= rounding and kit.relative(d_weight, truth.d_weight) <= rounding
@@ -147,18 +145,17 @@ def test_views(kit: Any, backend: str) -> None:
 
 
 def test_a_nan_stays_in_its_row(kit: Any, backend: str) -> None:
-    clean = kit.make_inputs(n=40, v=300, hs=16, masked=0.0, seed=8)
-    dirty = kit.make_inputs(n=40, v=300, hs=16, masked=0.0, seed=8)
+    clean, dirty = (kit.make_inputs(n=12, v=300, hs=16, masked=0.0, seed=8) for _ in range(2))
     dirty.student_hidden[7] = torch.nan
     expected, got = kit.per_token(clean, backend=backend), kit.per_token(dirty, backend=backend)
-    others = torch.arange(40) != 7
+    others = torch.arange(12) != 7
     assert bool(got[7].isnan()), "a NaN that came in must not vanish"
     assert torch.equal(got[others], expected[others])
 
 
 def test_default_precision_keeps_its_budget(kit: Any, device: Any, backend: str) -> None:
     """Peaked logits, bf16, large enough for any plan to be taken; 2^-8 is the rounding of the result itself."""
-    size = dict(n=64, v=1000, hs=32) if device.dry else dict(n=1024, v=16_001, hs=1024)
+    size = dict(v=1000, hs=32) if device.dry else dict(n=1024, v=16_001, hs=1024)
     inputs = kit.make_inputs(**size, peak=8.0, near=0.3, seed=5, dtype=torch.bfloat16)
     truth = kit.oracle(inputs)
     loss, d_hidden, d_weight, stats = kit.call(inputs, backend=backend, precision="auto")
