@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import pickle
 import random
 import shutil
 from collections.abc import Iterator
@@ -161,10 +162,21 @@ def find(resume_from: str, folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def load(path: Path) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
-    """(state, optimizer, random_states) of a whole checkpoint; its weights are from_pretrained's to load."""
-    state = json.loads((path / STATE).read_text())
-    optimizer = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True)
-    random_states = torch.load(path / RANDOM, map_location="cpu", weights_only=True)
+    """(state, optimizer, random_states) of a whole checkpoint; its weights are from_pretrained's to load.
+
+    Raises:
+        UserError: a file holds something else than tensors and plain values (such as code), or cannot be read.
+    """
+    try:
+        state = json.loads((path / STATE).read_text())
+        optimizer, random_states = (
+            torch.load(path / name, map_location="cpu", weights_only=True) for name in (OPTIMIZER, RANDOM)
+        )
+    except (OSError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
+        raise UserError(
+            f"resume_from_checkpoint: {path} was not written by this program, though its {MANIFEST} fits: "
+            f"{str(error).splitlines()[0]}. Nothing in it was executed; use a checkpoint of your own"
+        ) from error
     return state, optimizer, random_states
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import MISSING, dataclass
@@ -159,9 +160,12 @@ class Config:
     )
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            for number in value if isinstance(value, list) else [value]:
+                self._expect(name, not isinstance(number, float) or math.isfinite(number), "a finite number")
         at_least = {
             0: "top_k cold_start_steps teacher_probes warmup_steps weight_decay max_grad_norm eval_temperature "
-            "num_completions_to_log adam_epsilon",
+            "num_completions_to_log",
             1: "dataset_size eval_dataset_size max_completion_length num_generations verifier_workers max_steps "
             "verifier_memory_mb per_device_train_batch_size gradient_accumulation_steps num_iterations eval_steps "
             "num_generations_eval eval_k per_device_eval_batch_size logging_steps save_steps save_total_limit "
@@ -172,6 +176,7 @@ class Config:
                 self._expect(name, getattr(self, name) is None or getattr(self, name) >= least, f">= {least}")
         for name in ("temperature", "learning_rate", "verifier_timeout"):
             self._expect(name, getattr(self, name) > 0, "> 0")
+        self._expect("adam_epsilon", self.adam_epsilon > 0, "> 0: a weight without a gradient would become 0 / 0")
         for name in ("top_p", "teacher_share"):
             self._expect(name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
         self._expect("top_p", self.top_p > 0, "> 0")

@@ -121,6 +121,10 @@ def read_hub(name: str, split: str, config: Config) -> list[Example]:
     """Rows of a split of a `datasets` name or folder."""
     import datasets
 
+    if name == "pandas":  # datasets' reader of .pkl files, in versions that still have it
+        raise UserError(
+            "dataset_name: 'pandas' reads pickles, which can run code. Save the data as parquet or JSON Lines"
+        )
     try:
         data = datasets.load_dataset(name, config.dataset_config, split=split, **config.dataset_kwargs)
     except Exception as error:  # datasets raises its own, the hub's, pyarrow's and fsspec's

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from sgopd.config import Config
+from sgopd.config import Config, UserError
 
 
 @dataclass
@@ -89,7 +89,11 @@ def generate(
     sampling: Sampling,
     seed: int,
 ) -> list[Completion]:
-    """One completion for each prompt (token ids, not empty). The same seed and batch give the same completions."""
+    """One completion for each prompt (token ids, not empty). The same seed and batch give the same completions.
+
+    Raises:
+        UserError: the model's logits are not finite, so that there is nothing to sample from.
+    """
     generator = torch.Generator(model.device).manual_seed(seed)
     was_training = model.training
     model.eval()
@@ -139,6 +143,15 @@ def _generate_batch(
                 logits_to_keep=1,
             )
         logits = output.logits[:, -1, : sampling.vocabulary].float()
+        # The largest tells: one NaN makes it NaN, and tokens ruled out by -inf do not show.
+        largest = logits.amax(-1) / (sampling.temperature or 1.0)
+        if broken := int((~largest.isfinite()).sum()):
+            raise UserError(
+                f"{model.name_or_path or type(model).__name__}: the logits after {broken} of {len(rows)} texts are not "
+                "finite (NaN or infinite), so no token can be sampled. Its weights or activations have overflowed: go "
+                "back to an earlier checkpoint and lower learning_rate, use float32 throughout, or raise temperature "
+                f"({sampling.temperature:g}) if it is tiny"
+            )
         token, logprob = sample(logits, sampling, generator)
         ids_BT[rows, t], logprobs_BT[rows, t] = token, logprob
         running = ~torch.isin(token, eos_ids)

@@ -187,7 +187,11 @@ def check_prompts(
     tokenizer: PreTrainedTokenizerBase,
     models: dict[str, PreTrainedModel],
 ) -> list[str]:
-    """What became of the prompts, and whether there is room for the completions."""
+    """What became of the prompts, and whether there is room for the completions.
+
+    Raises:
+        UserError: there is none, in a model that cannot go beyond its positions.
+    """
     findings = [f"data: {len(prompts)} prompts"]
     findings[0] += f", {len(questions)} evaluation questions" if questions else ", no evaluation questions"
     for data in (prompts, questions):
@@ -197,15 +201,26 @@ def check_prompts(
     plain = isinstance(prompts.examples[0]["prompt"], str)
     if plain and tokenizer.chat_template is not None and not config.apply_chat_template:
         findings.append("prompts are plain text: the chat template is not used (apply_chat_template: true would)")
-    longest = max(map(len, prompts.ids)) + config.max_completion_length
+    longest = max(map(len, [*prompts.ids, *(questions.ids if questions else [])])) + config.max_completion_length
     for whose, model in models.items():
         room = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         if room is not None and longest > room:
-            findings.append(
-                f"warning: prompt and completion can have {longest} tokens, the {whose} was made for {room}: lower "
+            said = (
+                f"prompt and completion can have {longest} tokens, the {whose} was made for {room}: lower "
                 "max_completion_length or max_prompt_length"
             )
+            if has_position_table(model, room):
+                raise UserError(
+                    f"{said}. Its positions are a table of {room} rows: the run would end at the first longer"
+                )
+            findings.append(f"warning: {said}")
     return findings
+
+
+def has_position_table(model: PreTrainedModel, room: int) -> bool:
+    """Whether positions are looked up (GPT-2, OPT with its offset of 2) rather than computed."""
+    tables = [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+    return any(room <= one.num_embeddings <= room + 2 for one in tables if one is not model.get_input_embeddings())
 
 
 def start_verifier(config: Config) -> VerifierPool:

@@ -81,6 +81,7 @@ def load_model(path: str, config: Config, setting: str, dtype: str) -> PreTraine
             dtype=getattr(torch, dtype),
             attn_implementation=config.attn_implementation,
             trust_remote_code=config.trust_remote_code,
+            weights_only=True,  # of a pytorch_model.bin, which is a pickle: no code from it
         )
     except Exception as error:  # transformers, safetensors, the hub and json all raise their own
         hint = "" if Path(path).is_dir() else " (there is no such folder, so it was taken for a hub name)"

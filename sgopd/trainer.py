@@ -171,8 +171,9 @@ class Trainer:
                 if self.skipped >= config.max_skipped_steps:
                     raise UserError(
                         f"stopped at step {self.step}: {self.skipped} updates had a loss or gradient that was not "
-                        "finite. The checkpoints are from before; lower learning_rate or the gate's weights, or use "
-                        "float32 throughout"
+                        "finite. They left the weights alone, so the checkpoints are sound: resume from one with a "
+                        "lower learning_rate or lower gate weights, or with float32 throughout. If the first update "
+                        "already failed, the teacher or a prompt is the likelier cause"
                     )
 
         if self.stopped_by is None:
@@ -276,10 +277,16 @@ class Trainer:
         learning_rate = self.scheduler.get_last_lr()[0]
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm or math.inf).item()
         measured = sums.reduced(self.processes)
-        if math.isfinite(norm) and math.isfinite(measured["loss"]):
-            self.optimizer.step()
-        else:
+        faults = [name for name, value in (("loss", measured["loss"]), ("gradient", norm)) if not math.isfinite(value)]
+        if faults:
             self.skipped += 1
+            self.say(
+                f"warning: update {self.step + 1} is left out, since its {' and '.join(faults)} is not finite (NaN or "
+                f"infinite); {self.skipped} so far, and the run stops at {config.max_skipped_steps}"
+            )
+        else:
+            self.optimizer.step()
+            self.check_weights()
         self.optimizer.zero_grad()
         self.scheduler.step()
         self.step += 1
@@ -292,6 +299,15 @@ class Trainer:
             "tokens": tokens,
             "time/update": time.perf_counter() - began,
         }
+
+    def check_weights(self) -> None:
+        """A finite gradient can still make a weight overflow; then nothing is of use, least of all a checkpoint."""
+        if not torch.nn.utils.get_total_norm(self.parameters, math.inf).isfinite():
+            raise UserError(
+                f"stopped: update {self.step + 1} made weights that are not finite (NaN or infinite), at learning_rate "
+                f"{self.scheduler.get_last_lr()[0]:g}. They were not saved: resume from a checkpoint, if there is one, "
+                "with a lower learning_rate"
+            )
 
     def loss_of(
         self,

@@ -132,6 +132,21 @@ def test_nothing_valid_is_a_differentiable_zero(kit: Any, n: int, backend: str) 
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "estimator, divergence",
+    [("full", "reverse-kl"), ("full", "forward-kl"), ("full", ("jsd", 0.5)), ("sampled", "reverse-kl")],
+)
+@pytest.mark.parametrize("teacher_rows", [1, 3])
+def test_a_vocabulary_of_one_token(kit: Any, estimator: str, divergence: Any, teacher_rows: int, backend: str) -> None:
+    """Its probability is 1 whatever the logits: no loss, no gradient, no entropy. A padded teacher changes nothing."""
+    rounding = 1e-6  # of logits of about 3, in float32
+    inputs = kit.make_inputs(n=9, v=1, hs=8, v_teacher=teacher_rows)
+    loss, d_hidden, d_weight, stats = kit.call(inputs, estimator=estimator, divergence=divergence, backend=backend)
+    per_token = stats.kl, stats.student_logprob, stats.teacher_logprob, stats.student_entropy
+    assert all(one.abs().max() < rounding for one in (loss, d_hidden, d_weight, *per_token))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_ignored_positions_do_not_matter(kit: Any, inputs: Any, backend: str) -> None:
     hidden = inputs.student_hidden.clone()
     hidden[inputs.token_ids == -100] = torch.nan

@@ -95,3 +95,34 @@ def settings(tiny: SimpleNamespace, tmp_path: Path) -> Callable[..., dict[str, A
         }
 
     return make
+
+
+class Rule:
+    """A verifier that calls a response right if `rule(response)` says so; None is unknown."""
+
+    def __init__(self, rule: Callable[[str], bool | None]) -> None:
+        self.rule = rule
+
+    def verify(self, responses: list[str], examples: list[Any], truncated: list[bool]) -> list[Any]:
+        from sgopd.verifier import Verdict
+
+        words = {True: (1, "correct"), False: (-1, "incorrect"), None: (0, "unknown")}
+        return [Verdict(*words[self.rule(response)], 0.0) for response in responses]
+
+
+def mixed(response: str) -> bool | None:
+    return None if "+" in response else sum(map(ord, response)) % 2 == 0
+
+
+@pytest.fixture
+def trainer(settings: Callable[..., dict[str, Any]]) -> Callable[..., Any]:
+    """A trainer of a run of seconds, with a rule for a verifier until `train` starts its own."""
+    from sgopd.config import Config
+    from sgopd.trainer import Trainer
+
+    def make(rule: Callable[[str], bool | None] = mixed, **changes: Any) -> Any:
+        trainer = Trainer(Config.load(None, settings(**changes)), say=lambda line: None)
+        trainer.verifier = Rule(rule)
+        return trainer
+
+    return make

@@ -14,34 +14,7 @@ import sgopd.trainer
 from sgopd.config import Config, UserError
 from sgopd.metrics import MetricsFile, Sums, add_token_metrics, finite, repetition
 from sgopd.processes import Processes
-from sgopd.trainer import Trainer
-from sgopd.verifier import Verdict
 from sgopd_kernels import Stats
-
-
-class Rule:
-    """A verifier that calls a response right if `rule(response)` says so."""
-
-    def __init__(self, rule):
-        self.rule = rule
-
-    def verify(self, responses, examples, truncated):
-        words = {True: (1, "correct"), False: (-1, "incorrect"), None: (0, "unknown")}
-        return [Verdict(*words[self.rule(response)], 0.0) for response in responses]
-
-
-def mixed(response):
-    return None if "+" in response else sum(map(ord, response)) % 2 == 0
-
-
-@pytest.fixture
-def trainer(settings):
-    def make(rule=mixed, **changes):
-        trainer = Trainer(Config.load(None, settings(**changes)), say=lambda line: None)
-        trainer.verifier = Rule(rule)
-        return trainer
-
-    return make
 
 
 def capture_gradients(trainer):
@@ -133,15 +106,6 @@ def test_the_loss_on_teacher_rollouts_is_the_chosen_one(trainer, teacher_loss):
     assert record["loss/teacher_rollouts"] == pytest.approx(
         expected_loss(one, theirs, teacher_loss=teacher_loss)[0], rel=1e-5
     )
-
-
-def test_equal_models_have_no_loss_and_do_not_move(trainer, tiny):
-    one = trainer(teacher_model_name_or_path=str(tiny.student))
-    before = copy.deepcopy(one.student.state_dict())
-    rollouts, _ = one.make_batch()
-    record = one.update(rollouts, fresh=True)
-    assert record["loss"] == 0 and record["optim/grad_norm"] == 0
-    assert all(torch.equal(before[name], weight) for name, weight in one.student.state_dict().items())
 
 
 def test_training_moves_the_student_towards_the_teacher_and_leaves_the_teacher_alone(trainer):
@@ -282,25 +246,6 @@ def read(path):
 
 
 # --- what can go wrong ---
-
-
-def test_updates_that_are_not_finite_are_left_out_and_counted(trainer):
-    one = trainer(max_skipped_steps=2)
-    before = copy.deepcopy(one.student.state_dict())
-    original = one.loss_of
-    one.loss_of = lambda *arguments: original(*arguments) * float("nan")
-    record = one.update(one.make_batch()[0], fresh=True)
-    assert record["optim/skipped"] == 1 and math.isnan(record["optim/grad_norm"])
-    assert all(torch.equal(before[name], weight) for name, weight in one.student.state_dict().items())
-    one.loss_of = original
-    record = one.update(one.make_batch()[0], fresh=True)
-    assert record["optim/skipped"] == 1 and math.isfinite(record["optim/grad_norm"])
-    assert not all(torch.equal(before[name], weight) for name, weight in one.student.state_dict().items())
-    one.loss_of = lambda *arguments: original(*arguments) * float("inf")
-    with pytest.raises(UserError, match="stopped at step 3: 2 updates had a loss or gradient that was not finite"):
-        one.train()
-    last = read(one.run_dir / "metrics.jsonl")[-1]
-    assert last["optim/skipped"] == 2 and last["optim/grad_norm"] is None
 
 
 @pytest.mark.parametrize(
