@@ -33,10 +33,11 @@ class Stats:
         student_entropy, teacher_entropy: in nats. Teacher's NaN where it gave no distribution.
         gate: the weight w.
         agree: bool, d * verdict > tolerance.
-        backend: which backend computed it: "cpu", "torch" or "reference".
+        backend: which backend computed it: "cpu", "triton", "torch", "cuda" or "reference".
         plan: the cheapest plan that ran on a part of the call: "screened", "filtered", "exact", or "reference".
         kept: share of the gradient's [tokens, vocabulary] entries that entered its products one by one; 1 for exact.
-        error_estimate: estimated relative error of loss and gradients, of the worst chunk; 0 for exact.
+        error_estimate: estimated relative error of loss and gradients, of the worst chunk. 0 for exact, unless its
+            products round the gradient to bf16 (Triton, where the precision allows it).
     """
 
     kl: Tensor
@@ -95,7 +96,7 @@ def gated_kl_loss(
     backend: str = "auto",
     generator: torch.Generator | None = None,
     process_group: dist.ProcessGroup | None = None,
-    workspace: int = 256 * 2**20,
+    workspace: int | None = None,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, Stats]:
     """Sign-gated distillation loss of a student towards a frozen teacher, from hidden states.
@@ -139,15 +140,16 @@ def gated_kl_loss(
             throughout). "auto": 1.5e-3, what rounding a gradient to bf16 costs. "bf16": 2^-8. Or a number. A budget:
             each chunk of tokens takes the cheapest plan whose error, estimated from what was measured on that chunk,
             keeps within it (docs/kernels.md); `Stats.plan` and `Stats.error_estimate` say what came of it. The CPU
-            backend has such plans, for calls of 2^33 multiply-adds a projection or more; all else is exact.
-        backend: "auto", "cpu" (native), "torch" (any device), "reference" (plain autograd in float64, O(N V)
-            memory, twice differentiable).
+            backend has such plans, and the Triton backend products of a bf16 gradient, for calls of 2^33 multiply-adds
+            a projection or more; all else is exact.
+        backend: "auto", "cpu" (native), "triton" (CUDA devices), "torch" (any device), "reference" (plain autograd in
+            float64, O(N V) memory, twice differentiable).
         generator: of the gate's controls ("random", "shuffled"). None: torch's default generator.
         process_group: vocabulary-parallel mode: each rank passes its slice of every head (and bias), contiguous in the
             order of ranks and of one width in all heads, with the same hidden states, global token_ids and settings.
             Loss, stats and the hidden gradient are equal on all ranks, the heads' gradients are the slice's. Torch
             backend. Random draws are the first rank's.
-        workspace: bytes held above inputs and gradients. Default 256 MiB.
+        workspace: bytes held above inputs and gradients. None: 256 MiB, 2 GiB with the Triton backend.
         return_stats: also return `Stats`.
 
     Returns:
@@ -224,7 +226,7 @@ def gated_logprob_loss(
     precision: str | float = "auto",
     backend: str = "auto",
     generator: torch.Generator | None = None,
-    workspace: int = 256 * 2**20,
+    workspace: int | None = None,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, Stats]:
     """The sampled estimator for a teacher that gives only log pi_T(y): a server, another engine.
@@ -290,7 +292,7 @@ def gated_topk_kl_loss(
     precision: str | float = "auto",
     backend: str = "auto",
     generator: torch.Generator | None = None,
-    workspace: int = 256 * 2**20,
+    workspace: int | None = None,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, Stats]:
     """Gated reverse KL towards a teacher that gives its top-k log-probabilities: a server, another engine.
@@ -471,7 +473,7 @@ class _Call:
         precision: str | float,
         backend: str,
         generator: torch.Generator | None,
-        workspace: int,
+        workspace: int | None,
         return_stats: bool,
         process_group: dist.ProcessGroup | None = None,
     ) -> Tensor | tuple[Tensor, Stats]:
@@ -487,7 +489,7 @@ class _Call:
             raise ValueError(
                 f"precision must be 'auto', 'exact', 'bf16' or a relative error > 0 such as 1e-3, got {precision!r}"
             )
-        if not isinstance(workspace, int) or workspace <= 0:
+        if workspace is not None and (not isinstance(workspace, int) or workspace <= 0):
             raise ValueError(f"workspace must be a positive number of bytes, got {workspace!r}")
         spec = Spec(
             agree=chosen.agree_pair,
@@ -496,7 +498,7 @@ class _Call:
             tolerance=chosen.tolerance,
             keep=chosen.keep,
             reduction=reduction,
-            workspace=workspace,
+            workspace=workspace or 0,
             budget=sparse.budget_of(precision),
             **choices,  # type: ignore[arg-type]
         )

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .backends.torch import TILE_BYTES, ShardedColumns, TorchBackend
+from .backends.torch import ShardedColumns, TorchBackend
 from .gate import cell_weights, draw_agreement
 from .problem import Problem
 from .reference import TokenValues
@@ -58,26 +58,28 @@ def chunk_rows(problem: Problem, backend: TorchBackend, valid: int, v: int, pair
     """Tokens a chunk: as many as the workspace holds fp32 logits for, in chunks of equal size. `v` columns."""
     heads = sum(h is not None for h in (problem.student, problem.teacher, problem.reference))
     heads += 0 if problem.topk_ids is None else 3  # the completed teacher, and what completing it takes
-    weights = [h.weight for h in (problem.student, problem.teacher, problem.reference) if h is not None]
-    cast = TILE_BYTES if any(w.dtype != torch.float32 for w in weights) else 0
-    widest = max(w.shape[1] for w in weights)
-    row_bytes = 4 * (v * heads + 3 * widest)  # logits; gathered hidden states and a gradient row
+    widest = max(h.weight.shape[1] for h in (problem.student, problem.teacher, problem.reference) if h is not None)
+    fixed, row_bytes = backend.held_bytes(problem)
+    row_bytes += 4 * (v * heads + 3 * widest)  # logits; gathered hidden states and a gradient row
     if pairs:  # at most MOST of a row, 8 bytes each, twice while they are gathered; and each thread's scratch
         row_bytes += int(16 * MOST * v)
-        cast += 16 * 2**20
-    room = problem.spec.workspace - cast - backend.temporary_bytes(problem.token_ids.device.type)
+        fixed += 16 * 2**20
+    room = (problem.spec.workspace or backend.default_workspace) - fixed
     rows = max(1, room // row_bytes)
     if rows >= valid:
         return max(1, valid)
-    rows = rows // 16 * 16 if rows > 16 else rows
-    return -(-valid // -(-valid // rows))
+    unit = backend.row_multiple
+    rows = rows // unit * unit if rows > unit else rows
+    size = -(-valid // -(-valid // rows))
+    return size if unit == 16 else min(rows, -(-size // unit) * unit)
 
 
 def check_values(problem: Problem, rows: Tensor, v: int) -> None:
     """What only the values tell: ids in range, verdicts in {1, 0, -1}, reliability in [0, 1]."""
     ids, verdict, reliability = problem.token_ids[rows], problem.verdict[rows], problem.reliability_of(rows)
-    in_range = (ids >= 0) & (ids < v)
-    known = (verdict == 1) | (verdict == 0) | (verdict == -1)
+    ignored = ids == problem.spec.ignore_index
+    in_range = ((ids >= 0) & (ids < v)) | ignored
+    known = (verdict == 1) | (verdict == 0) | (verdict == -1) | ignored
     if ids.device.type == "cuda":  # no host synchronisation: the device asserts
         torch._assert_async(in_range.all(), f"token_ids: ids must be in [0, {v}) or ignore_index")
         torch._assert_async(known.all(), "verdict: values must be 1, -1 or 0")
@@ -157,9 +159,17 @@ def run(
     shard = None
     if group is not None:
         problem, shard = same_everywhere(problem, group), shard_of(problem, group)
-    spec = problem.spec
-    rows = problem.valid_rows()
-    check_values(problem, rows, shard.total if shard else problem.vocabulary)
+    spec, total = problem.spec, shard.total if shard else problem.vocabulary
+    valid = None
+    if backend.capturing(problem.token_ids.device):
+        # How many tokens are valid is not known while a graph is captured: all take part, the ignored with weight 0.
+        rows = torch.arange(problem.token_ids.numel(), device=problem.token_ids.device)
+        valid = problem.token_ids != spec.ignore_index
+        check_values(problem, rows, total)
+        problem = replace(problem, token_ids=problem.token_ids.where(valid, 0))
+    else:
+        rows = problem.valid_rows()
+        check_values(problem, rows, total)
     weights = cell_weights(
         problem.verdict[rows],
         problem.reliability_of(rows),
@@ -168,13 +178,15 @@ def run(
         spec.neutral,
         spec.keep,
     )
+    if valid is not None:
+        weights *= valid
     if problem.uniform is None:
-        return _pass(problem, backend, rows, weights, None, row_scale, need, shard)
+        return _pass(problem, backend, rows, weights, None, row_scale, need, shard, valid)
     # The `random` control draws agreement at the measured rate: measure it first.
-    measured = _pass(problem, backend, rows, weights, None, row_scale, Need(), shard).stats[rows]
+    measured = _pass(problem, backend, rows, weights, None, row_scale, Need(), shard, valid).stats[rows]
     d = measured[:, TEACHER_LOGPROB] - measured[:, STUDENT_LOGPROB]
     forced = draw_agreement(d, problem.verdict[rows].double(), spec.tolerance, problem.uniform[rows])
-    return _pass(problem, backend, rows, weights, forced, row_scale, need, shard)
+    return _pass(problem, backend, rows, weights, forced, row_scale, need, shard, valid)
 
 
 def complete_teacher(problem: Problem, rows: Tensor, z_student: Tensor, out: Tensor) -> Tensor:
@@ -241,6 +253,19 @@ def _forward(
     return backend.rows(problem, at, z_s, z_t, z_r, weights, forced, scale, gradient, *extra), report
 
 
+def compact(backend: TorchBackend, g: Tensor, active: Tensor) -> Tensor:
+    """Moves the active rows [n] of g to its front; their row numbers, in the order in which they now stand.
+
+    Rows from the end fill the gaps: the fewest moves, and no row is written that is still to be read.
+    """
+    order = torch.arange(int(active.sum()), device=g.device)
+    gaps = torch.nonzero(~active[: order.numel()]).squeeze(-1)
+    last = torch.nonzero(active[order.numel() :]).squeeze(-1) + order.numel()
+    backend.move_rows(g, gaps, last)
+    order[gaps] = last
+    return order
+
+
 def _pass(
     problem: Problem,
     backend: TorchBackend,
@@ -250,7 +275,9 @@ def _pass(
     row_scale: Tensor,
     need: Need,
     shard: Shard | None = None,
+    valid: Tensor | None = None,
 ) -> Result:
+    """`valid` [N]: which rows are tokens at all, where `rows` is all of them; None: all of `rows` are."""
     hidden, head, v = problem.student_hidden, problem.student, problem.vocabulary
     device, total = hidden.device, rows.numel()
     sparse = None if shard is not None or problem.spec.budget == 0 else backend.sparse(problem)
@@ -267,7 +294,8 @@ def _pass(
     d_bias = torch.zeros(head.weight.shape[0], dtype=torch.float32, device=device) if need.bias else None
 
     def logits() -> Tensor:
-        return torch.empty(size, v, dtype=torch.float32, device=device)
+        width = -(-v // backend.column_multiple) * backend.column_multiple
+        return torch.empty(size, width, dtype=torch.float32, device=device)[:, :v]
 
     space_s = logits()
     space_t = None if problem.teacher is None and problem.topk_ids is None else logits()
@@ -278,6 +306,8 @@ def _pass(
         at = rows[chunk]
         n = at.numel()
         z_s, h = space_s[:n], hidden[at]
+        if valid is not None:
+            h = h.masked_fill(~valid[chunk].unsqueeze(-1), 0.0)  # 0 * NaN of an ignored token is no gradient
         z_t = None if space_t is None else space_t[:n]
         z_r = None if space_r is None else space_r[:n]
         scale = row_scale[at]
@@ -288,41 +318,40 @@ def _pass(
             _forward, problem, backend, at, z_s, z_t, z_r, weights[:, chunk], part, scale, bool(need), columns
         )
         values, taken = (forward(None)[0], None) if sparse is None else sparse.chunk(forward, z_s, scale, bool(need))
-        stats[at] = values
+        stats[at] = values if valid is None else values.masked_fill(~valid[chunk].unsqueeze(-1), 0.0)
         if not need:
             continue
         if sparse is not None and taken is not None:
             sparse.gradients(taken, z_s, h, at, d_hidden, d_weight, d_bias)
             continue
 
-        # Rows without weight leave the backward: the others move up, in place.
-        if problem.reference is None:
-            active = (values[:, GATE] != 0) & (scale != 0)
-        else:
-            active = (weights[:, chunk] != 0).any(0) & (scale != 0)
-        kept = torch.nonzero(active).squeeze(-1)
-        if kept.numel() < n:
-            for to, origin in enumerate(kept.tolist()):
-                if to != origin:
-                    z_s[to].copy_(z_s[origin])
-            z_s, h, at = z_s[: kept.numel()], h[kept], at[kept]
-        if at.numel() == 0:
-            continue
+        g = backend.gradient_of(problem, z_s)
+        if valid is None and backend.waits(problem):
+            # Rows without weight leave the backward.
+            if problem.reference is None:
+                active = (values[:, GATE] != 0) & (scale != 0)
+            else:
+                active = (weights[:, chunk] != 0).any(0) & (scale != 0)
+            order = compact(backend, g, active)
+            if order.numel() == 0:
+                continue
+            if order.numel() < n:
+                g, h, at = g[: order.numel()], h[order], at[order]
         if d_hidden is not None:
             g_h = torch.zeros(at.numel(), hidden.shape[1], dtype=torch.float32, device=device)
-            backend.add_hidden_gradient(z_s, head.weight[:v], g_h)
+            backend.add_hidden_gradient(g, head.weight[:v], g_h)
             if shard is not None:
                 dist.all_reduce(g_h, group=shard.columns.group)
             d_hidden[at] = g_h.to(d_hidden.dtype)
         if d_weight is not None:
-            backend.add_weight_gradient(z_s, h, d_weight[:v])
+            backend.add_weight_gradient(g, h, d_weight[:v])
         if d_bias is not None:
-            d_bias[:v] += z_s.sum(0)
+            d_bias[:v] += g.sum(0, dtype=torch.float32)
 
     return Result(
         stats,
         d_hidden,
         None if d_weight is None else d_weight.to(gradient_dtype(head.weight)),
         None if d_bias is None or head.bias is None else d_bias.to(gradient_dtype(head.bias)),
-        (Report() if sparse is None else sparse.report).tensor(),
+        (Report(error=backend.gradient_error(problem) if need else 0.0) if sparse is None else sparse.report).tensor(),
     )

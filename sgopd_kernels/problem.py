@@ -39,7 +39,7 @@ class Spec:
     ratio_clip: float = 1.0  # bound on the importance ratio, with behaviour log-probabilities
     ignore_index: int = -100
     reduction: str = "mean"  # "mean" | "sum" | "none"
-    workspace: int = 256 * 2**20  # bytes a plan may hold above inputs and gradients
+    workspace: int = 0  # bytes a plan may hold above inputs and gradients; 0: the backend's default
     budget: float = 0.0  # relative error of the gradients that a plan may trade for speed; 0: exact
     student_scale: float = 1.0
     teacher_scale: float = 1.0

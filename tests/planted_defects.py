@@ -40,7 +40,7 @@ DEFECTS = [
     Defect("incoming gradient ignored", "sgopd_kernels/ops.py", "            g.mul_(grad_loss)", "            pass"),
     Defect("per-token incoming gradient ignored", "sgopd_kernels/ops.py", "= grad_loss.contiguous()", "= torch.ones_like(grad_loss)"),
     Defect("last chunk's weight gradient lost", "sgopd_kernels/plan.py", "if d_weight is not None:", "if d_weight is not None and chunk.stop < total:"),
-    Defect("compacted rows not moved", "sgopd_kernels/plan.py", "z_s[to].copy_(z_s[origin])", "pass"),
+    Defect("compacted rows not moved", TORCH, "            z[a].copy_(z[b])", "            pass"),
     Defect("teacher's logits from the student's chunk", "sgopd_kernels/plan.py", "problem.teacher_hidden[at], problem.teacher.weight", "problem.teacher_hidden[: at.numel()], problem.teacher.weight"),
     Defect("fp32 products left to the global setting", TORCH, 'torch.set_float32_matmul_precision("highest")', "pass"),
     Defect("torch: KL not subtracted in the gradient", TORCH, "p * (ratio - value.unsqueeze(-1))", "p * ratio"),

@@ -16,8 +16,11 @@ from .cpu import CpuBackend
 from .cuda import CudaBackend
 from .native import NativeBackend
 from .torch import TorchBackend
+from .triton import TritonBackend
 
-_INSTANCES: dict[str, TorchBackend] = {b.name: b for b in (TorchBackend(), CpuBackend(), CudaBackend())}
+_INSTANCES: dict[str, TorchBackend] = {
+    b.name: b for b in (TorchBackend(), CpuBackend(), CudaBackend(), TritonBackend())
+}
 NAMES = ("auto", "reference", *_INSTANCES)
 
 
@@ -28,7 +31,8 @@ def resolve(name: str, device: Device, dtype: DType) -> str:
     if name == "auto":
         if dtype == float64:
             return "reference"
-        return "cpu" if device.type == "cpu" and usable("cpu") else "torch"
+        best = {"cpu": "cpu", "cuda": "triton"}.get(device.type, "torch")
+        return best if best == "torch" or usable(best) else "torch"
     if name != "reference" and dtype == float64:
         raise ValueError(
             f"backend={name!r} computes in float32; float64 inputs are served by backend='reference' (or 'auto')"
@@ -41,13 +45,25 @@ def resolve(name: str, device: Device, dtype: DType) -> str:
                 f"backend={name!r}: the native extension sgopd_kernels._{name} is not built; install the package "
                 f"(`pip install .`{', with nvcc on the PATH' if name == 'cuda' else ''}) or use backend='torch'"
             )
+    if name == "triton":
+        triton = _INSTANCES[name]
+        assert isinstance(triton, TritonBackend)
+        if not triton.available():
+            raise RuntimeError(
+                "backend='triton': Triton cannot be imported; install triton>=3.6 or use backend='torch'"
+            )
+        if device.type != "cuda" and not (device.type == "cpu" and triton.interpreted()):
+            raise ValueError(
+                f"backend='triton' needs tensors on cuda, got {device}; use backend='auto' (for tests, Triton's "
+                "interpreter takes CPU tensors: set TRITON_INTERPRET=1 before the first import of triton)"
+            )
     return name
 
 
 def usable(name: str) -> bool:
-    """Whether a native backend's extension was built."""
+    """Whether what a backend is made of is there: a native one's extension, Triton."""
     backend = _INSTANCES[name]
-    return isinstance(backend, NativeBackend) and backend.available()
+    return isinstance(backend, (NativeBackend, TritonBackend)) and backend.available()
 
 
 def get(name: str) -> TorchBackend:

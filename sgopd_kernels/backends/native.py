@@ -26,8 +26,8 @@ class NativeBackend(TorchBackend):
     def launch(self) -> dict[str, Any]:
         raise NotImplementedError
 
-    def temporary_bytes(self, device_type: str) -> int:
-        return 0
+    def held_bytes(self, problem: Problem) -> tuple[int, int]:
+        return self.cast_bytes(problem), 0
 
     def rows(
         self,

@@ -98,10 +98,40 @@ class ShardedColumns(Columns):
 
 class TorchBackend:
     name = "torch"
+    default_workspace = 256 * 2**20  # bytes, where the caller names none
+    row_multiple = 16  # tokens a chunk
+    column_multiple = 1  # of the logits' row stride
 
-    def temporary_bytes(self, device_type: str) -> int:
-        """What `rows` holds for a moment, for the plan's memory count."""
-        return _block_bytes(device_type)
+    def held_bytes(self, problem: Problem) -> tuple[int, int]:
+        """(bytes, bytes a token of the chunk) that `rows` and the products hold beside logits, for the plan's count."""
+        return self.cast_bytes(problem) + _block_bytes(problem.token_ids.device.type), 0
+
+    @staticmethod
+    def cast_bytes(problem: Problem) -> int:
+        """A tile of a head, cast to fp32."""
+        heads = (problem.student, problem.teacher, problem.reference)
+        return TILE_BYTES if any(h is not None and h.weight.dtype != torch.float32 for h in heads) else 0
+
+    def capturing(self, device: torch.device) -> bool:
+        """Whether a CUDA graph is being captured: nothing may depend on a value."""
+        return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+    def waits(self, problem: Problem) -> bool:
+        """Whether the plan may read a count of rows, chunk by chunk, to take those without weight out."""
+        return True
+
+    def gradient_of(self, problem: Problem, z_student: Tensor) -> Tensor:
+        """The gradient that `rows` left in a chunk's logits."""
+        return z_student
+
+    def gradient_error(self, problem: Problem) -> float:
+        """Relative error of the gradients beyond fp32 products."""
+        return 0.0
+
+    def move_rows(self, z: Tensor, to: Tensor, origin: Tensor) -> None:
+        """z[to] = z[origin], row numbers [m] that have none in common."""
+        for a, b in zip(to.tolist(), origin.tolist()):
+            z[a].copy_(z[b])
 
     def sparse(self, problem: Problem) -> Sparse | None:
         """The parts of the filtered and screened plans, where this backend has them for the problem."""

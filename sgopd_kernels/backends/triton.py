@@ -1,0 +1,228 @@
+"""The Triton backend: cuBLAS products with fp32 results around one fused row pass (triton_kernels.py).
+
+Logits are fp32 whatever the operands; so are the accumulated gradients. What is a choice is the gradient's own operand
+G [n, V] in the products of bf16 heads:
+
+    bf16        the row pass writes G in bf16, over the student's logits. Costs 1.5e-3 of the gradients, as rounding the
+                result to bf16 does; taken where the error budget allows it (`gradient_error`).
+    split       G = bf16(G) + bf16(G - bf16(G)), two products. Costs 2^-17: what "exact" means on tensor cores.
+
+fp32 and fp16 heads, and heads whose hidden states have another dtype, go through fp32 products on cast tiles.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import sparse
+from ..problem import Problem
+from .torch import Columns, TorchBackend
+
+# Columns a program holds at once, and its warps. JSD works in float64: fewer columns.
+BLOCK, BLOCK_JSD, WARPS = 2048, 1024, 8
+MOVE_BLOCK = 4096
+SPLIT_COLUMNS = 8192  # of G that are split at once
+
+_DIVERGENCES = {"reverse-kl": 0, "forward-kl": 1, "jsd": 2}
+
+
+def _kernels() -> Any:
+    """Imported at the first use: Triton takes a while to import, and TRITON_INTERPRET is read then."""
+    from . import triton_kernels
+
+    return triton_kernels
+
+
+class TritonBackend(TorchBackend):
+    name = "triton"
+    # 1,700 tokens of two models with 152 thousand columns. Below a thousand tokens a chunk, reading the heads and
+    # accumulating the weight's gradient decide.
+    default_workspace = 2 * 2**30
+    row_multiple = 128  # tokens a chunk: whole tiles of a product
+    column_multiple = 16  # logits' row stride: aligned rows
+
+    def available(self) -> bool:
+        if importlib.util.find_spec("triton") is None:
+            return False
+        try:
+            _kernels()
+        except ImportError:  # a Triton that does not fit this Python or this system
+            return False
+        return True
+
+    def interpreted(self) -> bool:
+        import triton
+
+        return not isinstance(_kernels().rows_kernel, triton.runtime.JITFunction)
+
+    def launch(self, kernel: Any, grid: tuple[int, ...], /, **arguments: Any) -> None:
+        """Every kernel starts here, on the current stream of the operands' device."""
+        kernel[grid](**arguments)
+
+    def held_bytes(self, problem: Problem) -> tuple[int, int]:
+        if not self._tensor_cores(problem.student_hidden, problem.student.weight):
+            return self.cast_bytes(problem), 0
+        return 0, 0 if self.narrow(problem) else 8 * SPLIT_COLUMNS  # a tile in bf16 twice, and a difference in fp32
+
+    def waits(self, problem: Problem) -> bool:
+        """One wait a chunk for a count of rows pays where a gate of 0 can take rows out of the backward."""
+        spec = problem.spec
+        return spec.keep != "all" or 0 in (*spec.agree, *spec.conflict, spec.neutral)
+
+    # products
+
+    def _tensor_cores(self, *operands: Tensor) -> bool:
+        return all(t.dtype == torch.bfloat16 for t in operands) and torch.version.hip is None
+
+    def multiply(self, a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
+        """out [fp32] = (out +) a @ b for 16-bit operands, with an fp32 accumulator throughout."""
+        if a.device.type == "cpu":  # interpreted: torch has no such product on the CPU
+            wide = a.float() @ b.float()
+            out.add_(wide) if add else out.copy_(wide)
+        elif add:
+            torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+        else:
+            torch.mm(a, b, out_dtype=torch.float32, out=out)
+
+    def project(self, hidden: Tensor, weight: Tensor, out: Tensor) -> None:
+        same = hidden.dtype == weight.dtype and hidden.dtype in (torch.bfloat16, torch.float16)
+        if same and torch.version.hip is None:
+            self.multiply(hidden, weight.T, out, add=False)
+        else:
+            super().project(hidden, weight, out)
+
+    def narrow(self, problem: Problem) -> bool:
+        """Whether G is rounded to bf16."""
+        return (
+            problem.spec.budget >= sparse.AUTO
+            and problem.student_hidden.numel() * problem.vocabulary >= sparse.WORTHWHILE
+            and self._tensor_cores(problem.student_hidden, problem.student.weight)
+        )
+
+    def gradient_error(self, problem: Problem) -> float:
+        return sparse.AUTO if self.narrow(problem) else 0.0
+
+    def gradient_of(self, problem: Problem, z_student: Tensor) -> Tensor:
+        """Where `rows` leaves the gradient: over the logits, row by row; a narrow one over each row's first half."""
+        if not self.narrow(problem):
+            return z_student
+        return z_student.view(torch.bfloat16)[:, : z_student.shape[1]]
+
+    def _parts(self, gradient: Tensor) -> Iterator[tuple[slice, list[Tensor]]]:
+        """(columns, the bf16 tensors whose sum the gradient is there)."""
+        if gradient.dtype == torch.bfloat16:
+            yield slice(None), [gradient]
+            return
+        for first in range(0, gradient.shape[1], SPLIT_COLUMNS):
+            columns = slice(first, first + SPLIT_COLUMNS)
+            high = gradient[:, columns].bfloat16()
+            yield columns, [high, (gradient[:, columns] - high).bfloat16()]
+
+    def add_hidden_gradient(self, gradient: Tensor, weight: Tensor, out: Tensor) -> None:
+        if not self._tensor_cores(weight):
+            super().add_hidden_gradient(gradient, weight, out)
+            return
+        for columns, parts in self._parts(gradient):
+            for part in parts:
+                self.multiply(part, weight[columns], out, add=True)
+
+    def add_weight_gradient(self, gradient: Tensor, hidden: Tensor, out: Tensor) -> None:
+        if not self._tensor_cores(hidden):
+            super().add_weight_gradient(gradient, hidden, out)
+            return
+        for columns, parts in self._parts(gradient):
+            for part in parts:
+                self.multiply(part.T, hidden, out[columns], add=True)
+
+    # rows
+
+    def rows(
+        self,
+        problem: Problem,
+        rows: Tensor,
+        z_student: Tensor,
+        z_teacher: Tensor | None,
+        z_reference: Tensor | None,
+        weights: Tensor,
+        forced: Tensor | None,
+        row_scale: Tensor,
+        gradient: bool,
+        columns: Columns | None = None,
+    ) -> Tensor:
+        assert columns is None, "the row pass sees whole rows"
+        spec = problem.spec
+        n, v = z_student.shape
+        stats = torch.empty(n, 8, dtype=torch.float64, device=z_student.device)
+        if n == 0:
+            return stats
+        student, teacher, reference = problem.student, problem.teacher, problem.reference
+        g = self.gradient_of(problem, z_student) if gradient else None
+
+        def flat(tensor: Tensor | None) -> Tensor | None:  # a number for all tokens comes expanded
+            return None if tensor is None else tensor.contiguous()
+
+        def stride(z: Tensor | None) -> int:
+            assert z is None or z.stride(1) == 1
+            return 0 if z is None else z.stride(0)
+
+        self.launch(
+            _kernels().rows_kernel,
+            (n,),
+            student=z_student,
+            student_stride=stride(z_student),
+            gradient=g,
+            gradient_stride=stride(g),
+            teacher=z_teacher,
+            teacher_stride=stride(z_teacher),
+            reference=z_reference,
+            reference_stride=stride(z_reference),
+            student_bias=flat(student.bias),
+            teacher_bias=None if teacher is None else flat(teacher.bias),
+            reference_bias=None if reference is None else flat(reference.bias),
+            student_scale=student.logit_scale,
+            teacher_scale=1.0 if teacher is None else teacher.logit_scale,
+            reference_scale=1.0 if reference is None else reference.logit_scale,
+            student_softcap=student.softcap,
+            teacher_softcap=None if teacher is None else teacher.softcap,
+            reference_softcap=None if reference is None else reference.softcap,
+            inverse_temperature=1 / spec.temperature,
+            rows=rows,
+            token_ids=flat(problem.token_ids),
+            verdict=flat(problem.verdict),
+            teacher_logprob=flat(problem.teacher_logprob),
+            behaviour_logprob=flat(problem.behaviour_logprob),
+            weights=weights,
+            weights_stride=weights.stride(0),
+            forced=flat(forced),
+            row_scale=flat(row_scale),
+            stats=stats,
+            V=v,
+            beta=spec.beta,
+            tolerance=spec.tolerance,
+            ratio_clip=spec.ratio_clip,
+            SAMPLED=spec.estimator == "sampled",
+            DIVERGENCE=_DIVERGENCES[spec.divergence],
+            BLOCK=BLOCK_JSD if spec.divergence == "jsd" else BLOCK,
+            num_warps=WARPS,
+        )
+        return stats
+
+    def move_rows(self, z: Tensor, to: Tensor, origin: Tensor) -> None:
+        n, v = to.numel(), z.shape[1]
+        if n > 0:
+            self.launch(
+                _kernels().move_rows_kernel,
+                (n, -(-v // MOVE_BLOCK)),
+                z=z,
+                stride=z.stride(0),
+                to=to,
+                origin=origin,
+                V=v,
+                BLOCK=MOVE_BLOCK,
+                num_warps=WARPS,
+            )

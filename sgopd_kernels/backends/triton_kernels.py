@@ -1,0 +1,553 @@
+"""Triton kernels: the fused row pass, one program a token. Contract: csrc/rows.h; numerics: csrc/cpu/rows.cpp.
+
+A program walks its row in blocks of BLOCK columns. Projections become logits on load (bias, scale, softcap,
+temperature), so that nothing is written but the gradient. Every lane of a block keeps sums of its own, in fp32, about
+the row's running maximum; they are added up once, in fp64. E_p[z - t] is summed around c = z - t at
+the sampled token, which carries mass, and where the models nearly agree once more around what came out: the sums then
+hold numbers of the size of the spread of z - t, and the reverse-KL gradient p ((z - t) - E_p[z - t]) needs no
+log-sum-exp.
+
+Plain `triton.language` throughout, for any device Triton compiles for: no inline assembly, no vendor's libdevice.
+Interpreted (TRITON_INTERPRET=1), bf16 is only ever loaded or stored, never computed with.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+COLUMNS = tl.constexpr(8)  # of the statistics: reference.TokenValues
+PRECISE = tl.constexpr(0.05)  # nats: below, KL is summed from second-order terms
+
+# Whose logits stand in the target's place.
+TEACHER, MIXTURE, REFERENCE = (tl.constexpr(i) for i in range(3))
+REVERSE_KL, FORWARD_KL, JSD = (tl.constexpr(i) for i in range(3))
+
+
+@triton.jit
+def _tanh(x):
+    """Near 0 an odd polynomial: 1 - 2 / (e^2x + 1) would lose all relative accuracy there."""
+    size = tl.abs(x)
+    s = x * x
+    p = -5.70498872745e-3 * s + 2.06390887954e-2
+    p = p * s - 5.37397155531e-2
+    p = p * s + 1.33314422036e-1
+    p = p * s - 3.33332819422e-1
+    large = 1.0 - 2.0 / (tl.exp(2.0 * size) + 1.0)  # e^2x at infinity: 1
+    return tl.where(size < 0.625, p * s * x + x, tl.where(x < 0, -large, large))
+
+
+@triton.jit
+def _logits(row, bias, columns, inside, scale, softcap, inverse_temperature):
+    """Logits of a block; -inf outside the row. `softcap` None: no cap."""
+    z = tl.load(row + columns, mask=inside, other=0.0)
+    if bias is not None:
+        z += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+    z *= scale
+    if softcap is not None:
+        z = softcap * _tanh(z / softcap)
+    return tl.where(inside, z * inverse_temperature, float("-inf"))
+
+
+@triton.jit
+def _pair(
+    columns,
+    inside,
+    student,
+    teacher,
+    reference,
+    student_bias,
+    teacher_bias,
+    reference_bias,
+    heads,
+    gate,
+    TARGET: tl.constexpr,
+):
+    """(student, target) logits; the student's is -inf where a target's is. Without a teacher the target is 0."""
+    student_scale, student_softcap, teacher_scale, teacher_softcap, reference_scale, reference_softcap, inverse_t = (
+        heads
+    )
+    z = _logits(student, student_bias, columns, inside, student_scale, student_softcap, inverse_t)
+    t = tl.zeros_like(z)
+    if teacher is not None:
+        t = _logits(teacher, teacher_bias, columns, inside, teacher_scale, teacher_softcap, inverse_t)
+        outside = t == float("-inf")
+        if reference is not None:
+            r = _logits(reference, reference_bias, columns, inside, reference_scale, reference_softcap, inverse_t)
+            outside = outside | (r == float("-inf"))
+            if TARGET == MIXTURE:
+                t = tl.where(outside, float("-inf"), gate * t + (1.0 - gate) * r)
+            if TARGET == REFERENCE:
+                t = r
+        z = tl.where(outside, float("-inf"), z)
+    return z, t
+
+
+@triton.jit
+def _summarise(
+    V,
+    y,
+    student,
+    teacher,
+    reference,
+    student_bias,
+    teacher_bias,
+    reference_bias,
+    heads,
+    gate,
+    TARGET: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One walk over the row: both softmaxes, and the moments of z - t around c."""
+    PAIR: tl.constexpr = teacher is not None
+    lanes = tl.arange(0, BLOCK)
+    z_y, t_y = _pair(
+        y, y >= 0, student, teacher, reference, student_bias, teacher_bias, reference_bias, heads, gate, TARGET
+    )
+    c = tl.where(z_y == float("-inf"), 0.0, z_y - t_y)
+    max_p = tl.full((), float("-inf"), tl.float32)
+    max_q = tl.full((), float("-inf"), tl.float32)
+    sum_p = tl.zeros((BLOCK,), tl.float32)
+    moment_p = tl.zeros((BLOCK,), tl.float32)
+    sum_q = tl.zeros((BLOCK,), tl.float32)
+    moment_q = tl.zeros((BLOCK,), tl.float32)
+    p_delta = tl.zeros((BLOCK,), tl.float32)
+    q_delta = tl.zeros((BLOCK,), tl.float32)
+    outside = tl.zeros((BLOCK,), tl.float32)  # q's mass where p is 0 by -inf
+    for first in range(0, V, BLOCK):
+        columns = first + lanes
+        z, t = _pair(
+            columns,
+            columns < V,
+            student,
+            teacher,
+            reference,
+            student_bias,
+            teacher_bias,
+            reference_bias,
+            heads,
+            gate,
+            TARGET,
+        )
+        p_in = z != float("-inf")
+        highest = tl.maximum(max_p, tl.max(z, 0))
+        shift = tl.where(max_p == float("-inf"), 0.0, max_p - highest)
+        factor = tl.exp(shift)
+        moment_p = factor * (moment_p + sum_p * shift)
+        sum_p *= factor
+        max_p = highest
+        a = tl.where(p_in, z - max_p, float("-inf"))
+        e = tl.exp(a)
+        sum_p += e
+        moment_p += tl.where(p_in, e * a, 0.0)
+        if PAIR:
+            delta = tl.where(p_in, (z - t) - c, 0.0)
+            p_delta = p_delta * factor + e * delta
+            q_in = t != float("-inf")
+            highest = tl.maximum(max_q, tl.max(t, 0))
+            shift = tl.where(max_q == float("-inf"), 0.0, max_q - highest)
+            factor = tl.exp(shift)
+            moment_q = factor * (moment_q + sum_q * shift)
+            sum_q *= factor
+            max_q = highest
+            a = tl.where(q_in, t - max_q, float("-inf"))
+            e = tl.exp(a)
+            sum_q += e
+            moment_q += tl.where(q_in, e * a, 0.0)
+            q_delta = q_delta * factor + e * delta
+            outside = outside * factor + tl.where(p_in, 0.0, e)
+    p = tl.sum(sum_p.to(tl.float64), 0)
+    q = tl.sum(sum_q.to(tl.float64), 0)
+    return (
+        z_y,
+        t_y,
+        max_p,
+        max_q,
+        p,
+        q,
+        tl.sum(moment_p.to(tl.float64), 0),
+        tl.sum(moment_q.to(tl.float64), 0),
+        c + tl.sum(p_delta.to(tl.float64), 0) / p,  # E_p[z - t]
+        c + tl.sum(q_delta.to(tl.float64), 0) / q,  # E_q[z - t]
+        tl.sum(outside.to(tl.float64), 0),
+    )
+
+
+@triton.jit
+def _log_mixture_ratio(u, beta):
+    """log(m / p), m = beta q + (1 - beta) p, u = log q - log p, in fp64, where e^u - 1 does not cancel."""
+    near = tl.log(1.0 + beta * (tl.exp(tl.minimum(u, 30.0)) - 1.0))
+    far = u + tl.log(beta + (1.0 - beta) * tl.exp(-tl.maximum(u, 0.0)))
+    return tl.where(u < 30.0, near, far)
+
+
+@triton.jit
+def _divergence(
+    V,
+    student,
+    teacher,
+    reference,
+    student_bias,
+    teacher_bias,
+    reference_bias,
+    heads,
+    gate,
+    max_p,
+    max_q,
+    sum_p,
+    sum_q,
+    mean_p,
+    mean_q,
+    q_outside,
+    beta,
+    TARGET: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """(divergence, KL(p || m) of JSD, E_p[z - t] once more around itself where the models nearly agree)."""
+    lanes = tl.arange(0, BLOCK)
+    log_p = tl.log(sum_p)
+    log_q = tl.log(sum_q)
+    dlse = (max_p.to(tl.float64) - max_q) + (log_p - log_q)
+    if DIVERGENCE == FORWARD_KL:
+        value = tl.where(q_outside > 0, float("inf"), dlse - mean_q)
+    else:
+        value = mean_p - dlse
+    mixture = value * 0.0
+    mean = mean_p
+    if DIVERGENCE == JSD:
+        total = tl.zeros((BLOCK,), tl.float64)
+        student_part = tl.zeros((BLOCK,), tl.float64)
+        mass = tl.zeros((BLOCK,), tl.float64)
+        for first in range(0, V, BLOCK):
+            columns = first + lanes
+            z, t = _pair(
+                columns,
+                columns < V,
+                student,
+                teacher,
+                reference,
+                student_bias,
+                teacher_bias,
+                reference_bias,
+                heads,
+                gate,
+                TARGET,
+            )
+            p_in = z != float("-inf")
+            q_in = t != float("-inf")
+            p = tl.exp((z - max_p).to(tl.float64) - log_p)
+            q = tl.exp((t - max_q).to(tl.float64) - log_q)
+            u = tl.where(p_in, dlse - (z.to(tl.float64) - t), 0.0)
+            r = _log_mixture_ratio(u, beta)
+            # q * (u - r) is 0 where q is; a column that only q has gives -beta q log(beta).
+            from_q = tl.where(p_in, u - r, -tl.log(beta))
+            total += tl.where(q_in, beta * q * from_q, 0.0) - tl.where(p_in, (1.0 - beta) * p * r, 0.0)
+            student_part -= tl.where(p_in, p * r, 0.0)
+            mass += tl.where(p_in, p, 0.0)
+        value = tl.sum(total, 0)
+        # The gradient sums to 0 only if the mean is taken under weights that sum to 1.
+        mixture = tl.sum(student_part, 0) / tl.sum(mass, 0)
+    else:
+        if value < PRECISE:
+            dlse_hi = dlse.to(tl.float32)
+            dlse_lo = (dlse - dlse_hi).to(tl.float32)
+            mean_hi = mean_p.to(tl.float32)
+            mean_lo = (mean_p - mean_hi).to(tl.float32)
+            ip = (1.0 / sum_p).to(tl.float32)
+            iq = (1.0 / sum_q).to(tl.float32)
+            terms = tl.zeros((BLOCK,), tl.float32)
+            drift = tl.zeros((BLOCK,), tl.float32)
+            for first in range(0, V, BLOCK):
+                columns = first + lanes
+                z, t = _pair(
+                    columns,
+                    columns < V,
+                    student,
+                    teacher,
+                    reference,
+                    student_bias,
+                    teacher_bias,
+                    reference_bias,
+                    heads,
+                    gate,
+                    TARGET,
+                )
+                p_in = z != float("-inf")
+                p = tl.where(p_in, tl.exp(z - max_p), 0.0) * ip
+                q = tl.where(t != float("-inf"), tl.exp(t - max_q), 0.0) * iq
+                delta = tl.where(p_in, z - t, 0.0)
+                u = tl.where(p_in, (dlse_hi - delta) + dlse_lo, 0.0)
+                # e^u - 1 - u and e^u (u - 1) + 1, over u^2
+                if DIVERGENCE == FORWARD_KL:
+                    s = u * (1 / 144 + u * (1 / 840))
+                    near = 0.5 + u * (1 / 3 + u * (1 / 8 + u * (1 / 30 + s)))
+                    far = (q * u - q) + p
+                else:
+                    s = u * (1 / 720 + u * (1 / 5040))
+                    near = 0.5 + u * (1 / 6 + u * (1 / 24 + u * (1 / 120 + s)))
+                    far = (q - p) - p * u
+                terms += tl.where((tl.abs(u) < 0.25) & p_in, p * u * u * near, far)
+                drift += tl.where(p_in, p * ((delta - mean_hi) - mean_lo), 0.0)
+            value = tl.sum(terms.to(tl.float64), 0)
+            mean = mean_p + tl.sum(drift.to(tl.float64), 0)
+    return value, mixture, mean
+
+
+@triton.jit
+def rows_kernel(
+    student,
+    student_stride,
+    gradient,  # the gradient's place: over the student's row, in fp32 or narrower; None: statistics only
+    gradient_stride,
+    teacher,  # None: teacher_logprob holds the teacher's word
+    teacher_stride,
+    reference,
+    reference_stride,
+    student_bias,
+    teacher_bias,
+    reference_bias,
+    student_scale,
+    teacher_scale,
+    reference_scale,
+    student_softcap,
+    teacher_softcap,
+    reference_softcap,
+    inverse_temperature,
+    rows,  # [n] positions in the per-token tensors
+    token_ids,
+    verdict,
+    teacher_logprob,
+    behaviour_logprob,
+    weights,  # [3, n]
+    weights_stride,
+    forced,
+    row_scale,
+    stats,
+    V,
+    beta,
+    tolerance,
+    ratio_clip,
+    SAMPLED: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    n = tl.program_id(0)
+    at = tl.load(rows + n)
+    # An id out of range has been reported (plan.check_values); it must not become an address.
+    y = tl.minimum(tl.maximum(tl.load(token_ids + at), 0), V - 1).to(tl.int32)
+    z_row = student + n.to(tl.int64) * student_stride
+    t_row = None
+    r_row = None
+    if teacher is not None:
+        t_row = teacher + n.to(tl.int64) * teacher_stride
+    if reference is not None:
+        r_row = reference + n.to(tl.int64) * reference_stride
+    heads = (
+        student_scale,
+        student_softcap,
+        teacher_scale,
+        teacher_softcap,
+        reference_scale,
+        reference_softcap,
+        inverse_temperature,
+    )
+    z_y, t_y, max_p, max_q, sum_p, sum_q, moment_p, moment_q, mean, mean_q, q_outside = _summarise(
+        V, y, z_row, t_row, r_row, student_bias, teacher_bias, reference_bias, heads, 1.0, TEACHER, BLOCK
+    )
+    log_sum_p = tl.log(sum_p)
+    lp = (z_y.to(tl.float64) - max_p) - log_sum_p
+    entropy_p = log_sum_p - moment_p / sum_p
+    dlse = lp * 0.0
+    if teacher is not None:
+        log_sum_q = tl.log(sum_q)
+        dlse = (max_p.to(tl.float64) - max_q) + (log_sum_p - log_sum_q)
+        lq = (t_y.to(tl.float64) - max_q) - log_sum_q
+        d = (t_y.to(tl.float64) - z_y) + dlse
+        entropy_q = log_sum_q - moment_q / sum_q
+    else:
+        lq = tl.load(teacher_logprob + at).to(tl.float64)
+        d = lq - lp
+        entropy_q = tl.full((), float("nan"), tl.float64)
+
+    # The gate: gate.choose.
+    signed = d * tl.load(verdict + at)
+    agrees = signed > tolerance
+    conflicts = signed < -tolerance
+    if forced is not None:
+        force = tl.load(forced + n)
+        agrees = tl.where(force < 0, agrees, force == 1)
+        conflicts = tl.where(force < 0, conflicts, force == 0)
+    w_agree = tl.load(weights + n)
+    w_conflict = tl.load(weights + weights_stride + n)
+    w_neutral = tl.load(weights + 2 * weights_stride + n)
+    w = tl.where(agrees, w_agree, tl.where(conflicts, w_conflict, w_neutral))
+
+    kl = tl.full((), float("nan"), tl.float64)
+    mixture = kl
+    if teacher is not None:
+        kl, mixture, mean = _divergence(
+            V,
+            z_row,
+            t_row,
+            r_row,
+            student_bias,
+            teacher_bias,
+            reference_bias,
+            heads,
+            1.0,
+            max_p,
+            max_q,
+            sum_p,
+            sum_q,
+            mean,
+            mean_q,
+            q_outside,
+            beta,
+            TEACHER,
+            DIVERGENCE,
+            BLOCK,
+        )
+    value = kl
+    weight = w
+    advantage = d
+    gate = w.to(tl.float32)
+    if reference is not None:
+        # The gate moves the target; the row itself weighs 1, or 0 if its rollout is not kept.
+        weight = tl.where((w_agree != 0) | (w_conflict != 0) | (w_neutral != 0), 1.0, 0.0).to(tl.float64)
+        if SAMPLED:
+            # log pi_R(y): pi_R's own softmax, over all of its columns
+            _, r_y, _, max_r, _, sum_r, _, _, _, _, _ = _summarise(
+                V, y, z_row, t_row, r_row, student_bias, teacher_bias, reference_bias, heads, gate, REFERENCE, BLOCK
+            )
+            lr = (r_y.to(tl.float64) - max_r) - tl.log(sum_r)
+            target = tl.where((t_y == float("-inf")) | (r_y == float("-inf")), float("-inf"), w * lq + (1.0 - w) * lr)
+            advantage = target - lp
+        else:
+            _, _, max_p, max_q, sum_p, sum_q, _, _, mean, mean_q, q_outside = _summarise(
+                V, y, z_row, t_row, r_row, student_bias, teacher_bias, reference_bias, heads, gate, MIXTURE, BLOCK
+            )
+            dlse = (max_p.to(tl.float64) - max_q) + (tl.log(sum_p) - tl.log(sum_q))
+            value, mixture, mean = _divergence(
+                V,
+                z_row,
+                t_row,
+                r_row,
+                student_bias,
+                teacher_bias,
+                reference_bias,
+                heads,
+                gate,
+                max_p,
+                max_q,
+                sum_p,
+                sum_q,
+                mean,
+                mean_q,
+                q_outside,
+                beta,
+                MIXTURE,
+                DIVERGENCE,
+                BLOCK,
+            )
+    elif behaviour_logprob is not None:
+        ratio = tl.exp(lp - tl.load(behaviour_logprob + at).to(tl.float64))
+        advantage *= tl.minimum(ratio, ratio_clip)
+
+    out = stats + n.to(tl.int64) * COLUMNS
+    if SAMPLED:
+        loss = -weight * advantage * lp
+    else:
+        loss = weight * value
+    tl.store(out, tl.where(weight == 0, 0.0, loss))
+    tl.store(out + 1, kl)
+    tl.store(out + 2, lp)
+    tl.store(out + 3, lq)
+    tl.store(out + 4, entropy_p)
+    tl.store(out + 5, entropy_q)
+    tl.store(out + 6, w)
+    tl.store(out + 7, agrees.to(tl.float64))
+
+    if gradient is not None:
+        scaled = weight * tl.load(row_scale + n).to(tl.float64)
+        if SAMPLED:
+            scaled *= advantage
+        # Through temperature and scale, back to the projection.
+        coefficient = (scaled * student_scale * inverse_temperature).to(tl.float32)
+        on = weight != 0
+        ip = (1.0 / sum_p).to(tl.float32)
+        iq = (1.0 / sum_q).to(tl.float32)
+        mean_hi = mean.to(tl.float32)
+        mean_lo = (mean - mean_hi).to(tl.float32)
+        dlse_hi = dlse.to(tl.float32)
+        dlse_lo = (dlse - dlse_hi).to(tl.float32)
+        g_row = gradient + n.to(tl.int64) * gradient_stride
+        for first in range(0, V, BLOCK):
+            columns = first + tl.arange(0, BLOCK)
+            inside = columns < V
+            if SAMPLED:
+                z, t = _pair(
+                    columns,
+                    inside,
+                    z_row,
+                    t_row,
+                    r_row,
+                    student_bias,
+                    teacher_bias,
+                    reference_bias,
+                    heads,
+                    gate,
+                    TEACHER,
+                )
+            else:
+                z, t = _pair(
+                    columns,
+                    inside,
+                    z_row,
+                    t_row,
+                    r_row,
+                    student_bias,
+                    teacher_bias,
+                    reference_bias,
+                    heads,
+                    gate,
+                    MIXTURE,
+                )
+            p_in = z != float("-inf")
+            p = tl.exp(tl.where(p_in, z - max_p, float("-inf"))) * ip
+            if SAMPLED:
+                # Not under p_in: where y is outside, so is its loss, and the advantage shows it.
+                g = p - tl.where(columns == y, 1.0, 0.0)
+            else:
+                delta = tl.where(p_in, z - t, 0.0)
+                if DIVERGENCE == REVERSE_KL:
+                    g = p * ((delta - mean_hi) - mean_lo)
+                elif DIVERGENCE == FORWARD_KL:
+                    u = (dlse_hi - delta) + dlse_lo
+                    # p - q = -p (e^u - 1)
+                    s = u * (1 / 120 + u * (1 / 720))
+                    near = -p * (u * (1.0 + u * (0.5 + u * (1 / 6 + u * (1 / 24 + s)))))
+                    q = tl.where(t != float("-inf"), tl.exp(t - max_q), 0.0) * iq
+                    g = tl.where(tl.abs(u) < 0.25, near, p - q)
+                else:
+                    u = dlse - (z.to(tl.float64) - t)
+                    r = _log_mixture_ratio(tl.where(p_in, u, 0.0), beta)
+                    g = ((1.0 - beta) * p * (-r - mixture)).to(tl.float32)
+                g = tl.where(p_in, g, 0.0)
+            if student_softcap is not None:
+                x = z / (student_softcap * inverse_temperature)
+                g *= tl.where(p_in, 1.0 - x * x, 0.0)
+            g = tl.where(on, coefficient * g, 0.0)
+            if gradient.dtype.element_ty != tl.float32:
+                # A narrow row lies over the first half of the wide one: all lanes read before any writes.
+                tl.debug_barrier()
+            tl.store(g_row + columns, g.to(gradient.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def move_rows_kernel(z, stride, to, origin, V, BLOCK: tl.constexpr):
+    """z[to] = z[origin], for disjoint row numbers."""
+    pair = tl.program_id(0)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.load(z + tl.load(origin + pair).to(tl.int64) * stride + columns, mask=columns < V)
+    tl.store(z + tl.load(to + pair).to(tl.int64) * stride + columns, row, mask=columns < V)

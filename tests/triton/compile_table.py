@@ -1,0 +1,210 @@
+"""Compiles every kernel specialisation that the Triton backend launches, for devices that are not here.
+
+    python tests/triton/compile_table.py            # the table; exit status 1 where a ceiling is broken
+    python tests/triton/compile_table.py --plant    # with a planted regression, which must break one
+    python tests/triton/compile_table.py --all      # all options, not only the usual ones (minutes)
+
+A driver that only names its target stands in for the device's; the launches are the backend's own, recorded. Registers
+and spills are ptxas's word, from Triton's own copy of it. Nothing runs: these are no timings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from sgopd_kernels.backends import triton as backend_module
+from sgopd_kernels.backends.triton import TritonBackend
+from sgopd_kernels.problem import Head, Problem, Spec
+
+TARGETS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
+# Registers a thread: 256 threads at 128 leave room for two programs a multiprocessor. Shared memory: bytes.
+CEILINGS = {"rows_kernel": (128, 8192), "move_rows_kernel": (64, 4096)}
+
+
+class Driver:
+    """As much of a driver as a compilation asks for."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def set_current_device(self, device: int) -> None:
+        pass
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_device_interface(self) -> Any:
+        return torch.cuda
+
+
+class Launch(NamedTuple):
+    name: str
+    kernel: Any
+    arguments: dict[str, Any]
+
+
+class Recorder(TritonBackend):
+    """Keeps what would be launched."""
+
+    def __init__(self, narrow: bool = False) -> None:
+        self.launches: list[tuple[Any, dict[str, Any]]] = []
+        self.is_narrow = narrow
+
+    def launch(self, kernel: Any, grid: tuple[int, ...], /, **arguments: Any) -> None:
+        self.launches.append((kernel, arguments))
+
+    def narrow(self, problem: Problem) -> bool:
+        return self.is_narrow
+
+
+def problem_of(options: dict[str, Any]) -> Problem:
+    """A small problem with the row stride and the operands' kinds of a large one."""
+    n, v, h = 16, 48, 16
+    spec = Spec(
+        estimator=options.get("estimator", "full"),
+        divergence=options.get("divergence", "reverse-kl"),
+        temperature=0.7,
+    )
+    every = options.get("heads", False)
+
+    def head() -> Head:
+        return Head(torch.empty(v, h), torch.empty(v) if every else None, 1.5 if every else 1.0, 9.0 if every else None)
+
+    def number(name: str) -> torch.Tensor | None:
+        return torch.empty(n) if options.get(name) else None
+
+    return Problem(
+        spec,
+        torch.empty(n, h),
+        head(),
+        torch.zeros(n, dtype=torch.int64),
+        torch.ones(n),
+        teacher_hidden=None if options.get("teacher_logprob") else torch.empty(n, h),
+        teacher=None if options.get("teacher_logprob") else head(),
+        teacher_logprob=number("teacher_logprob"),
+        behaviour_logprob=number("behaviour"),
+        reference_hidden=torch.empty(n, h) if options.get("reference") else None,
+        reference=head() if options.get("reference") else None,
+    )
+
+
+USUAL: list[dict[str, Any]] = [
+    {},
+    {"narrow": True},
+    {"gradient": False},
+    {"divergence": "forward-kl"},
+    {"divergence": "jsd"},
+    {"estimator": "sampled"},
+    {"estimator": "sampled", "teacher_logprob": True, "behaviour": True},
+    {"reference": True, "heads": True, "narrow": True},
+]
+
+
+def every() -> list[dict[str, Any]]:
+    kinds: list[dict[str, Any]] = [
+        *({"divergence": d} for d in ("reverse-kl", "forward-kl", "jsd")),
+        {"estimator": "sampled"},
+        *({"divergence": d, "reference": True} for d in ("reverse-kl", "forward-kl", "jsd")),
+        {"estimator": "sampled", "reference": True},
+        {"estimator": "sampled", "teacher_logprob": True},
+        {"estimator": "sampled", "teacher_logprob": True, "behaviour": True},
+    ]
+    last: list[dict[str, Any]] = [{"gradient": False}, {}, {"narrow": True}]
+    return [
+        {**kind, **({"heads": True} if heads else {}), **({"forced": True} if forced else {}), **how}
+        for kind, heads, forced, how in itertools.product(kinds, (False, True), (False, True), last)
+    ]
+
+
+def launches(options: dict[str, Any]) -> list[Launch]:
+    problem = problem_of(options)
+    n, v = problem.token_ids.numel(), problem.vocabulary
+    recorder = Recorder(options.get("narrow", False))
+    rows, weights = torch.arange(n), torch.ones(3, n, dtype=torch.float64)
+    forced = torch.zeros(n, dtype=torch.int8) if options.get("forced") else None
+    logits = [torch.empty(n, v) for _ in range(3)]
+    recorder.rows(
+        problem,
+        rows,
+        logits[0],
+        None if problem.teacher is None else logits[1],
+        None if problem.reference is None else logits[2],
+        weights,
+        forced,
+        torch.ones(n, dtype=torch.float64),
+        options.get("gradient", True),
+    )
+    if not options:
+        recorder.move_rows(logits[0], rows[:2], rows[2:4])
+    name = ", ".join(f"{k}" if x is True else f"{k}={x}" for k, x in options.items()) or "default"
+    return [Launch(name, kernel, arguments) for kernel, arguments in recorder.launches]
+
+
+def tool(name: str) -> str:
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def usage(compiled: Any) -> tuple[int, int]:
+    """(registers, bytes of spills and local memory) of a cubin."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        done = subprocess.run([tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True)
+    words = done.stdout.replace(":", " ").split()
+    return int(words[words.index("REG") + 1]), int(words[words.index("LOCAL") + 1]) + int(
+        words[words.index("STACK") + 1]
+    )
+
+
+def compiled(launch: Launch, capability: int) -> Any:
+    driver.set_active(Driver(capability))
+    launch.kernel.device_caches.clear()
+    return launch.kernel.warmup(grid=(1,), **launch.arguments)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--all", action="store_true", help="every combination of options")
+    parser.add_argument("--plant", action="store_true", help="a regression: a block too large for its registers")
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    chosen = parser.parse_args()
+    if chosen.plant:
+        backend_module.BLOCK = 16384
+    broken = 0
+    print("| kernel | options | target | registers | spills, bytes | shared, bytes | |\n|---|---|---|---|---|---|---|")
+    for options in [USUAL[0]] if chosen.plant else every() if chosen.all else USUAL:
+        for launch, target in itertools.product(launches(options), chosen.targets):
+            result = compiled(launch, TARGETS[target])
+            name = launch.kernel.__name__
+            registers, spills = usage(result)
+            most_registers, most_shared = CEILINGS[name]
+            shared = result.metadata.shared
+            over = registers > most_registers or spills > 0 or shared > most_shared
+            broken += over
+            cells = (name, launch.name, target, registers, spills, shared, "OVER" if over else "")
+            print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+    return int(broken > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
