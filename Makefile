@@ -3,6 +3,7 @@
 #   make test         install the packages and test what was installed
 #   make lint         format, lint and type checks
 #   make bench        the peers side by side, error beside time
+#   make chaos        training runs broken in every way, and whether they lose anything (an hour)
 #   make soak         an hour of training, watched for what grows
 #   make hostile      the verifier under attack, and its accuracy beside plain math-verify (minutes)
 PYTHON ?= python3
@@ -11,7 +12,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: install quickstart test lint format bench hostile soak clean
+.PHONY: install quickstart test lint format bench chaos hostile soak clean
 .DEFAULT_GOAL := quickstart
 
 SOURCES := $(shell find sgopd sgopd_kernels csrc -type f -not -name '*.pyc' -not -name '*.so' 2>/dev/null)
@@ -62,6 +63,9 @@ format: $(VENV)-lint/.installed
 
 bench: $(VENV)/.bench
 	$(VENV)/bin/python bench/loss.py --output bench/results/latest.json
+
+chaos: $(VENV)/.test
+	$(VENV)/bin/python tests/chaos.py
 
 soak: $(VENV)/.test
 	$(VENV)/bin/python tests/soak.py --minutes $(or $(MINUTES),60)

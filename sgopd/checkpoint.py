@@ -7,14 +7,11 @@ its manifest (sizes and SHA-256 sums) tells when it no longer is.
 
 from __future__ import annotations
 
-import contextlib
+import fnmatch
 import hashlib
 import json
-import os
 import pickle
 import random
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,43 +20,12 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sgopd.config import UserError
+from sgopd.files import new_folder, remove_folder, remove_leftovers
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
 OPTIMIZER = "optimizer.pt"
 RANDOM = "random.pt"
-
-
-@contextlib.contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `target` (replacing it) once it is complete and on the disk.
-
-    Raises:
-        UserError: it cannot be written; nothing of it is left, and what was there before stays.
-    """
-    temporary = target.with_name(f".{target.name}.tmp")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        yield temporary
-        for path in [*temporary.rglob("*"), temporary]:
-            sync(path)
-        if target.exists():
-            shutil.rmtree(target)
-        temporary.rename(target)
-        sync(target.parent)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(f"cannot write {target}: {error}. Free some space or choose another output_dir") from error
-
-
-def sync(path: Path) -> None:
-    """Waits until a file's, or a folder's, content is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def save(
@@ -83,8 +49,8 @@ def save(
     with new_folder(target) as path:
         model.save_pretrained(path)
         tokenizer.save_pretrained(path)
-        torch.save(optimizer, path / OPTIMIZER)
-        torch.save(random_states, path / RANDOM)
+        save_tensors(optimizer, path / OPTIMIZER)
+        save_tensors(random_states, path / RANDOM)
         (path / STATE).write_text(json.dumps(state))
         files = {
             str(file.relative_to(path)): {"size": file.stat().st_size, "sha256": digest(file)}
@@ -93,6 +59,36 @@ def save(
         }
         (path / MANIFEST).write_text(json.dumps(files, indent=1))
     return target
+
+
+def save_tensors(value: Any, path: Path) -> None:
+    """torch.save, with the OSError of a full disk (torch's own message has a position in the file, not the reason)."""
+    with path.open("wb") as file:
+        writer = _Writer(file)
+        try:
+            torch.save(value, writer)  # type: ignore[arg-type]
+        except RuntimeError:
+            if writer.error is not None:
+                raise writer.error from None
+            raise
+
+
+class _Writer:
+    """A file that remembers what went wrong with it."""
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
 
 
 def digest(path: Path) -> str:
@@ -105,7 +101,7 @@ def digest(path: Path) -> str:
 
 def saved(folder: Path) -> list[Path]:
     """Checkpoints under `folder`, oldest first, whole or not."""
-    return sorted(folder.glob("step-*"), key=step_of)
+    return sorted((path for path in folder.glob("step-*") if path.name[5:].isdecimal()), key=step_of)
 
 
 def step_of(path: Path) -> int:
@@ -120,16 +116,22 @@ def later(path: Path) -> list[Path]:
 def fault(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
-        files = json.loads((path / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
+        files = {
+            name: (int(facts["size"]), str(facts["sha256"]))
+            for name, facts in json.loads((path / MANIFEST).read_text()).items()
+        }
+    except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError) as error:
         return f"its {MANIFEST} cannot be read ({error})"
-    for name, expected in files.items():
+    for pattern in ("*.safetensors", STATE, OPTIMIZER, RANDOM):
+        if not fnmatch.filter(files, pattern):
+            return f"its {MANIFEST} has no {pattern}"
+    for name, (expected, sha256) in files.items():
         file = path / name
         if not file.is_file():
             return f"{name} is missing"
-        if (size := file.stat().st_size) != expected["size"]:
-            return f"{name} has {size:,} bytes instead of {expected['size']:,}"
-        if digest(file) != expected["sha256"]:
+        if (size := file.stat().st_size) != expected:
+            return f"{name} has {size:,} bytes instead of {expected:,}"
+        if digest(file) != sha256:
             return f"the content of {name} has changed (SHA-256)"
     return None
 
@@ -137,11 +139,22 @@ def fault(path: Path) -> str | None:
 def find(resume_from: str, folder: Path) -> tuple[Path | None, list[str]]:
     """The checkpoint to resume from, and what to tell the user about those that were passed over.
 
-    "auto" takes the newest whole one under `folder`, or None where there is none.
+    "auto" takes the newest whole one under `folder`, or None where there are none at all.
 
     Raises:
-        UserError: a checkpoint asked for by name is missing or damaged.
+        UserError: a checkpoint asked for by name is missing or damaged; all are damaged; one cannot be read.
     """
+    try:
+        return find_whole(resume_from, folder)
+    except OSError as error:  # permissions, a failing disk: not a reason to go on without it
+        raise UserError(
+            f"resume_from_checkpoint: cannot read {error.filename}: {error.strerror}. Put that right, or name another "
+            "checkpoint"
+        ) from error
+
+
+def find_whole(resume_from: str, folder: Path) -> tuple[Path | None, list[str]]:
+    """`find`, with any OSError as it comes."""
     if resume_from != "auto":
         path = Path(resume_from)
         if not path.is_dir():
@@ -158,7 +171,19 @@ def find(resume_from: str, folder: Path) -> tuple[Path | None, list[str]]:
         if not (problem := fault(path)):
             return path, skipped
         skipped.append(f"warning: skipped the checkpoint {path}: {problem}")
-    return None, skipped
+    if skipped:  # to start anew would delete what may still be of use
+        problems = "; ".join(line.removeprefix("warning: skipped the checkpoint ") for line in skipped)
+        raise UserError(
+            f"resume_from_checkpoint: no checkpoint of this run is whole: {problems}. Put one back from a copy; or "
+            f"move {folder} away to start from the beginning; or start a new run with one of them as "
+            "model_name_or_path, if its weights are whole"
+        )
+    return None, []
+
+
+def state_of(path: Path) -> dict[str, Any]:
+    """The loop's own state, as it was given to `save`."""
+    return json.loads((path / STATE).read_text())
 
 
 def load(path: Path) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
@@ -168,7 +193,7 @@ def load(path: Path) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any
         UserError: a file holds something else than tensors and plain values (such as code), or cannot be read.
     """
     try:
-        state = json.loads((path / STATE).read_text())
+        state = state_of(path)
         optimizer, random_states = (
             torch.load(path / name, map_location="cpu", weights_only=True) for name in (OPTIMIZER, RANDOM)
         )
@@ -182,24 +207,38 @@ def load(path: Path) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any
 
 def prune(folder: Path, keep: int | None) -> None:
     """Deletes all but the newest `keep` checkpoints and the best one (None keeps all), and what killed runs left."""
-    for leftover in folder.glob(".step-*.tmp"):
-        shutil.rmtree(leftover)
+    remove_leftovers(folder)
     if keep is None:
         return
     paths = saved(folder)
     measured = {path: metric for path in paths if (metric := metric_of(path)) is not None}
     best = max(measured, key=lambda path: measured[path], default=None)
     for path in paths[:-keep]:
-        if path != best:
-            shutil.rmtree(path)
+        if path != best and not is_doubtful(path):
+            remove_folder(path)
 
 
 def metric_of(path: Path) -> float | None:
-    """The evaluation result a checkpoint was saved with, if any."""
+    """The evaluation result a checkpoint was saved with, if any that can be trusted."""
     try:
-        return json.loads((path / STATE).read_text())["metric"]
-    except (OSError, ValueError):
+        return None if is_doubtful(path) else json.loads((path / STATE).read_text())["metric"]
+    except FileNotFoundError:
         return None
+
+
+def is_doubtful(path: Path) -> bool:
+    """Whether a checkpoint's state is damaged: then it may be the best one, or only seem to be."""
+    try:
+        expected = json.loads((path / MANIFEST).read_text())[STATE]["sha256"]
+    except (OSError, ValueError, LookupError, TypeError):
+        expected = None
+    try:
+        json.loads((path / STATE).read_text())["metric"]
+        return expected is not None and digest(path / STATE) != expected
+    except FileNotFoundError:  # half deleted
+        return False
+    except (OSError, ValueError, LookupError, TypeError):
+        return True
 
 
 def random_state() -> dict[str, Any]:

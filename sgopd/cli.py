@@ -27,7 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from sgopd import __version__
-from sgopd.config import Config, UserError, parse_flag, unknown
+from sgopd.config import Config, LostProcess, UserError, parse_flag, unknown
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import: `--help` does without them
     from sgopd.report.run import Run
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         assert path is not None
         return evaluate(path, overrides) if command == "evaluate" else report(path)
     except UserError as error:
-        if main_process:
+        if main_process or isinstance(error, LostProcess):  # the main process may be the one that was lost
             print(f"sgopd: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -159,16 +159,15 @@ def run(config: Config) -> int:
     with display.progress:
         display.start(trainer.step)
         run_dir = trainer.train()
+    if trainer.stopped_by is not None:
+        trainer.say(
+            f"stopped after {trainer.step} of {config.max_steps} updates, and saved. To go on, the same command with "
+            f"--output_dir {run_dir} --resume_from_checkpoint auto"
+        )
+        return 128 + trainer.stopped_by
     if not trainer.processes.main:
         return 0
     console = display.console
-    if trainer.stopped_by is not None:
-        console.print(
-            f"stopped after {trainer.step} of {config.max_steps} updates, and saved. To go on, the same command with "
-            f"--output_dir {run_dir} --resume_from_checkpoint auto",
-            soft_wrap=True,
-        )
-        return 128 + trainer.stopped_by
     if rows := results(read_run(run_dir)):
         console.print(table(rows))
     for name, what in (("", "run directory"), ("final", "trained model"), ("report.html", "report")):

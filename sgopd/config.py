@@ -24,6 +24,10 @@ class UserError(Exception):
     """Something the user can put right: its message says what came, what was expected and the remedy."""
 
 
+class LostProcess(UserError):
+    """Another process of the run has ended, or cannot be reached."""
+
+
 def field(help: str, default: Any = MISSING) -> Any:
     """A dataclass field with the text that `--help` prints."""
     if isinstance(default, dict):

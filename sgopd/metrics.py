@@ -5,6 +5,7 @@ metrics.jsonl gets one JSON object a line, always; it is the source of the repor
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -18,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from sgopd.data import Prompts
+from sgopd.files import make_folder, new_file, sync, writing
 from sgopd.processes import Processes
 from sgopd.rollout import Rollout
 from sgopd_kernels import Stats
@@ -26,30 +28,66 @@ VERIFIER_FAULTS = ("timeout", "error", "no_answer", "truncated", "crashed")
 
 
 class MetricsFile:
-    """Appends records to a JSON Lines file, each flushed: a killed run loses nothing that it has written.
+    """Appends records to a JSON Lines file, unbuffered: a killed run loses nothing that it has written.
 
-    `position` is what a checkpoint keeps; opening the file there drops the lines that came after it.
+    `position` and `sha256`, of what is in the file, are what a checkpoint keeps; opening the file at a position drops
+    the lines that came after it.
+
+    Raises:
+        UserError: it cannot be written.
     """
 
     def __init__(self, path: Path, position: int) -> None:
-        self._file = open(path, "ab")  # noqa: SIM115 (it lives as long as the run)
-        self._file.truncate(min(position, self._file.tell()))
-        self._file.seek(0, os.SEEK_END)
+        self.path = path
+        with writing(path):
+            self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 (it lives as long as the run)
+            self._file.truncate(min(position, os.fstat(self._file.fileno()).st_size))
+            sync(path.parent)
+        self._file.seek(0)
+        self.position = 0
+        self._sha = hashlib.sha256()
+        while block := self._file.read(1 << 20):
+            self._count(block)
 
     @property
-    def position(self) -> int:
-        return self._file.tell()
+    def sha256(self) -> str:
+        return self._sha.hexdigest()
 
     def write(self, record: dict[str, Any]) -> None:
-        self._file.write((json.dumps(finite(record), ensure_ascii=False, allow_nan=False) + "\n").encode())
-        self._file.flush()
+        line = (json.dumps(finite(record), ensure_ascii=False, allow_nan=False) + "\n").encode()
+        with writing(self.path):
+            while line:  # a disk that is nearly full takes a part
+                written = self._file.write(line)
+                self._count(line[:written])
+                line = line[written:]
+
+    def _count(self, data: bytes) -> None:
+        self.position += len(data)
+        self._sha.update(data)
 
     def sync(self) -> None:
         """Makes everything written so far survive a power cut."""
-        os.fsync(self._file.fileno())
+        with writing(self.path):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
+
+
+def lost_records(path: Path, state: dict[str, Any]) -> str | None:
+    """What a metrics file lacks of that with which a checkpoint's `state` was saved, or None."""
+    wanted = state["metrics_position"]
+    try:
+        with path.open("rb") as file:
+            content = file.read(wanted)
+    except FileNotFoundError:
+        content = b""
+    if len(content) < wanted:
+        return f"it has {len(content):,} bytes of {wanted:,}"
+    # Checkpoints of the first version have no sum.
+    if hashlib.sha256(content).hexdigest() != state.get("metrics_sha256", hashlib.sha256(content).hexdigest()):
+        return f"its first {wanted:,} bytes have changed (SHA-256)"
+    return None
 
 
 def finite(value: Any) -> Any:
@@ -167,7 +205,11 @@ def add_verifier_metrics(sums: Sums, reasons: Sequence[str]) -> None:
 def write_completions(
     folder: Path, step: int, rollouts: Sequence[Rollout], prompts: Prompts, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Writes `folder`/step-….parquet, one row a rollout; none for no rollouts."""
+    """Writes `folder`/step-….parquet, one row a rollout; none for no rollouts.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     rows = [
         {
             "step": step,
@@ -183,8 +225,10 @@ def write_completions(
         for rollout in rollouts
     ]
     if rows:
-        folder.mkdir(exist_ok=True)
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / f"step-{step:06d}.parquet")
+        with writing(folder):
+            make_folder(folder)
+        with new_file(folder / f"step-{step:06d}.parquet") as path:
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
 
 
 def repetition(ids: Sequence[int], n: int = 4) -> float:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -15,7 +16,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from torch import Tensor
 
-from sgopd.config import Config, UserError
+from sgopd.config import Config, LostProcess, UserError
 
 T = TypeVar("T")
 
@@ -64,14 +65,18 @@ class Processes:
             except UserError as error:
                 result[1] = str(error)
         if self.count > 1:
-            broadcast_object_list(result)
+            with together():
+                broadcast_object_list(result)
         if result[1] is not None:
             raise UserError(result[1])
         return result[0]
 
     def gather(self, items: list[Any]) -> list[Any]:
         """The items of all processes, in the order of their ranks."""
-        return gather_object(items) if self.count > 1 else items
+        if self.count == 1:
+            return items
+        with together():
+            return gather_object(items)
 
     def sum(self, number: int) -> int:
         return sum(self.gather([number]))
@@ -85,12 +90,25 @@ class Processes:
         if self.count == 1:
             return
         waiting = []
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            waiting.append(torch.distributed.all_reduce(parameter.grad, async_op=True))
-        for handle in waiting:
-            handle.wait()
+        with together():
+            for parameter in parameters:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                waiting.append(torch.distributed.all_reduce(parameter.grad, async_op=True))
+            for handle in waiting:
+                handle.wait()
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Around what all processes do at once: makes of the failure to meet the others a UserError that says so."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise LostProcess(
+            f"lost another process of this run ({str(error).splitlines()[0]}): its own last words say why. Start all "
+            "of them again, with --resume_from_checkpoint auto"
+        ) from error
 
 
 class Interrupt:

@@ -16,6 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sgopd import checkpoint
 from sgopd.config import Config, UserError, read_yaml
 from sgopd.data import Prompts
+from sgopd.files import make_folder
+from sgopd.metrics import lost_records
 from sgopd.teacher import LOGIT_DIVISORS, LOGIT_FACTORS, eos_ids_of, head_of, hidden_states, load_tokenizer
 from sgopd.verifier import VerifierPool
 
@@ -28,7 +30,7 @@ def open_run_dir(config: Config) -> tuple[Path | None, list[str]]:
     """
     run_dir = Path(config.output_dir)
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        make_folder(run_dir)
         probe = run_dir / ".writable"
         probe.touch()
         probe.unlink()
@@ -50,15 +52,40 @@ def open_run_dir(config: Config) -> tuple[Path | None, list[str]]:
         )
     if path is None:
         return None, [*said, f"no whole checkpoint in {run_dir}: starting from the beginning"]
+    if own:
+        check_records(run_dir, path)
     if (run_dir / "config.yaml").is_file():
-        before, now = read_yaml(run_dir / "config.yaml"), dataclasses.asdict(config)
+        try:
+            before = read_yaml(run_dir / "config.yaml")
+        except UserError as error:  # it says what was asked for, and nothing that a run needs to go on
+            before = {}
+            said.append(f"warning: {error}: which settings have changed is not known")
+        now = dataclasses.asdict(config)
         for name in sorted(now.keys() - {"resume_from_checkpoint", "output_dir"}):
-            if before.get(name) != now[name]:
+            if before and before.get(name) != now[name]:
                 said.append(f"warning: {name} was {before.get(name)!r} and is {now[name]!r} from here on")
     said.append(f"resuming from {path}")
     if own and (later := [one.name for one in checkpoint.later(path)]):
         said.append(f"warning: what came after it goes: {', '.join(later)} and their metrics")
     return path, said
+
+
+def check_records(run_dir: Path, path: Path) -> None:
+    """Refuses to go on from a checkpoint without the records that it was saved with."""
+    metrics = run_dir / "metrics.jsonl"
+    if not (problem := lost_records(metrics, checkpoint.state_of(path))):
+        return
+    earlier = [
+        one for one in reversed(checkpoint.saved(path.parent)) if checkpoint.step_of(one) < checkpoint.step_of(path)
+    ]
+    whole = (
+        one for one in earlier if not checkpoint.fault(one) and not lost_records(metrics, checkpoint.state_of(one))
+    )
+    remedy = f"resume from {one}, which has them all; " if (one := next(whole, None)) else ""
+    raise UserError(
+        f"resume_from_checkpoint: {metrics} is not what {path} was saved with: {problem}. Put it back from a copy; "
+        f"{remedy}or go on without these records in a new output_dir, with --resume_from_checkpoint {path}"
+    )
 
 
 @torch.no_grad()

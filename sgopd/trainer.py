@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,6 +29,7 @@ from sgopd import __version__, checkpoint, startup
 from sgopd.config import Config, UserError
 from sgopd.data import derive_seed, has_eval_data, load_prompts, take
 from sgopd.evaluate import evaluate
+from sgopd.files import new_file, new_folder, remove_folder, remove_leftovers, writing
 from sgopd.metrics import (
     MetricsFile,
     Sums,
@@ -417,6 +417,7 @@ class Trainer:
         wanted = config.eval_on_start if self.step == 0 else last or due(self.step, config.eval_steps)
         if wanted and self.evaluated_at != self.step:
             self.metric, self.evaluated_at = self.evaluate("student"), self.step
+            self.saved_at = None  # a signal may have had this step saved without the metric, so never as the best
 
     def evaluate(self, whose: str) -> float:
         """Evaluates the "student" or the "teacher", writes the record and returns avg@k."""
@@ -439,14 +440,20 @@ class Trainer:
 
     def start_writing(self) -> None:
         """From here on the run directory changes: what came after the checkpoint that was resumed from goes."""
-        (self.run_dir / "config.yaml").write_text(self.config.to_yaml(), encoding="utf-8")
-        for path in (self.run_dir / "completions").glob("step-*.parquet"):
-            if int(path.stem.removeprefix("step-")) > self.step:
-                path.unlink()
-        for path in checkpoint.saved(self.run_dir / "checkpoints"):
-            if checkpoint.step_of(path) > self.step:
-                shutil.rmtree(path)
+        with new_file(self.run_dir / "config.yaml") as path:
+            path.write_text(self.config.to_yaml(), encoding="utf-8")
+        # In this order: where it is cut short, the newest checkpoint that is left still has all that goes with it.
+        with writing(self.run_dir / "checkpoints"):
+            for path in reversed(checkpoint.saved(self.run_dir / "checkpoints")):
+                if checkpoint.step_of(path) > self.step:
+                    remove_folder(path)
         self.metrics = MetricsFile(self.run_dir / "metrics.jsonl", self.metrics_position)
+        with writing(self.run_dir):
+            for folder in (".", "checkpoints", "completions"):
+                remove_leftovers(self.run_dir / folder)
+            for path in (self.run_dir / "completions").glob("step-*.parquet"):
+                if int(path.stem.removeprefix("step-")) > self.step:
+                    path.unlink()
         settings = dataclasses.asdict(self.config)
         name = {"name": self.config.run_name or self.run_dir.name}
         self.processes.accelerator.init_trackers(
@@ -504,9 +511,11 @@ class Trainer:
                 "evaluated_at": self.evaluated_at,
                 "metric": self.metric if self.evaluated_at == self.step else None,
                 "metrics_position": self.metrics.position,
+                "metrics_sha256": self.metrics.sha256,
             },
         )
-        checkpoint.prune(self.run_dir / "checkpoints", self.config.save_total_limit)
+        with writing(self.run_dir / "checkpoints"):
+            checkpoint.prune(self.run_dir / "checkpoints", self.config.save_total_limit)
 
     def restore(self, path: Path) -> None:
         """Everything but the weights, which are loaded already."""
@@ -527,7 +536,7 @@ class Trainer:
 
     def save_final(self) -> None:
         """final/: the trained model and its tokenizer, for from_pretrained."""
-        with checkpoint.new_folder(self.run_dir / "final") as path:
+        with new_folder(self.run_dir / "final") as path:
             self.student.save_pretrained(path)
             self.tokenizer.save_pretrained(path)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from sgopd.files import new_file
 from sgopd.report.checks import checks
 from sgopd.report.figures import CELLS, SMOOTHED_FROM, average_name, drawings
 from sgopd.report.quantities import last_tenth, number, show, total
@@ -30,13 +30,13 @@ def write_report(run_dir: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: there is no metrics.jsonl in `run_dir`.
+        UserError: the page cannot be written.
     """
     run_dir = Path(run_dir)
     page = render(read_run(run_dir))
-    path, draft = run_dir / "report.html", run_dir / ".report.html.tmp"
-    draft.write_text(page, encoding="utf-8", errors="replace")
-    os.replace(draft, path)  # a reader never sees half a page
-    return path
+    with new_file(run_dir / "report.html") as path:  # a reader never sees half a page
+        path.write_text(page, encoding="utf-8", errors="replace")
+    return run_dir / "report.html"
 
 
 def render(run: Run) -> str:

@@ -18,6 +18,7 @@ import sgopd
 from sgopd import checkpoint
 from sgopd.cli import main
 from sgopd.config import Config, UserError
+from sgopd.files import new_folder
 from sgopd.startup import open_run_dir
 
 STEPS = 12
@@ -293,16 +294,16 @@ def test_a_checkpoint_that_is_not_there(tmp_path):
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     target = tmp_path / "a" / "step-000001"
-    with pytest.raises(KeyError), checkpoint.new_folder(target) as path:
+    with pytest.raises(KeyError), new_folder(target) as path:
         (path / "file").write_text("half")
         raise KeyError
     assert not target.exists() and checkpoint.saved(tmp_path / "a") == []
-    with checkpoint.new_folder(target) as path:
+    with new_folder(target) as path:
         (path / "file").write_text("whole")
         assert not target.exists()
     assert (target / "file").read_text() == "whole"
     full = pytest.raises(UserError, match=r"cannot write .*No space left.*Free some space")
-    with full, checkpoint.new_folder(target) as path:
+    with full, new_folder(target) as path:
         raise OSError(28, "No space left on device")
     assert (target / "file").read_text() == "whole" and len(list((tmp_path / "a").iterdir())) == 1
 
@@ -320,9 +321,19 @@ def test_the_best_checkpoint_is_never_deleted(tmp_path):
     assert len(checkpoint.saved(tmp_path)) == 5
     checkpoint.prune(tmp_path, 2)
     assert [path.name for path in checkpoint.saved(tmp_path)] == ["step-000004", "step-000008", "step-1000000"]
-    (tmp_path / "step-000004" / "state.json").write_text("{")  # damaged: no longer known to be the best
+    (tmp_path / "step-000004" / "state.json").write_text("{")  # damaged: it may be the best
+    checkpoint.prune(tmp_path, 1)
+    assert [path.name for path in checkpoint.saved(tmp_path)] == ["step-000004", "step-000008", "step-1000000"]
+    (tmp_path / "step-000004" / "state.json").unlink()  # half deleted
     checkpoint.prune(tmp_path, 1)
     assert [path.name for path in checkpoint.saved(tmp_path)] == ["step-000008", "step-1000000"]
+    state = tmp_path / "step-000008" / "state.json"
+    (tmp_path / "step-1000000" / "state.json").write_text('{"metric": 0.9}')  # a flipped digit: it only seems the best
+    (tmp_path / "step-1000000" / "manifest.json").write_text('{"state.json": {"size": 15, "sha256": "0"}}')
+    fake(tmp_path, 1000002, 0.0)
+    checkpoint.prune(tmp_path, 1)
+    assert [checkpoint.step_of(path) for path in checkpoint.saved(tmp_path)] == [8, 1000000, 1000002]
+    assert json.loads(state.read_text()) == {"metric": 0.3}
 
 
 def test_random_states_survive_a_file(tmp_path):

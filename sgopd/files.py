@@ -1,0 +1,124 @@
+"""Files that are whole or not there, whatever ends the process: a kill, a full disk, a power cut."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from sgopd.config import UserError
+
+
+@contextlib.contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Makes of a failure to write `target` a UserError that says so."""
+    try:
+        yield
+    except Exception as error:
+        # Beside OSError: safetensors has its own, and tokenizers raises plain Exception, for a full disk.
+        if not (isinstance(error, (OSError, SafetensorError)) or type(error) is Exception):
+            raise
+        raise UserError(
+            f"cannot write {target}: {error}. Free some space or choose another output_dir; what was written before is "
+            "whole, and --resume_from_checkpoint auto goes on from there"
+        ) from error
+
+
+@contextlib.contextmanager
+def new_file(target: Path) -> Iterator[Path]:
+    """A path to write to, which becomes `target` (replacing it) once it is complete and on the disk.
+
+    Raises:
+        UserError: it cannot be written; nothing of it is left, and what was there before stays.
+    """
+    temporary = temporary_name(target)
+    with writing(target):
+        try:
+            yield temporary
+            sync(temporary)
+            os.replace(temporary, target)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        sync(target.parent)
+
+
+@contextlib.contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `target` (replacing it) once it is complete and on the disk.
+
+    Raises:
+        UserError: it cannot be written; nothing of it is left, and what was there before stays.
+    """
+    temporary = temporary_name(target)
+    with writing(target):
+        try:
+            make_folder(target.parent)
+            if temporary.exists():
+                shutil.rmtree(temporary)
+            temporary.mkdir()
+            yield temporary
+            for path in [*temporary.rglob("*"), temporary]:
+                sync(path)
+            if target.exists():
+                exchange(temporary, target)
+            else:
+                temporary.rename(target)
+            sync(target.parent)
+        finally:  # half of the new one, or all of the old one
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def make_folder(path: Path) -> None:
+    """`path` and its parents, each entered in its own parent on the disk."""
+    missing = [one for one in (path, *path.parents) if not one.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for one in missing:
+        sync(one.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Deletes a folder; if that is cut short, what is left no longer bears its name."""
+    temporary = temporary_name(path)
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    path.rename(temporary)
+    sync(path.parent)
+    shutil.rmtree(temporary)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """What killed runs left half written or half deleted in `folder`."""
+    for leftover in folder.glob(".*.tmp"):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+def sync(path: Path) -> None:
+    """Waits until a file's, or a folder's, content is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def exchange(one: Path, other: Path) -> None:
+    """Swaps two folders of one parent: at no moment is either name without a whole folder, where the system can."""
+    AT_FDCWD, RENAME_EXCHANGE = -100, 2
+    libc = ctypes.CDLL(None, use_errno=True)
+    swap = getattr(libc, "renameat2", None)  # Linux; some network file systems refuse
+    if swap and swap(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0:
+        return
+    aside = temporary_name(temporary_name(other))
+    other.rename(aside)
+    one.rename(other)
+    aside.rename(one)
+
+
+def temporary_name(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
