@@ -51,7 +51,7 @@ from typing import Any
 MARK = "SGOPD_CHAOS_RUN"  # in the environment of every process of a run
 STAGES = ("start", "rollout", "verify", "update", "save", "evaluate", "final")
 STEPS, SAVE_STEPS = 6, 2
-PATIENCE = 240.0  # seconds until a process counts as hung
+PATIENCE = 600.0  # seconds until a process counts as hung
 FILES = (
     "model.safetensors",
     "optimizer.pt",
@@ -146,7 +146,7 @@ def settings(folder: Path) -> dict[str, Any]:
         "output_dir": str(folder / "run"),
         "verifier": "chaos:verify",
         "verifier_workers": 1,
-        "verifier_timeout": 60.0,  # this machine may be busy, and a timeout is a verdict
+        "verifier_timeout": 600.0,  # this machine may be busy, and a timeout is a verdict
         "use_cpu": True,
         "num_threads": 1,
         "max_completion_length": 24,
