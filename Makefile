@@ -4,6 +4,7 @@
 #   make lint         format, lint and type checks
 #   make bench        the peers side by side, error beside time
 #   make chaos        training runs broken in every way, and whether they lose anything (an hour)
+#   make gpu-suite    on a machine with a GPU: device tests, our plans beside the peers, sweeps (docs/gpu.md)
 #   make soak         an hour of training, watched for what grows
 #   make hostile      the verifier under attack, and its accuracy beside plain math-verify (minutes)
 PYTHON ?= python3
@@ -12,7 +13,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: install quickstart test lint format bench chaos hostile soak clean
+.PHONY: install quickstart test lint format bench gpu-suite chaos hostile soak clean
 .DEFAULT_GOAL := quickstart
 
 SOURCES := $(shell find sgopd sgopd_kernels csrc -type f -not -name '*.pyc' -not -name '*.so' 2>/dev/null)
@@ -66,6 +67,9 @@ bench: $(VENV)/.bench
 
 chaos: $(VENV)/.test
 	$(VENV)/bin/python tests/chaos.py
+
+gpu-suite: $(VENV)/.test
+	$(VENV)/bin/python bench/gpu_suite.py --minutes $(or $(MINUTES),8) --output $(or $(OUTPUT),runs/gpu)
 
 soak: $(VENV)/.test
 	$(VENV)/bin/python tests/soak.py --minutes $(or $(MINUTES),60)

@@ -19,6 +19,7 @@ import importlib.util
 import json
 import os
 import platform
+import runpy
 import signal
 import statistics
 import subprocess
@@ -309,6 +310,8 @@ class Meter:
 
 
 def child(args: argparse.Namespace) -> None:
+    if args.dry_run:
+        runpy.run_path(str(ROOT / "tests" / "triton" / "interpreter.py"))  # before anything imports Triton
     meter = Meter(args.dry_run)
     stages = args.child.split(",")
     names = list(WEIGHTS)

@@ -2,6 +2,7 @@
 
     python bench/roofline.py                                     # the target shape, all devices, a sweep of chunk sizes
     python bench/roofline.py --tokens 4096 --chunk 2048 --output runs/roofline.md
+    python bench/roofline.py --page docs/gpu.md                  # brings the page's tables up to date
 
 A model, not a measurement. Every product reads its operands and writes its result once (the cache is perfect within a
 product, and useless between two); a stage takes the longer of its arithmetic and its traffic; stages follow one
@@ -228,10 +229,14 @@ PLANS: dict[str, Callable[[Shape], Cost]] = {
     "exact, G in bf16, gate density ½": lambda s: exact(s, density=0.5),
     "filtered, s = 0.1": lambda s: filtered(s, 0.1),
     "filtered, s = 0.3": lambda s: filtered(s, 0.3),
+    "filtered, s = 0.5": lambda s: filtered(s, 0.5),
     "screened + filtered, s = 0.1": lambda s: screened(s, 0.1),
     "statistics, no gradient": statistics,
     "everything recomputed (peers)": recomputed,
 }
+
+
+CHUNKS = (256, 512, 1024, 2048, 4096, 8192)
 
 
 def workspace(shape: Shape, store: Storage = Storage()) -> int:
@@ -311,15 +316,27 @@ def markdown(shape: Shape, chunks: Iterable[int]) -> str:
     return "\n".join(lines) + "\n"
 
 
+MARKS = "<!-- roofline -->", "<!-- /roofline -->"
+
+
+def on_page(page: str, text: str) -> str:
+    """The page with `text` between its marks."""
+    before, rest = page.split(MARKS[0])
+    return f"{before}{MARKS[0]}\n\n{text}\n{MARKS[1]}{rest.split(MARKS[1])[1]}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("tokens", "vocabulary", "student", "teacher", "chunk"):
         parser.add_argument(f"--{name}", type=int, default=getattr(Shape, name), help="default %(default)s")
-    parser.add_argument("--chunks", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096, 8192])
+    parser.add_argument("--chunks", type=int, nargs="+", default=CHUNKS)
     parser.add_argument("--output", type=Path, help="write the Markdown here (default: standard output)")
+    parser.add_argument("--page", type=Path, help="write it between the marks of this page")
     args = parser.parse_args()
     text = markdown(Shape(args.tokens, args.vocabulary, args.student, args.teacher, args.chunk), args.chunks)
-    if args.output is None:
+    if args.page is not None:
+        args.page.write_text(on_page(args.page.read_text(encoding="utf-8"), text), encoding="utf-8")
+    elif args.output is None:
         print(text, end="")
     else:
         args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -104,3 +104,9 @@ def test_command_line(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "N 128" in text and "Not measured" in text
     for plan in model.PLANS:
         assert f"| {plan} |" in text
+
+
+def test_the_page_has_what_the_script_prints(model: Any, root: Path) -> None:
+    """`python bench/roofline.py --page docs/gpu.md` brings it up to date."""
+    page = (root / "docs" / "gpu.md").read_text(encoding="utf-8")
+    assert model.MARKS[0] in page and model.on_page(page, model.markdown(model.Shape(), model.CHUNKS)) == page
