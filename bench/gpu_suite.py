@@ -102,15 +102,16 @@ def follow(
 ) -> tuple[str, list[str]]:
     """Runs a child and hears its records: ("" where it ended well, else how it ended; its last lines)."""
     last: list[str] = []
-    killed, heard, over = "", time.time(), threading.Event()
+    killed, quiet, over = "", 0.0, threading.Event()
     child = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     def watch() -> None:
-        nonlocal killed
+        nonlocal killed, quiet
         while not over.wait(0.5):
+            quiet += 0.5  # counted, not read off a clock: a machine that slept has not been silent
             if time.time() > until + GRACE:
                 killed = "killed: it was over its time"
-            elif time.time() > heard + SILENCE:
+            elif quiet > SILENCE:
                 killed = f"killed: nothing heard of it for {SILENCE:.0f} s"
             if killed:
                 child.kill()
@@ -122,7 +123,7 @@ def follow(
     with log.open("a", encoding="utf-8") as kept:
         try:
             for line in child.stdout:
-                heard = time.time()
+                quiet = 0.0
                 if line.startswith(MARK):
                     hear(json.loads(line[len(MARK) :]))
                 else:

@@ -33,6 +33,11 @@ def same(a: tuple[torch.Tensor, ...], b: tuple[torch.Tensor, ...]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b))
 
 
+def skip_twice(device: Any, backend: str, once: str) -> None:
+    if device.dry and backend != once:
+        pytest.skip(f"slow, and a dry run has it with {once}")
+
+
 def only_triton(backend: str) -> None:
     if backend != "triton":
         pytest.skip(f"backend {backend!r} waits for the device in every chunk")
@@ -116,6 +121,7 @@ def test_side_stream(kit: Any, device: Any, backend: str) -> None:
 
 
 def test_compiled_equals_eager(kit: Any, device: Any, backend: str) -> None:
+    skip_twice(device, backend, "triton")
     inputs = kit.on_device(kit.make_inputs(n=40, v=301, hs=32))
 
     def loss_of(hidden: torch.Tensor) -> torch.Tensor:
@@ -162,6 +168,7 @@ def test_offsets_beyond_32_bits(kit: Any, device: Any, backend: str) -> None:
 
 def test_ids_out_of_range_stop_the_device(backend: str, device: Any) -> None:
     """On a device the check costs no synchronisation, and so comes late: but it comes."""
+    skip_twice(device, backend, "torch")
     script = f"""
         import torch
         from sgopd_kernels import gated_kl_loss
