@@ -85,7 +85,7 @@ def test_a_candidate_that_kills_the_process_loses_only_its_own_row(suite: Any, t
 def test_a_candidate_that_hangs_is_killed_and_what_was_read_stays(
     suite: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(suite, "SILENCE", 1.0)
+    monkeypatch.setattr(suite, "SILENCE", 5.0)
     results = suite.Results(tmp_path, {"dry run": True})
     command = child(tmp_path, DIES.replace("os._exit(7)", "time.sleep(60)"))
     suite.measure(results, command, ["target"], dict(os.environ), time.time() + 60)
@@ -99,7 +99,7 @@ def test_over_its_time_a_child_ends_and_the_stage_is_cut(
     monkeypatch.setattr(suite, "GRACE", 0.5)
     results = suite.Results(tmp_path, {"dry run": True})
     command = child(tmp_path, DIES.replace("os._exit(7)", "time.sleep(60)"))
-    suite.measure(results, command, ["target", "sweep"], dict(os.environ), time.time() + 1)
+    suite.measure(results, command, ["target", "sweep"], dict(os.environ), time.time() + 5)
     assert results.data["tables"]["target"]["rows"]["good"]["ms"] == 1.0
     assert results.data["stages"]["target"]["status"] == results.data["stages"]["sweep"]["status"] == "cut"
     assert "over its time" in (tmp_path / "results.md").read_text()
