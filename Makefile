@@ -5,6 +5,8 @@
 #   make bench        the peers side by side, error beside time
 #   make chaos        training runs broken in every way, and whether they lose anything (an hour)
 #   make gpu-suite    on a machine with a GPU: device tests, our plans beside the peers, sweeps (docs/gpu.md)
+#   make sanitize     the kernel tests under AddressSanitizer, UBSan and ThreadSanitizer (minutes)
+#   make fuzz         random calls of the native extension, ten minutes
 #   make soak         an hour of training, watched for what grows
 #   make hostile      the verifier under attack, and its accuracy beside plain math-verify (minutes)
 PYTHON ?= python3
@@ -13,7 +15,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: install quickstart test lint format bench gpu-suite chaos hostile soak clean
+.PHONY: install quickstart test lint format bench gpu-suite chaos hostile soak clean sanitize fuzz
 .DEFAULT_GOAL := quickstart
 
 SOURCES := $(shell find sgopd sgopd_kernels csrc -type f -not -name '*.pyc' -not -name '*.so' 2>/dev/null)
@@ -78,5 +80,12 @@ hostile: $(VENV)/.test
 	$(VENV)/bin/python bench/verifier_accuracy.py --wrong
 	$(VENV)/bin/python bench/verifier_hostile.py
 
+sanitize: $(VENV)/.test
+	$(PIP) -r requirements/build.txt
+	PATH="$$PWD/$(VENV)/bin:$$PATH" $(VENV)/bin/python tests/sanitize.py
+
+fuzz: $(VENV)/.test
+	$(VENV)/bin/python tests/fuzz_native.py --minutes $(or $(MINUTES),10)
+
 clean:
-	rm -rf build $(VENV) $(VENV)-lint *.egg-info sgopd_kernels/*.so
+	rm -rf build dist $(VENV) $(VENV)-lint *.egg-info sgopd_kernels/*.so

@@ -2,6 +2,7 @@
 
 The CPU extension is always built. The CUDA one is built where nvcc is found (CUDA_HOME, CUDACXX, PATH or
 /usr/local/cuda); SGOPD_CUDA=0 leaves it out, SGOPD_CUDA=1 makes a missing nvcc an error.
+SGOPD_SANITIZE=address,undefined or =thread builds the CPU extension for tests/sanitize.py.
 `python setup.py build_ext --inplace` puts the extensions beside the sources, for development.
 """
 
@@ -58,8 +59,7 @@ class CMakeBuild(build_ext):
         nvcc = find_nvcc()
         if nvcc:
             configure += ["-DSGOPD_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}"]
-        if os.environ.get("SGOPD_SANITIZE") == "1":
-            configure += ["-DSGOPD_SANITIZE=ON"]
+        configure += [f"-DSGOPD_SANITIZE={os.environ.get('SGOPD_SANITIZE', '')}"]
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(build), "--parallel", str(os.cpu_count() or 1)], check=True)
         subprocess.run(["cmake", "--install", str(build)], check=True)

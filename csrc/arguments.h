@@ -5,7 +5,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cmath>
+#include <cstdint>
 #include <functional>
+#include <limits>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -28,6 +31,25 @@ inline T* pointer(const char* name, std::uintptr_t address, bool required) {
     throw std::invalid_argument(std::string(name) + ": address is not aligned to its element");
   }
   return reinterpret_cast<T*>(address);
+}
+
+// Rows and columns of a matrix, and the elements from one row to the next. Row and column numbers are 32-bit where
+// pairs of them are kept, and no byte offset may leave the 64-bit range.
+inline void extent(const char* name, int64_t rows, int64_t columns, int64_t stride) {
+  constexpr int64_t kIndex = std::numeric_limits<int32_t>::max(), kBytes = std::numeric_limits<int64_t>::max() / 8;
+  if (rows < 0 || columns < 1 || rows > kIndex || columns > kIndex)
+    throw std::invalid_argument(std::string(name) + ": expected 0 to 2^31 - 1 rows and 1 to 2^31 - 1 columns, got " +
+                                std::to_string(rows) + " and " + std::to_string(columns));
+  if (stride < columns)
+    throw std::invalid_argument(std::string(name) + ": a row stride of " + std::to_string(stride) +
+                                " is smaller than the width of " + std::to_string(columns));
+  if (stride > kBytes / (rows > 0 ? rows : 1))
+    throw std::invalid_argument(std::string(name) + ": " + std::to_string(rows) + " rows at a stride of " +
+                                std::to_string(stride) + " leave the address space");
+}
+
+inline void require_threads(int threads) {
+  if (threads < 1) throw std::invalid_argument("threads: expected at least 1, got " + std::to_string(threads));
 }
 
 // Modules serve the main interpreter alone, as torch does. pybind11's PyInit takes the GIL with PyGILState_Ensure,
@@ -55,7 +77,10 @@ inline void require_main_interpreter() {
   }
 
 inline HeadArgs head(const char* name, const HeadTuple& h) {
-  return {pointer<const float>(name, std::get<0>(h), false), std::get<1>(h), std::get<2>(h)};
+  const HeadArgs a{pointer<const float>(name, std::get<0>(h), false), std::get<1>(h), std::get<2>(h)};
+  if (!std::isfinite(a.logit_scale) || !std::isfinite(a.softcap) || a.softcap < 0)
+    throw std::invalid_argument(std::string(name) + ": its head needs a finite logit scale and a softcap >= 0");
+  return a;
 }
 
 inline void define_rows(py::module_& m, Run run) {
@@ -68,21 +93,27 @@ inline void define_rows(py::module_& m, Run run) {
                           Address teacher_logprob, Address behaviour_logprob, Address stats, int estimator,
                           int divergence, double beta, double tolerance, double ratio_clip, double temperature,
                           bool gradient, int threads, const std::string& isa, Address stream) {
-    if (n < 0 || vocabulary < 1) throw std::invalid_argument("rows: n must be >= 0 and vocabulary >= 1");
-    if (student_stride < vocabulary || (teacher != 0 && teacher_stride < vocabulary) ||
-        (reference != 0 && reference_stride < vocabulary))
-      throw std::invalid_argument("rows: a row stride is smaller than the vocabulary");
+    extent("student", n, vocabulary, student_stride);
+    if (teacher != 0) extent("teacher", n, vocabulary, teacher_stride);
+    if (reference != 0) extent("reference", n, vocabulary, reference_stride);
+    require_threads(threads);
     if (estimator < 0 || estimator > 1 || divergence < 0 || divergence > 2)
       throw std::invalid_argument("rows: unknown estimator or divergence");
     if (teacher == 0 && estimator != kSampled)
       throw std::invalid_argument("rows: without teacher logits only the sampled estimator is defined");
     if (reference != 0 && teacher == 0) throw std::invalid_argument("rows: a reference needs teacher logits");
-    if (!(temperature > 0)) throw std::invalid_argument("rows: temperature must be > 0");
+    const auto inverse_temperature = static_cast<float>(1.0 / temperature);
+    if (!(inverse_temperature > 0) || !std::isfinite(inverse_temperature))
+      throw std::invalid_argument("rows: temperature must be > 0, with an inverse that float32 holds");
+    if (divergence == kJSD && !(beta > 0 && beta < 1))
+      throw std::invalid_argument("rows: beta of the JSD must lie between 0 and 1");
+    if (!(tolerance >= 0)) throw std::invalid_argument("rows: tolerance must be >= 0");
+    if (std::isnan(ratio_clip)) throw std::invalid_argument("rows: ratio_clip is NaN");
 
     RowsArgs a{};
     a.rows = n;
     a.vocabulary = vocabulary;
-    a.student = pointer<float>("student", student, true);
+    a.student = pointer<float>("student", student, n > 0);
     a.student_stride = student_stride;
     a.teacher = pointer<float>("teacher", teacher, false);
     a.teacher_stride = teacher_stride;
@@ -91,22 +122,21 @@ inline void define_rows(py::module_& m, Run run) {
     a.student_head = head("student bias", student_head);
     a.teacher_head = head("teacher bias", teacher_head);
     a.reference_head = head("reference bias", reference_head);
-    a.token_ids = pointer<const int64_t>("token_ids", token_ids, true);
-    a.verdict = pointer<const float>("verdict", verdict, true);
-    a.weights = pointer<const double>("weights", weights, true);
+    a.token_ids = pointer<const int64_t>("token_ids", token_ids, n > 0);
+    a.verdict = pointer<const float>("verdict", verdict, n > 0);
+    a.weights = pointer<const double>("weights", weights, n > 0);
     a.forced = pointer<const int8_t>("forced", forced, false);
-    a.row_scale = pointer<const float>("row_scale", row_scale, gradient);
-    a.teacher_logprob = pointer<const float>("teacher_logprob", teacher_logprob, teacher == 0);
+    a.row_scale = pointer<const float>("row_scale", row_scale, gradient && n > 0);
+    a.teacher_logprob = pointer<const float>("teacher_logprob", teacher_logprob, teacher == 0 && n > 0);
     a.behaviour_logprob = pointer<const float>("behaviour_logprob", behaviour_logprob, false);
-    a.stats = pointer<double>("stats", stats, true);
+    a.stats = pointer<double>("stats", stats, n > 0);
     a.estimator = estimator;
     a.divergence = divergence;
     a.beta = beta;
     a.tolerance = tolerance;
     a.ratio_clip = ratio_clip;
-    a.inverse_temperature = static_cast<float>(1.0 / temperature);
+    a.inverse_temperature = inverse_temperature;
     a.gradient = gradient;
-
     if (n == 0) return;
     run(a, threads, isa, stream);
   };

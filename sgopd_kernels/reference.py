@@ -36,7 +36,7 @@ def logits(hidden: Tensor, head: Head, vocabulary: int, temperature: float) -> T
         z = z + head.bias[:vocabulary].to(hidden.dtype)
     z = z * head.logit_scale
     if head.softcap is not None:
-        z = head.softcap * torch.tanh(z / head.softcap)
+        z = torch.where(z == -torch.inf, z, head.softcap * torch.tanh(z / head.softcap))  # masked stays masked
     return z / temperature
 
 
@@ -53,7 +53,11 @@ def _divergence(name: str, beta: float, log_p: Tensor, log_q: Tensor) -> Tensor:
     if name == "forward-kl":
         return _xlogx_sum(q, log_q - log_p)
     # beta * KL(q || m) + (1 - beta) * KL(p || m), m = beta q + (1 - beta) p
-    log_m = torch.logaddexp(log_q + math.log(beta), log_p + math.log1p(-beta))
+    # In a column that both mask logaddexp has no gradient; neither sum below reads it there.
+    both = (log_p == -torch.inf) & (log_q == -torch.inf)
+    log_m = torch.logaddexp(
+        log_q.masked_fill(both, 0.0) + math.log(beta), log_p.masked_fill(both, 0.0) + math.log1p(-beta)
+    )
     return beta * _xlogx_sum(q, log_q - log_m) + (1 - beta) * _xlogx_sum(p, log_p - log_m)
 
 

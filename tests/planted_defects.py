@@ -55,6 +55,11 @@ DEFECTS = [
     Defect("cpu: softcap's slope missing", ROWS, "scale * (1.f - th * th)", "scale"),
     Defect("cpu: -inf of the teacher not taken out", ROWS, "    if (t != nullptr) target(t, a.teacher_head);", "    if (t != nullptr && !head_is_plain(a.teacher_head, a.inverse_temperature)) transform(t, a.teacher_head, a.inverse_temperature, first, count);"),
     Defect("cpu: tail of a row beyond a block dropped", ROWS, "first < v; first += kBlock) s.add_block", "first < (v > kBlock ? v - kBlock : v); first += kBlock) s.add_block"),
+    Defect("cpu: a NaN importance ratio clipped to a number", ROWS, "ratio > a.ratio_clip ? a.ratio_clip : ratio", "ratio < a.ratio_clip ? ratio : a.ratio_clip"),
+    Defect("torch: a softcap unmasks a column", TORCH, "z = torch.where(z == -torch.inf, z, ", "z = torch.where(z == torch.inf, z, "),
+    Defect("door: a stride shorter than the row accepted", "csrc/arguments.h", "if (stride < columns)", "if (false)"),
+    Defect("pairs: squares of what is left in plain fp32", "csrc/cpu/sparse.cpp", "threshold > 1e-37f ? 1.f / threshold : 1e37f", "1.f"),
+    Defect("screen: a NaN lost at a new maximum", "csrc/cpu/sparse.cpp", "sum *= std::exp(static_cast<double>(highest) - top);", "sum = sum > 0 ? sum * std::exp(static_cast<double>(highest) - top) : 0.0;"),
 ]
 # fmt: on
 
@@ -73,7 +78,7 @@ def run(defect: Defect | None) -> str | None:
         environment = {**os.environ, "SGOPD_CUDA": "0", "SGOPD_TEST_SOURCE": "1", "PYTHONPATH": str(copy)}
         build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
         subprocess.run(build, cwd=copy, env=environment, check=True, capture_output=True)
-        tests = [f"tests/kernels/test_{name}.py" for name in ("parity", "api", "ops", "options")]
+        tests = [f"tests/kernels/test_{name}.py" for name in ("parity", "api", "ops", "options", "fuzz_native")]
         command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-k", "not peak_memory", *tests]
         done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
         failed = [line.split(" ")[1] for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]

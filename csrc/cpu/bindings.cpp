@@ -94,12 +94,14 @@ bool has_bf16() {
 void project_bf16(std::uintptr_t hidden, int64_t n, int64_t hidden_stride, std::uintptr_t weight, int64_t v,
                   int64_t weight_stride, int64_t h, std::uintptr_t out, int64_t out_stride, int threads) {
   if (!has_bf16()) throw std::invalid_argument("project_bf16: this processor has no AVX512-BF16");
-  if (n < 0 || v < 1 || h < 1 || hidden_stride < h || weight_stride < h || out_stride < v)
-    throw std::invalid_argument("project_bf16: sizes and strides do not fit");
-  if (n == 0) return;
-  const auto* x = sgopd::pointer<const uint16_t>("hidden", hidden, true);
+  sgopd::extent("hidden", n, h, hidden_stride);
+  sgopd::extent("weight", v, h, weight_stride);
+  sgopd::extent("out", n, v, out_stride);
+  sgopd::require_threads(threads);
+  const auto* x = sgopd::pointer<const uint16_t>("hidden", hidden, n > 0);
   const auto* w = sgopd::pointer<const uint16_t>("weight", weight, true);
-  auto* z = sgopd::pointer<float>("out", out, true);
+  auto* z = sgopd::pointer<float>("out", out, n > 0);
+  if (n == 0) return;
 #ifdef SGOPD_X86
   py::gil_scoped_release release;
   const int64_t panels = sgopd::avx512bf16::panels(v);

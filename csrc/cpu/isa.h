@@ -4,7 +4,9 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <exception>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -16,18 +18,30 @@ std::vector<std::string> available_isas();  // best first
 std::string pick_isa(const std::string& isa);
 
 // Calls part(i) for i in [0, count) on up to `threads` threads made for the call: no pool to survive a fork, no runtime
-// to spin beside torch's. Tasks are taken in turn; what a task writes must not depend on which thread ran it.
+// to spin beside torch's. Tasks are taken in turn; what a task writes must not depend on which thread ran it. Where the
+// system gives fewer threads, those do all the tasks. An exception ends the call, not the process.
 template <typename Part>
 void parallel(int64_t count, int64_t threads, const Part& part) {
   threads = std::max<int64_t>(1, std::min(threads, count));
   std::atomic<int64_t> next{0};
+  std::atomic<bool> failed{false};
+  std::exception_ptr error;
   const auto work = [&] {
-    for (int64_t i = next++; i < count; i = next++) part(i);
+    try {
+      for (int64_t i = next++; i < count && !failed; i = next++) part(i);
+    } catch (...) {
+      if (!failed.exchange(true)) error = std::current_exception();
+    }
   };
   std::vector<std::thread> pool;
-  for (int64_t i = 1; i < threads; ++i) pool.emplace_back(work);
+  pool.reserve(threads - 1);
+  try {
+    while (static_cast<int64_t>(pool.size()) < threads - 1) pool.emplace_back(work);
+  } catch (const std::system_error&) {  // a limit on processes; the pool stays as it is
+  }
   work();
   for (auto& thread : pool) thread.join();
+  if (error) std::rethrow_exception(error);
 }
 
 }  // namespace sgopd

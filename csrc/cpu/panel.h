@@ -55,7 +55,7 @@ inline void pack_panel(const uint16_t* weight, int64_t stride, int64_t rows, int
   }
 }
 
-using Word __attribute__((may_alias)) = float;  // two 16-bit elements
+using Word __attribute__((may_alias, aligned(2))) = float;  // two 16-bit elements, aligned as one
 
 inline __mmask16 left(int64_t count) { return count >= 16 ? 0xffff : static_cast<__mmask16>((1u << count) - 1); }
 

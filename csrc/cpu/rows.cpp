@@ -77,6 +77,12 @@ void restrict_support(float* __restrict z, const float* __restrict target, int64
   for (int64_t i = 0; i < count; ++i) z[i] = target[i] == kNegInf ? kNegInf : z[i];
 }
 
+// Logit -> log-probability. Not x - lse: a large offset common to all logits would take the digits of log_sum.
+struct LogSoftmax {
+  double max, log_sum;
+  double operator()(double x) const { return (x - max) - log_sum; }
+};
+
 // One side's running softmax: maximum, sum of exponentials, sum of e * (z - max) for the entropy.
 struct Side {
   float max = kNegInf;
@@ -94,7 +100,7 @@ struct Side {
   }
   float origin() const { return max == kNegInf ? 0.f : max; }  // -inf - -inf would be NaN
   double log_sum() const { return std::log(sum); }
-  double lse() const { return static_cast<double>(max) + log_sum(); }
+  LogSoftmax log_softmax() const { return {max, log_sum()}; }
   double entropy() const { return log_sum() - moment / sum; }
 };
 
@@ -177,18 +183,18 @@ double precise_divergence(const float* __restrict z, const float* __restrict t, 
                           int divergence, double beta, double* kl_student_mixture) {
   const float mp = s.p.origin(), mq = s.q.origin();
   const float ip = static_cast<float>(1.0 / s.p.sum), iq = static_cast<float>(1.0 / s.q.sum);
-  const double lse_p = s.p.lse(), lse_q = s.q.lse(), lse_difference = s.lse_difference();
-  const Split dlse(lse_difference);
+  const Split dlse(s.lse_difference());
   double total = 0, mixture = 0, mass = 0;
   for (int64_t first = 0; first < v; first += kBlock) {
     const int64_t last = min64(v, first + kBlock);
     if (divergence == kJSD) {
       // In double, by the C library: JSD is not a hot path.
+      const LogSoftmax log_p = s.p.log_softmax(), log_q = s.q.log_softmax();
       for (int64_t i = first; i < last; ++i) {
-        const double p = z[i] == kNegInf ? 0.0 : std::exp(static_cast<double>(z[i]) - lse_p);
-        const double q = t[i] == kNegInf ? 0.0 : std::exp(static_cast<double>(t[i]) - lse_q);
+        const double p = z[i] == kNegInf ? 0.0 : std::exp(log_p(z[i]));
+        const double q = t[i] == kNegInf ? 0.0 : std::exp(log_q(t[i]));
         if (p != 0) {  // NaN too: a comparison with 0 would drop it from the value and leave it in the gradient
-          const double u = lse_difference - (static_cast<double>(z[i]) - t[i]);
+          const double u = log_q(t[i]) - log_p(z[i]);
           const double r = log_mixture_ratio(u, beta);
           mixture -= p * r;
           mass += p;
@@ -216,7 +222,8 @@ double precise_divergence(const float* __restrict z, const float* __restrict t, 
   }
   // The gradient sums to 0 only if the mean is taken under weights that sum to 1.
   *kl_student_mixture = mass > 0 ? mixture / mass : mixture;
-  return total;
+  // A student that can produce nothing is no distribution.
+  return divergence == kJSD && !(mass > 0) ? std::numeric_limits<double>::quiet_NaN() : total;
 }
 
 // d(loss)/d(projection) from d(loss)/d(logit): through temperature, softcap and scale, in place.
@@ -278,10 +285,11 @@ void gradient(float* __restrict z, const float* __restrict t, const RowsArgs& a,
         zb[i] = k.full * (std::fabs(u) < 0.25f ? -p * em1 : (zb[i] == kNegInf ? 0.f : p - q));
       }
     } else {
-      const double lse_difference = s.lse_difference(), scale = k.full * (1 - a.beta);
+      const double scale = k.full * (1 - a.beta);
+      const LogSoftmax log_p = s.p.log_softmax(), log_q = s.q.log_softmax();
       for (int64_t i = 0; i < count; ++i) {
         const double p = exp_f32(zb[i] - mp) * ip;
-        const double r = log_mixture_ratio(lse_difference - (static_cast<double>(zb[i]) - tb[i]), a.beta);
+        const double r = log_mixture_ratio(log_q(tb[i]) - log_p(zb[i]), a.beta);
         zb[i] = zb[i] == kNegInf ? 0.f : static_cast<float>(scale * p * (-r - k.kl_student_mixture));
       }
     }
@@ -335,7 +343,7 @@ void extrapolate(float* __restrict t, const float* __restrict r, int64_t v, floa
 
 double reference_logprob(const float* r, int64_t v, int64_t y) {
   const Pair s = student_statistics(r, v);
-  return r[y] - s.p.lse();
+  return s.p.log_softmax()(r[y]);
 }
 
 void one_row(const RowsArgs& a, int64_t n) {
@@ -358,8 +366,8 @@ void one_row(const RowsArgs& a, int64_t n) {
   }
 
   Pair s = t == nullptr ? student_statistics(z, v) : statistics(z, t, v);
-  const double lp = z[y] - s.p.lse();
-  const double lq = t == nullptr ? static_cast<double>(a.teacher_logprob[n]) : t[y] - s.q.lse();
+  const double lp = s.p.log_softmax()(z[y]);
+  const double lq = t == nullptr ? static_cast<double>(a.teacher_logprob[n]) : s.q.log_softmax()(t[y]);
   const double d = t == nullptr ? lq - lp : (static_cast<double>(t[y]) - z[y]) + s.lse_difference();
 
   const double signed_d = d * a.verdict[n];

@@ -46,11 +46,11 @@ bool has_int16() {
 // Python's (address, stride, is bf16) of a matrix with unit stride along its width.
 using MatrixTuple = std::tuple<Address, int64_t, bool>;
 
-Matrix matrix(const char* name, const MatrixTuple& m, int64_t width) {
-  if (std::get<1>(m) < width)
-    throw std::invalid_argument(std::string(name) + ": a row stride is smaller than the width");
-  if (std::get<2>(m)) return {pointer<const uint16_t>(name, std::get<0>(m), true), std::get<1>(m), Element::kBFloat16};
-  return {pointer<const float>(name, std::get<0>(m), true), std::get<1>(m), Element::kFloat32};
+Matrix matrix(const char* name, const MatrixTuple& m, int64_t rows, int64_t width) {
+  extent(name, rows, width, std::get<1>(m));
+  const auto [address, stride, is_bf16] = m;
+  if (is_bf16) return {pointer<const uint16_t>(name, address, rows > 0), stride, Element::kBFloat16};
+  return {pointer<const float>(name, address, rows > 0), stride, Element::kFloat32};
 }
 
 // Row i in fp32: itself, or widened into `scratch`.
@@ -60,19 +60,22 @@ inline const float* row(const Matrix& m, int64_t i, int64_t h, const SparseKerne
   return scratch;
 }
 
+// fp32 rows, unit stride along them: logits, a gradient.
 struct Logits {
   float* data;
   int64_t stride;
 };
 
-Logits logits(const char* name, Address address, int64_t stride, int64_t v) {
-  if (stride < v) throw std::invalid_argument(std::string(name) + ": a row stride is smaller than the vocabulary");
-  return {pointer<float>(name, address, true), stride};
+Logits logits(const char* name, Address address, int64_t n, int64_t v, int64_t stride) {
+  extent(name, n, v, stride);
+  return {pointer<float>(name, address, n > 0), stride};
 }
 
 // (token, column) pairs of a chunk, by token, columns ascending.
 struct Pairs {
-  int64_t rows = 0, vocabulary = 0;
+  Pairs(int64_t n, int64_t v) : rows(n), vocabulary(v), first(n + 1, 0) {}
+
+  int64_t rows, vocabulary;
   std::vector<int64_t> first;  // [rows + 1]
   std::vector<int32_t> columns;
   std::vector<float> values;  // of a gradient; empty otherwise
@@ -106,9 +109,6 @@ void collect(Pairs& pairs, int64_t n, int64_t v, bool with_values, int threads, 
       if (with_values) values[part].insert(values[part].end(), x.begin(), x.begin() + counts[i]);
     }
   });
-  pairs.rows = n;
-  pairs.vocabulary = v;
-  pairs.first.assign(n + 1, 0);
   for (int64_t i = 0; i < n; ++i) pairs.first[i + 1] = pairs.first[i] + counts[i];
   pairs.columns.reserve(pairs.first[n]);
   for (const auto& part : columns) pairs.columns.insert(pairs.columns.end(), part.begin(), part.end());
@@ -150,9 +150,9 @@ int64_t parts_of(int64_t v) { return std::min(kColumnParts, std::max<int64_t>(1,
 void project_int16(const MatrixTuple& hidden, int64_t n, const MatrixTuple& weight, int64_t v, int64_t h, Address out,
                    int64_t out_stride, int threads) {
   if (!has_int16()) throw std::invalid_argument("project_int16: this processor has no AVX512-VNNI");
-  if (n < 0 || v < 1 || h < 1) throw std::invalid_argument("project_int16: n must be >= 0, v and h >= 1");
-  const Matrix x = matrix("hidden", hidden, h), w = matrix("weight", weight, h);
-  const Logits z = logits("out", out, out_stride, v);
+  const Matrix x = matrix("hidden", hidden, n, h), w = matrix("weight", weight, v, h);
+  const Logits z = logits("out", out, n, v, out_stride);
+  require_threads(threads);
   if (n == 0) return;
 #ifdef SGOPD_X86
   py::gil_scoped_release release;
@@ -188,15 +188,19 @@ void project_int16(const MatrixTuple& hidden, int64_t n, const MatrixTuple& weig
 std::unique_ptr<Pairs> select_mass(Address student, int64_t student_stride, float student_scale, Address teacher,
                                    int64_t teacher_stride, float teacher_scale, int64_t n, int64_t v, Address token_ids,
                                    double threshold, Address report, int threads, const std::string& isa) {
-  if (n < 0 || v < 1 || !(threshold > 0) || !(student_scale > 0) || !(teacher_scale > 0))
-    throw std::invalid_argument("select_mass: n must be >= 0, v >= 1, threshold and scales > 0");
-  const Logits z = logits("student", student, student_stride, v), t = logits("teacher", teacher, teacher_stride, v);
-  const auto* y = pointer<const int64_t>("token_ids", token_ids, true);
-  auto* out = pointer<double>("report", report, true);
+  const Logits z = logits("student", student, n, v, student_stride),
+               t = logits("teacher", teacher, n, v, teacher_stride);
+  const auto* y = pointer<const int64_t>("token_ids", token_ids, n > 0);
+  auto* out = pointer<double>("report", report, n > 0);
+  require_threads(threads);
+  if (!(threshold > 0 && threshold <= 1)) throw std::invalid_argument("select_mass: threshold must lie in (0, 1]");
+  for (const float scale : {student_scale, teacher_scale})
+    if (!(scale > 0) || !std::isfinite(scale))
+      throw std::invalid_argument("select_mass: scales must be finite and > 0");
   for (int64_t i = 0; i < n; ++i)
     if (y[i] < 0 || y[i] >= v) throw std::out_of_range("select_mass: a token id is outside the vocabulary");
   const SparseKernels& k = kernels(isa);
-  auto pairs = std::make_unique<Pairs>();
+  auto pairs = std::make_unique<Pairs>(n, v);
   py::gil_scoped_release release;
   const auto cut = static_cast<float>(std::log(threshold));
   collect(*pairs, n, v, false, threads, [&](int64_t i, int32_t* columns, float*) {
@@ -216,7 +220,8 @@ void refine(const Pairs& pairs, Address student, int64_t student_stride, float s
             const MatrixTuple& teacher_weight, int64_t teacher_width, Address report, int threads,
             const std::string& isa) {
   const int64_t n = pairs.rows, v = pairs.vocabulary, parts = parts_of(v);
-  auto* out = pointer<double>("report", report, true);
+  require_threads(threads);
+  auto* out = pointer<double>("report", report, n > 0);
   const SparseKernels& k = kernels(isa);
   struct Side {
     Logits z;
@@ -224,12 +229,12 @@ void refine(const Pairs& pairs, Address student, int64_t student_stride, float s
     Matrix hidden, weight;
     int64_t width;
   };
-  const Side sides[2] = {{logits("student", student, student_stride, v), student_scale,
-                          matrix("student_hidden", student_hidden, student_width),
-                          matrix("student_weight", student_weight, student_width), student_width},
-                         {logits("teacher", teacher, teacher_stride, v), teacher_scale,
-                          matrix("teacher_hidden", teacher_hidden, teacher_width),
-                          matrix("teacher_weight", teacher_weight, teacher_width), teacher_width}};
+  const Side sides[2] = {{logits("student", student, n, v, student_stride), student_scale,
+                          matrix("student_hidden", student_hidden, n, student_width),
+                          matrix("student_weight", student_weight, v, student_width), student_width},
+                         {logits("teacher", teacher, n, v, teacher_stride), teacher_scale,
+                          matrix("teacher_hidden", teacher_hidden, n, teacher_width),
+                          matrix("teacher_weight", teacher_weight, v, teacher_width), teacher_width}};
   for (const Side& side : sides)
     if (side.hidden.element != Element::kFloat32) throw std::invalid_argument("refine: hidden states must be float32");
   py::gil_scoped_release release;
@@ -288,14 +293,12 @@ void refine(const Pairs& pairs, Address student, int64_t student_stride, float s
 // `most` of all entries.
 std::unique_ptr<Pairs> take_large(Address gradient, int64_t stride, int64_t n, int64_t v, double budget, double most,
                                   int threads, const std::string& isa) {
-  if (n < 0 || v < 1 || !(budget > 0) || !(most > 0))
-    throw std::invalid_argument("take_large: n must be >= 0, v >= 1, budget and most > 0");
-  const Logits g = logits("gradient", gradient, stride, v);
+  const Logits g = logits("gradient", gradient, n, v, stride);
+  require_threads(threads);
+  if (!(budget > 0) || !(most > 0)) throw std::invalid_argument("take_large: budget and most must be > 0");
   const SparseKernels& k = kernels(isa);
-  auto pairs = std::make_unique<Pairs>();
-  pairs->rows = n;
-  pairs->vocabulary = v;
-  pairs->first.assign(n + 1, 0);
+  auto pairs = std::make_unique<Pairs>(n, v);
+  if (n == 0) return pairs;
   py::gil_scoped_release release;
 
   constexpr int kBins = 1024;  // a quarter of an octave each
@@ -363,7 +366,7 @@ std::unique_ptr<Pairs> take_large(Address gradient, int64_t stride, int64_t n, i
 
 // Puts the pairs back into the gradient they were taken from.
 void restore(const Pairs& pairs, Address gradient, int64_t stride) {
-  const Logits g = logits("gradient", gradient, stride, pairs.vocabulary);
+  const Logits g = logits("gradient", gradient, pairs.rows, pairs.vocabulary, stride);
   pairs.require_values("restore");
   for (int64_t i = 0; i < pairs.rows; ++i)
     for (int64_t k = pairs.first[i]; k < pairs.first[i + 1]; ++k)
@@ -373,10 +376,10 @@ void restore(const Pairs& pairs, Address gradient, int64_t stride) {
 // out [n, h] fp32 += pairs * weight. Tokens in parallel, columns in blocks of the head that stay in L2.
 void add_hidden_gradient(const Pairs& pairs, const MatrixTuple& weight, int64_t h, Address out, int64_t out_stride,
                          int threads, const std::string& isa) {
-  const Matrix w = matrix("weight", weight, h);
-  if (out_stride < h) throw std::invalid_argument("add_hidden_gradient: a row stride is smaller than the width");
+  const Matrix w = matrix("weight", weight, pairs.vocabulary, h);
+  float* to = logits("out", out, pairs.rows, h, out_stride).data;
+  require_threads(threads);
   pairs.require_values("add_hidden_gradient");
-  auto* to = pointer<float>("out", out, true);
   const SparseKernels& k = kernels(isa);
   py::gil_scoped_release release;
   const int64_t n = pairs.rows, v = pairs.vocabulary;
@@ -413,11 +416,11 @@ void add_hidden_gradient(const Pairs& pairs, const MatrixTuple& weight, int64_t 
 // out [v, h] fp32 += pairs^T * hidden [n, h] fp32. Columns in parallel.
 void add_weight_gradient(const Pairs& pairs, const MatrixTuple& hidden, int64_t h, Address out, int64_t out_stride,
                          int threads, const std::string& isa) {
-  const Matrix x = matrix("hidden", hidden, h);
+  const Matrix x = matrix("hidden", hidden, pairs.rows, h);
   if (x.element != Element::kFloat32) throw std::invalid_argument("add_weight_gradient: hidden must be float32");
-  if (out_stride < h) throw std::invalid_argument("add_weight_gradient: a row stride is smaller than the width");
+  float* to = logits("out", out, pairs.vocabulary, h, out_stride).data;
+  require_threads(threads);
   pairs.require_values("add_weight_gradient");
-  auto* to = pointer<float>("out", out, true);
   const SparseKernels& k = kernels(isa);
   py::gil_scoped_release release;
   const int64_t v = pairs.vocabulary, parts = parts_of(v);

@@ -23,7 +23,7 @@ double log_sum_exp(const float* z, float scale, int64_t v) {
     const float* __restrict block = z + first;
     const float top = block_max(block, count) * scale;
     if (top > highest) {
-      sum = sum > 0 ? sum * std::exp(static_cast<double>(highest) - top) : 0.0;
+      sum *= std::exp(static_cast<double>(highest) - top);  // a NaN stays one
       highest = top;
     }
     const float origin = highest == kNegInf ? 0.f : highest;
@@ -66,6 +66,8 @@ int64_t select_mass(const float* z, float z_scale, const float* t, float t_scale
 int64_t take_large(float* g, int64_t v, float threshold, int32_t* columns, float* values, double* energy) {
   int64_t count = 0;
   double left = 0, taken = 0;
+  // Squares of fp32 leave its range beyond 1e19 and below 1e-19: what is left is summed in units of the threshold.
+  const float unit = threshold > 1e-37f ? 1.f / threshold : 1e37f;
   for (int64_t first = 0; first < v; first += kBlock) {
     const int64_t last = min64(first + kBlock, v), before = count;
     int64_t i = first;
@@ -79,7 +81,8 @@ int64_t take_large(float* g, int64_t v, float threshold, int32_t* columns, float
       const __m512 x = _mm512_loadu_ps(g + i);
       // not "less than": a NaN is taken, and shows in both gradients
       const __mmask16 in = _mm512_cmp_ps_mask(_mm512_abs_ps(x), limit, _CMP_NLT_UQ);
-      squares = _mm512_mask3_fmadd_ps(x, x, squares, static_cast<__mmask16>(~in));
+      const __m512 scaled = _mm512_mul_ps(x, _mm512_set1_ps(unit));
+      squares = _mm512_mask3_fmadd_ps(scaled, scaled, squares, static_cast<__mmask16>(~in));
       if (in) {
         _mm512_mask_compressstoreu_epi32(columns + count, in, index);
         _mm512_mask_compressstoreu_ps(values + count, in, x);
@@ -92,14 +95,14 @@ int64_t take_large(float* g, int64_t v, float threshold, int32_t* columns, float
 #endif
     for (; i < last; ++i) {
       if (std::fabs(g[i]) < threshold) {
-        rest += g[i] * g[i];
+        rest += (g[i] * unit) * (g[i] * unit);
       } else {
         columns[count] = static_cast<int32_t>(i);
         values[count++] = g[i];
         g[i] = 0;
       }
     }
-    left += rest;
+    left += rest / (static_cast<double>(unit) * unit);
     for (int64_t k = before; k < count; ++k) taken += static_cast<double>(values[k]) * values[k];
   }
   energy[0] += taken;

@@ -197,7 +197,8 @@ __device__ double divergence(const Row& row, const Summary& s, double* mixture, 
   }
   block_sum(sums, shared);
   *mixture = sums[2] > 0 ? sums[1] / sums[2] : sums[1];
-  return sums[0];
+  // A student that can produce nothing is no distribution.
+  return a.divergence == kJSD && !(sums[2] > 0) ? static_cast<double>(CUDART_NAN) : sums[0];
 }
 
 __global__ void __launch_bounds__(kThreads) rows_kernel(const RowsArgs a) {

@@ -209,7 +209,7 @@ def _log_softmax(
         z += head.bias[: z.shape[1]].double()
     z *= head.logit_scale
     if head.softcap is not None:
-        z = head.softcap * torch.tanh(z / head.softcap)
+        z = torch.where(z == -torch.inf, z, head.softcap * torch.tanh(z / head.softcap))  # masked stays masked
     z /= temperature
     if outside is not None:
         z.masked_fill_(outside, -torch.inf)
@@ -239,7 +239,9 @@ def _divergence(
         far = torch.logaddexp(u + math.log(beta), torch.full_like(u, math.log1p(-beta)))
         r = torch.where(u < 30, torch.log1p(beta * torch.expm1(u)), far)
         student = _expectation(p, -r, columns)
-        value = beta * _expectation(q, u - r, columns) + (1 - beta) * student
+        # log(q / m), which is -log(beta) in a column that the student cannot produce
+        teacher = torch.where(log_p == -torch.inf, -math.log(beta), u - r)
+        value = beta * _expectation(q, teacher, columns) + (1 - beta) * student
         gradient = ((1 - beta) * p * (-r - student.unsqueeze(-1))).masked_fill_(p == 0, 0.0)
     return value, gradient
 

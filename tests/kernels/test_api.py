@@ -259,6 +259,48 @@ def test_minus_infinity(kit: Any, inputs: Any, estimator: str, backend: str) -> 
     assert bool((one_sided[3].kl >= 0).all())
 
 
+@pytest.mark.parametrize("divergence", ["reverse-kl", "forward-kl", ("jsd", 0.3)])
+@pytest.mark.parametrize("softcap", [None, 20.0])
+def test_backends_agree_on_masked_columns(kit: Any, inputs: Any, softcap: float | None, divergence: Any) -> None:
+    """-inf on the student's side alone, on the teacher's, on both; a softcap leaves what is masked masked."""
+    h, w, th, tw, ids, verdict = inputs.args()
+    inputs = inputs.__class__(h, w, th, tw, torch.where(ids >= 250, 7, ids), verdict)
+    for student, teacher in ((250, 300), (300, 250), (250, 260)):
+        masks = []
+        for end in (student, teacher):
+            masks.append(torch.where(torch.arange(300) < end, 0.0, -torch.inf))
+        results = [
+            kit.call(
+                inputs,
+                divergence=divergence,
+                backend=backend,
+                student_bias=masks[0],
+                teacher_bias=masks[1],
+                student_softcap=softcap,
+                teacher_softcap=softcap,
+            )
+            for backend in BACKENDS
+        ]
+        infinite = divergence == "forward-kl" and student < teacher
+        for loss, d_hidden, d_weight, stats in results:
+            assert bool(torch.isinf(loss)) == infinite and not bool(torch.isnan(loss))
+            assert kit.relative(stats.student_logprob, results[-1][3].student_logprob) < 1e-6
+            if not infinite:
+                assert not d_weight[min(student, teacher) :].any()
+                assert kit.relative(loss, results[-1][0]) < 1e-5
+                assert kit.relative(d_hidden, results[-1][1]) < 1e-5
+                assert kit.relative(d_weight, results[-1][2]) < 1e-5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("divergence", ["reverse-kl", "forward-kl", ("jsd", 0.3)])
+def test_a_student_without_support_has_no_finite_loss(kit: Any, inputs: Any, divergence: Any, backend: str) -> None:
+    """Every column masked: there is no distribution to measure, and no divergence that says 0."""
+    masked = torch.full((300,), -torch.inf)
+    loss, *_ = kit.call(inputs, divergence=divergence, backend=backend, student_bias=masked)
+    assert not torch.isfinite(loss)
+
+
 OPERANDS = ["student_hidden", "student_weight", "teacher_hidden", "teacher_weight"]
 
 

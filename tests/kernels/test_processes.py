@@ -111,6 +111,38 @@ def test_the_extensions_own_threads_survive_a_fork() -> None:
     assert exits_with(lambda: 0 if count(copies[1]) == expected else 3, 30) == 0
 
 
+SHORT_OF_MEMORY = """
+    import resource
+    import torch
+    from sgopd_kernels import _cpu
+
+    n, v = 8, 400_000
+    g = torch.randn(n, v)
+
+    def take():
+        return _cpu.take_large(gradient=g.data_ptr(), stride=v, n=n, v=v, budget=0.5, most=1.0, threads=8).count
+
+    outcomes = set()
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    for megabytes in (1, 4, 12, 30, 60, 90, 130, 4000):
+        resource.setrlimit(resource.RLIMIT_AS, (used + megabytes * 2**20, -1))
+        try:
+            outcomes.add("ran" if take() > 0 else "took nothing")
+        except MemoryError:
+            outcomes.add("refused")
+    print(sorted(outcomes))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a limit on the address space")
+def test_no_memory_and_no_threads_are_an_exception_or_fewer_threads() -> None:
+    """It ended the process once: an exception in a native thread, or no thread to be had while others ran."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", textwrap.dedent(SHORT_OF_MEMORY)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment, cwd="/")
+    assert done.stdout.strip() == "['ran', 'refused']", (done.returncode, done.stderr[-2000:])
+
+
 SUBINTERPRETER = """
     import sys
     {before}
