@@ -604,7 +604,9 @@ def _rows(table: Record, device: roofline.Device | None) -> list[str]:
         model, shape, timed = "", table["facts"], "ms" in r
         if r.get("plan") and "chunk" in r and device is not None:
             sizes = (shape[k] for k in ("tokens", "vocabulary", "student", "teacher"))
-            cost = roofline.PLANS[r["plan"]](roofline.Shape(*sizes, chunk=r["chunk"]))
+            ran = roofline.Shape(*sizes, chunk=r["chunk"])
+            filtered = r["ran"].endswith("filtered")
+            cost = roofline.filtered(ran, r["kept"]) if filtered else roofline.PLANS[r["plan"]](ran)
             model = f"{1e3 * cost.seconds(device):.2f}"
         return [
             name,
