@@ -509,7 +509,7 @@ def target(meter: Meter, args: argparse.Namespace, until: float) -> bool:
     import gpu_candidates as g
 
     shape = g.TINY if args.dry_run else g.TARGET
-    tried = g.candidates(backends_here(meter), rows=8 if args.dry_run else 2048, dry=args.dry_run)
+    tried = g.candidates(backends_here(meter), rows=4 if args.dry_run else 2048, dry=args.dry_run)
     return compare(meter, args, "target", shape, g.CASES[0], tried, until)
 
 
@@ -517,7 +517,7 @@ def distributions(meter: Meter, args: argparse.Namespace, until: float) -> bool:
     import gpu_candidates as g
 
     shape = g.TINY if args.dry_run else g.TARGET
-    tried = g.candidates(backends_here(meter)[:1], rows=8 if args.dry_run else 2048, dry=args.dry_run)
+    tried = g.candidates(backends_here(meter)[:1], rows=4 if args.dry_run else 2048, dry=args.dry_run)
     tried = [c for c in tried if c.compared and c.backward]
     others = g.CASES[1:]
     cut = False
