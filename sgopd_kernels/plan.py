@@ -19,7 +19,7 @@ from .backends.torch import ShardedColumns, TorchBackend
 from .gate import cell_weights, draw_agreement
 from .problem import Problem
 from .reference import TokenValues
-from .sparse import MASS, MOST, Report, SparseBackend
+from .sparse import MASS, Report, SparseBackend
 
 LOSS, STUDENT_LOGPROB, TEACHER_LOGPROB, GATE = (
     TokenValues._fields.index(name) for name in ("loss", "student_logprob", "teacher_logprob", "gate")
@@ -54,16 +54,17 @@ def gradient_dtype(leaf: Tensor) -> torch.dtype:
     return torch.float32 if leaf.dtype == torch.float16 else leaf.dtype
 
 
-def chunk_rows(problem: Problem, backend: TorchBackend, valid: int, v: int, pairs: bool = False) -> int:
-    """Tokens a chunk: as many as the workspace holds fp32 logits for, in chunks of equal size. `v` columns."""
+def chunk_rows(problem: Problem, backend: TorchBackend, valid: int, v: int, beside: tuple[int, int] = (0, 0)) -> int:
+    """Tokens a chunk: as many as the workspace holds fp32 logits for, in chunks of equal size. `v` columns.
+
+    `beside`: (bytes, bytes a token) that a sparse plan holds.
+    """
     heads = sum(h is not None for h in (problem.student, problem.teacher, problem.reference))
     heads += 0 if problem.topk_ids is None else 3  # the completed teacher, and what completing it takes
     widest = max(h.weight.shape[1] for h in (problem.student, problem.teacher, problem.reference) if h is not None)
     fixed, row_bytes = backend.held_bytes(problem)
     row_bytes += 4 * (v * heads + 3 * widest)  # logits; gathered hidden states and a gradient row
-    if pairs:  # at most MOST of a row, 8 bytes each, twice while they are gathered; and each thread's scratch
-        row_bytes += int(16 * MOST * v)
-        fixed += 16 * 2**20
+    fixed, row_bytes = fixed + beside[0], row_bytes + beside[1]
     room = (problem.spec.workspace or backend.default_workspace) - fixed
     rows = max(1, room // row_bytes)
     if rows >= valid:
@@ -80,7 +81,7 @@ def check_values(problem: Problem, rows: Tensor, v: int) -> None:
     ignored = ids == problem.spec.ignore_index
     in_range = ((ids >= 0) & (ids < v)) | ignored
     known = (verdict == 1) | (verdict == 0) | (verdict == -1) | ignored
-    if ids.device.type == "cuda":  # no host synchronisation: the device asserts
+    if ids.device.type in ("cuda", "meta"):  # no host synchronisation: the device asserts
         torch._assert_async(in_range.all(), f"token_ids: ids must be in [0, {v}) or ignore_index")
         torch._assert_async(known.all(), "verdict: values must be 1, -1 or 0")
         return
@@ -286,7 +287,9 @@ def _pass(
     if sparse is not None:
         sparse.probe(rows)
     # Ranks must agree on the chunks: their collectives pair up.
-    size = chunk_rows(problem, backend, total, shard.widest if shard else v, sparse is not None)
+    beside = (0, 0) if sparse is None else sparse.held_bytes()
+    wide = replace(problem, spec=replace(problem.spec, budget=0.0))  # a sparse plan spends the budget itself
+    size = chunk_rows(problem if sparse is None else wide, backend, total, shard.widest if shard else v, beside)
 
     stats = torch.zeros(hidden.shape[0], COLUMNS, dtype=torch.float64, device=device)
     d_hidden = torch.zeros_like(hidden, dtype=gradient_dtype(hidden)) if need.hidden else None
@@ -314,8 +317,9 @@ def _pass(
 
         part = None if forced is None else forced[chunk]
         columns = shard.columns if shard else None
+        given = wide if sparse is not None and sparse.pays else problem
         forward = partial(
-            _forward, problem, backend, at, z_s, z_t, z_r, weights[:, chunk], part, scale, bool(need), columns
+            _forward, given, backend, at, z_s, z_t, z_r, weights[:, chunk], part, scale, bool(need), columns
         )
         values, taken = (forward(None)[0], None) if sparse is None else sparse.chunk(forward, z_s, scale, bool(need))
         stats[at] = values if valid is None else values.masked_fill(~valid[chunk].unsqueeze(-1), 0.0)
@@ -325,7 +329,7 @@ def _pass(
             sparse.gradients(taken, z_s, h, at, d_hidden, d_weight, d_bias)
             continue
 
-        g = backend.gradient_of(problem, z_s)
+        g = backend.gradient_of(given, z_s)
         if valid is None and backend.waits(problem):
             # Rows without weight leave the backward.
             if problem.reference is None:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -82,11 +82,11 @@ class Directions:
         v, h = weight.shape
         sample = weight[:: max(1, v // 4096)].float()
         r = min(RANK, h)
-        start = torch.randn(h, r, generator=torch.Generator().manual_seed(0))
+        start = torch.randn(h, r, generator=torch.Generator().manual_seed(0)).to(weight.device)
         for _ in range(2):
             start = torch.linalg.qr(sample.T @ (sample @ start))[0]
         basis = start.T.contiguous()
-        along = torch.empty(v, r)
+        along = torch.empty(v, r, device=weight.device)
         for first in range(0, v, 8192):
             part = slice(first, first + 8192)
             torch.mm(weight[part].float(), start, out=along[part])
@@ -121,6 +121,32 @@ class SparseBackend(Protocol):
     def add_pairs_bias(self, pairs: Pairs, out: Tensor) -> None: ...
 
 
+class SparsePlan(Protocol):
+    """What plan.py asks of a sparse plan: `Sparse` here, `ColumnFilter` in columns.py. `taken` is its own affair."""
+
+    report: Report
+    pays: bool
+
+    def held_bytes(self) -> tuple[int, int]: ...
+
+    def worthwhile(self, rows: Tensor) -> bool: ...
+
+    def probe(self, rows: Tensor) -> None: ...
+
+    def chunk(self, forward: Any, z_s: Tensor, scale: Tensor, need: bool) -> tuple[Tensor, Any]: ...
+
+    def gradients(
+        self,
+        taken: Any,
+        rest: Tensor,
+        hidden: Tensor,
+        at: Tensor,
+        d_hidden: Tensor | None,
+        d_weight: Tensor | None,
+        d_bias: Tensor | None,
+    ) -> None: ...
+
+
 @dataclass
 class Taken:
     """What was taken out of a chunk's gradient."""
@@ -144,11 +170,16 @@ class Sparse:
     v: int
     screens: bool
     report: Report = field(default_factory=Report)
+    pays: bool = True  # chunks to come should try
     _directions: Directions | None = None
 
     @property
     def budget(self) -> float:
         return self.problem.spec.budget
+
+    def held_bytes(self) -> tuple[int, int]:
+        """(bytes, bytes a token) held beside logits: scratch; MOST of a row, 8 bytes each, twice for a while."""
+        return 16 * 2**20, int(16 * MOST * self.v)
 
     def worthwhile(self, rows: Tensor) -> bool:
         return rows.numel() * self.v * self.problem.student_hidden.shape[1] >= WORTHWHILE

@@ -60,8 +60,8 @@ __device__ float block_max(float value, double* shared) {
 struct Row {
   const RowsArgs& a;
   const float *z, *t, *r;  // projections
-  float gate = 1.f;        // of the extrapolated target
-  bool extrapolated = false;
+  float gate = 1.f;        // of the mixture
+  enum Target { kTeacher, kMixture, kReference } target = kTeacher;
 
   __device__ float logit(const float* x, const HeadArgs& head, int64_t v) const {
     float value = (x[v] + (head.bias != nullptr ? head.bias[v] : 0.f)) * head.logit_scale;
@@ -76,9 +76,9 @@ struct Row {
       bool outside = q == neg_inf();
       if (r != nullptr) {
         const float reference = logit(r, a.reference_head, v);
-        const bool r_outside = reference == neg_inf();
-        if (extrapolated) q = outside || r_outside ? neg_inf() : gate * q + (1.f - gate) * reference;
-        outside = outside || r_outside;
+        outside = outside || reference == neg_inf();
+        if (target == kMixture) q = outside ? neg_inf() : gate * q + (1.f - gate) * reference;
+        if (target == kReference) q = reference;
       }
       if (outside) s = neg_inf();
     }
@@ -235,14 +235,15 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const RowsArgs a) {
   if (row.r != nullptr) {
     weight = w_agree != 0 || w_conflict != 0 || w_neutral != 0 ? 1.0 : 0.0;
     if (a.estimator == kSampled) {
-      // log pi_R(y): the target's softmax with gate 0 is the reference's.
-      row.extrapolated = true;
-      row.gate = 0.f;
+      // log pi_R(y): pi_R's own softmax, over the columns that only the teacher lacks too.
+      row.target = Row::kReference;
       const Summary reference = summarise(row, y, shared);
-      const double lr = row.load(y).y - reference.lse_q();
-      advantage = w * lq + (1 - w) * lr - lp;
+      const float r_y = row.load(y).y;
+      const bool outside = at_y.y == neg_inf() || r_y == neg_inf();
+      advantage = (outside ? static_cast<double>(neg_inf()) : w * lq + (1 - w) * (r_y - reference.lse_q())) - lp;
+      row.target = Row::kTeacher;
     } else {
-      row.extrapolated = true;
+      row.target = Row::kMixture;
       row.gate = static_cast<float>(w);
       s = summarise(row, y, shared);
       kl = divergence(row, s, &mixture, shared);

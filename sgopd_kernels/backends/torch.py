@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..gate import choose
 from ..problem import PLAIN, Head, Problem, Spec
-from ..sparse import Sparse
+from ..sparse import SparsePlan
 
 # Bytes of one cast tile of a low-precision head: the cast is done again for every token chunk, in pieces that
 # stay in the last-level cache.
@@ -133,7 +133,7 @@ class TorchBackend:
         for a, b in zip(to.tolist(), origin.tolist()):
             z[a].copy_(z[b])
 
-    def sparse(self, problem: Problem) -> Sparse | None:
+    def sparse(self, problem: Problem) -> SparsePlan | None:
         """The parts of the filtered and screened plans, where this backend has them for the problem."""
         return None
 

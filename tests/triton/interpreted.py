@@ -20,7 +20,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from sgopd_kernels import backends, gated_kl_loss, gated_logprob_loss, gated_topk_kl_loss, sparse  # noqa: E402
+from sgopd_kernels import backends, columns, gated_kl_loss, gated_logprob_loss, gated_topk_kl_loss, sparse  # noqa: E402
 from sgopd_kernels.backends import triton as triton_backend  # noqa: E402
 from sgopd_kernels.backends.triton import TritonBackend  # noqa: E402
 from sgopd_kernels.problem import Head, Problem, Spec  # noqa: E402
@@ -274,3 +274,61 @@ def test_wrong_ids_are_refused() -> None:
     inputs.token_ids[1] = 50
     with pytest.raises(ValueError, match="token_ids"):
         gated_kl_loss(*inputs.args(), backend="triton")
+
+
+# the filtered plan by columns
+
+HIDDEN = 65
+
+
+def peaked(n: int, v: int, spread: float, dtype: torch.dtype = torch.float32, distance: float = 0.1) -> Any:
+    """Heads that share a direction, rows of different norms: most columns carry little, as in real models."""
+    g = torch.Generator().manual_seed(3)
+    hidden = torch.randn(n, HIDDEN, generator=g)
+    size = 0.3 + torch.rand(v, 1, generator=g) ** 6
+    weight = (torch.randn(v, HIDDEN, generator=g) + 0.7) * (spread / HIDDEN**0.5) * size
+    teacher_hidden = hidden + distance * torch.randn(n, HIDDEN, generator=g)
+    ids = torch.multinomial(torch.softmax(hidden @ weight.T, -1), 1, generator=g).squeeze(-1)
+    ids[::5] = -100
+    verdict = torch.randint(0, 2, (n,), generator=g) * 2 - 1
+    return kit.Inputs(*(t.to(dtype) for t in (hidden, weight, teacher_hidden, weight)), ids, verdict)
+
+
+@pytest.mark.parametrize("gate", ["sg-opd", "opdvr"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_filtered_within_the_budget(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, gate: str) -> None:
+    monkeypatch.setattr(columns, "WORTHWHILE", 0.0)
+    monkeypatch.setattr(sparse, "WORTHWHILE", 0.0)
+    inputs = peaked(12, 4099, 20.0, dtype)
+    bias = torch.randn(4099, generator=torch.Generator().manual_seed(1))
+    truth = kit.call(inputs.to(torch.float64), gate=gate, student_bias=bias.double())
+    exact = kit.call(inputs, gate=gate, student_bias=bias, backend="triton", precision="exact")
+    got = kit.call(inputs, gate=gate, student_bias=bias, backend="triton", workspace=600_000_000)
+    assert got[3].plan == "filtered" and got[3].kept < 0.35 and 0 < got[3].error_estimate <= sparse.AUTO
+    assert exact[3].plan == "exact" and exact[3].error_estimate == 0
+    for mine, other, true in zip(got[1:3], exact[1:3], truth[1:3]):
+        # what the gradient's own dtype costs is not the plan's
+        assert kit.relative(mine, true) <= got[3].error_estimate + kit.relative(other, true)
+        assert kit.relative(mine, other.double()) > 1e-7 or dtype == torch.bfloat16, "nothing was dropped"
+    again = kit.call(inputs, gate=gate, student_bias=bias, backend="triton", workspace=600_000_000)
+    assert all(torch.equal(a, b) for a, b in zip(got[:3], again[:3]))
+
+
+def test_a_flat_gradient_is_not_filtered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(columns, "WORTHWHILE", 0.0)
+    monkeypatch.setattr(sparse, "WORTHWHILE", 0.0)
+    inputs = kit.make_inputs(n=12, v=2000, peak=0.1, dtype=torch.bfloat16, seed=2)
+    truth = kit.call(inputs.to(torch.float64))
+    # Small chunks: the first finds that the filter does not pay, the others round their gradient to bf16 instead.
+    got = kit.call(inputs, backend="triton", workspace=1_000_000)
+    assert got[3].plan == "exact" and got[3].kept == 1
+    for mine, true in zip(got[1:3], truth[1:3]):
+        assert kit.relative(mine, true) <= kit.relative(true.bfloat16(), true) + sparse.AUTO
+
+
+def test_nan_is_not_filtered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(columns, "WORTHWHILE", 0.0)
+    inputs = peaked(6, 1000, 20.0)
+    inputs.student_hidden[1] = math.nan
+    loss, d_hidden, d_weight, stats = kit.call(inputs, backend="triton")
+    assert loss.isnan() and d_hidden[1].isnan().all() and d_weight.isnan().any() and stats.plan == "exact"

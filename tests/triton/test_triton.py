@@ -35,7 +35,16 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 @needs_triton
 def test_interpreted() -> None:
-    arguments = ["-q", "--tb=short", "-p", "no:cacheprovider", "--import-mode=importlib", str(HERE / "interpreted.py")]
+    arguments = [
+        "-q",
+        "--tb=short",
+        "-p",
+        "no:cacheprovider",
+        "-W",
+        "ignore::RuntimeWarning",
+        "--import-mode=importlib",
+        str(HERE / "interpreted.py"),
+    ]
     done = run("-m", "pytest", *arguments, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout[-6000:]
 
