@@ -138,6 +138,7 @@ _SPELLINGS = [
 
 
 # x = a ± b, which math-verify does not read inside a fraction or after an equals sign
+_SYSTEM = re.compile(r"\\begin ?\{cases\}([^&]*)\\end ?\{cases\}")  # of equations; with an & it is a function in pieces
 _PLUS_MINUS = re.compile(r"(?:[a-zA-Z] ?= ?)?([^,=\[]*[^,=\[ ]) ?\\pm(?![a-zA-Z]) ?([^,=\]]+)")
 
 
@@ -147,6 +148,8 @@ def clean(latex: str) -> str:
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
     text = text.strip().rstrip(".,;").strip()
+    if system := _SYSTEM.fullmatch(text):
+        text = re.sub(r" ?,? ?\\\\ ?", ", ", system[1].strip().removesuffix(r"\\").strip())
     both = _PLUS_MINUS.fullmatch(text)
     if both and len(re.findall(r"\\[pm][pm](?![a-zA-Z])|\\\{", text)) == 1:
         text = f"{both[1]}+{both[2]}, {both[1]}-{both[2]}"
@@ -379,6 +382,14 @@ class _Magnitude:
         if size > math.log10(MAX_EXPONENT + 1):
             raise _TooLarge(f"it holds an exponent above {MAX_EXPONENT}")
         return 10.0**size
+
+
+def magnitude(text: str) -> float:
+    """An upper bound on the digits of the numbers in cleaned LaTeX; infinite where `refusal` has something to say."""
+    try:
+        return _Magnitude(text).of_all()
+    except _TooLarge:
+        return math.inf
 
 
 def refusal(text: str) -> str | None:

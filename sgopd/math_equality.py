@@ -7,6 +7,7 @@ input: the pool's deadline is what ends it, so math-verify's own alarms are off)
 from __future__ import annotations
 
 import logging
+import math
 import random
 import re
 from functools import lru_cache
@@ -22,6 +23,7 @@ from sympy import (
     Float,
     Function,
     I,
+    Intersection,
     Interval,
     MatrixBase,
     Set,
@@ -36,6 +38,8 @@ from sympy import (
 )
 from sympy.core.random import seed as seed_sympy
 from sympy.core.relational import Relational
+
+from sgopd.grading import MAX_DIGITS, magnitude
 
 logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it warns that its timeouts are off
 
@@ -54,13 +58,18 @@ def grade(gold: str, answer: str | None) -> str:
     if gold_value is None:
         return "bad_gold"
     answer_value = None if answer is None else _parse(answer)
-    if answer is None or answer_value is None or _numbers_differ(gold_value, answer_value):
+    if answer is None or answer_value is None:
+        return "incorrect"
+    digits = _digits(gold, answer)
+    if _numbers_differ(gold_value, answer_value, digits):
         return "incorrect"
     equal = verify(gold_value, answer_value, allow_set_relation_comp=True, timeout_seconds=None, raise_on_error=True)
     if not equal:
-        equal = _same_constant(gold_value, answer_value) or _same_set(gold_value, gold, answer_value, answer)
+        equal = _same_constant(gold_value, answer_value, digits) or _same_set(gold_value, gold, answer_value, answer)
     elif isinstance(gold_value, Eq) and isinstance(answer_value, Eq) and gold_value != answer_value:
         equal = _same_equation(gold_value.lhs - gold_value.rhs, answer_value.lhs - answer_value.rhs)
+    elif {_connective(gold), _connective(answer)} == {"and", "or"}:  # to math-verify they are the same
+        equal = _same_set(gold_value, gold, answer_value, answer)
     return "correct" if equal else "incorrect"
 
 
@@ -75,10 +84,18 @@ _parse_gold = lru_cache(maxsize=16_384)(_parse)
 # math-verify compares numbers to 15 *absolute* decimals, so that 2^-99 equals 2^-98.
 
 
-def _numbers_differ(gold: Any, answer: Any) -> bool:
+def _digits(gold: str, answer: str) -> int:
+    """Digits to which two exact numbers are compared: hundreds, and several times what was written out.
+
+    Not a proof of equality (a separation bound would be), but no number of this length that is known falls below.
+    """
+    return min(400 + math.ceil(4 * min(magnitude(gold) + magnitude(answer), MAX_DIGITS)), MAX_DIGITS)
+
+
+def _numbers_differ(gold: Any, answer: Any, digits: int) -> bool:
     """Whether two values are made of equally many numbers, and not of the same ones."""
     xs, ys = _numbers(gold), _numbers(answer)
-    return len(xs) == len(ys) and any(_different(x, y) for x, y in zip(xs, ys))
+    return len(xs) == len(ys) and any(_different(x, y, digits) for x, y in zip(xs, ys))
 
 
 def _numbers(value: Any) -> list[Expr]:
@@ -97,15 +114,27 @@ def _numbers(value: Any) -> list[Expr]:
     return sorted(parts, key=lambda part: default_sort_key(part.evalf()))
 
 
-def _different(x: Expr, y: Expr) -> bool:
+def _different(x: Expr, y: Expr, digits: int) -> bool:
+    if not (x.has(Float) or y.has(Float)):
+        return _apart(x, y, digits) is True
     if x.is_zero or y.is_zero:  # relative to nothing; math-verify is exact here
         return False
-    tolerance = 1e-5 if x.has(Float) or y.has(Float) else 1e-20
     x, y = x.evalf(30), y.evalf(30)
     try:
-        return bool(abs(x - y) > tolerance * abs(x))
+        return bool(abs(x - y) > 1e-5 * abs(x))
     except TypeError:  # of infinities
         return False
+
+
+def _apart(x: Expr, y: Expr, digits: int) -> bool | None:
+    """Whether two exact numbers differ, real or complex; None where that has no meaning, as of infinities."""
+    if x == y:
+        return False
+    # evalf raises its precision, to `digits`, until the difference has a digit that counts; a Float of one bit has none
+    parts = (x - y).evalf(5, maxn=digits).as_real_imag()
+    if not all(part.is_Float or part.is_zero for part in parts):
+        return None
+    return any(part.is_Float and part != 0 and part._prec > 1 for part in parts)
 
 
 # It compares equations by their lists of solutions, so that any two without a real one are equal.
@@ -126,18 +155,14 @@ def _same_equation(gold: Expr, answer: Expr) -> bool:
 # It misses constants whose equality is beyond `simplify`, and reads i as a letter.
 
 
-def _same_constant(gold: Any, answer: Any) -> bool:
-    """Whether two exact expressions are one real or complex number: their difference is below 1e-300."""
+def _same_constant(gold: Any, answer: Any, digits: int) -> bool:
+    """Whether two exact expressions are one real or complex number."""
     if not (isinstance(gold, Expr) and isinstance(answer, Expr)) or gold.has(Float) or answer.has(Float):
         return False
     x, y = _with_unit_imaginary(gold), _with_unit_imaginary(answer)
     if not (x.is_number and y.is_number and x.is_finite is not False and y.is_finite is not False):
         return False
-    # evalf raises its precision, to maxn digits, until the difference has one that counts
-    try:
-        return abs(complex((x - y).evalf(5, maxn=400))) < 1e-300
-    except (TypeError, OverflowError):  # no number after all, or a huge one
-        return False
+    return _apart(x, y, digits) is False
 
 
 def _with_unit_imaginary(value: Expr) -> Expr:
@@ -149,7 +174,7 @@ def _with_unit_imaginary(value: Expr) -> Expr:
 
 
 def _same_set(gold: Any, gold_latex: str, answer: Any, answer_latex: str) -> bool:
-    """Whether two inequalities in one real variable, or unions of intervals, are one set."""
+    """Whether two inequalities in one real variable (several joined by a word), or unions of intervals, are one set."""
     first, second = _as_set(gold, gold_latex), _as_set(answer, answer_latex)
     if first is None or second is None:
         return False
@@ -163,15 +188,18 @@ def _variables(value: Any) -> set[str]:
 
 
 def _as_set(value: Any, latex: str) -> Set | None:
-    parts = [value]
-    if isinstance(value, FiniteSet) and _OR.search(latex):  # x < 1 or x > 5
-        parts = list(value.args)
     if isinstance(value, (Interval, Union)):
         return value
+    connective = _connective(latex)
+    parts = list(value.args) if isinstance(value, FiniteSet) and connective else [value]
     relational = all(isinstance(part, (Relational, And)) and not isinstance(part, Eq) for part in parts)
     if not relational or len(_variables(value)) != 1 or value.atoms(Function) - value.atoms(Abs):
         return None
-    return Union(*(part.doit().as_set() for part in parts))
+    join = Intersection if connective == "and" else Union
+    return join(*(part.doit().as_set() for part in parts))
 
 
-_OR = re.compile(r"\bor\b|\\l?or\b|\\vee\b")
+def _connective(latex: str) -> str:
+    """What joins the parts of an answer, if it is one of the two words."""
+    words = set(re.findall(r"\b(?:and|or)\b", latex))
+    return words.pop() if len(words) == 1 else ""
