@@ -32,7 +32,7 @@ EVALUATING = {
     *("pickle.load", "pickle.loads", "pickle.Unpickler", "marshal.loads", "marshal.load", "shelve.open", "dill.loads"),
     *("yaml.load", "yaml.unsafe_load", "yaml.full_load", "joblib.load", "numpy.load", "np.load", "pandas.read_pickle"),
     *("sympify", "parse_expr", "parse_latex", "sympy.sympify", "sympy.S", "lambdify", "os.system", "os.popen"),
-    *("importlib.import_module", "runpy.run_path", "ctypes.CDLL", "pydoc.locate"),
+    *("importlib.import_module", "runpy.run_path", "pydoc.locate"),
 }
 PARSERS = ("sympy", "math_verify", "latex2sympy2_extended", "antlr4", "sgopd.math_equality", "sgopd.verifier_worker")
 
