@@ -23,10 +23,14 @@ from sympy import (
     Float,
     Function,
     I,
+    Integral,
     Intersection,
     Interval,
+    Limit,
     MatrixBase,
+    Product,
     Set,
+    Sum,
     Tuple,
     UnevaluatedExpr,
     Union,
@@ -130,8 +134,11 @@ def _apart(x: Expr, y: Expr, digits: int) -> bool | None:
     """Whether two exact numbers differ, real or complex; None where that has no meaning, as of infinities."""
     if x == y:
         return False
+    difference = x - y
+    if difference.has(Integral, Sum, Product, Limit):  # by quadrature and the like: seconds for hundreds of digits
+        digits = 30
     # evalf raises its precision, to `digits`, until the difference has a digit that counts; a Float of one bit has none
-    parts = (x - y).evalf(5, maxn=digits).as_real_imag()
+    parts = difference.evalf(5, maxn=digits).as_real_imag()
     if not all(part.is_Float or part.is_zero for part in parts):
         return None
     return any(part.is_Float and part != 0 and part._prec > 1 for part in parts)
