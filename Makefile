@@ -15,7 +15,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: install quickstart test lint format bench gpu-suite chaos hostile soak clean sanitize fuzz
+.PHONY: install quickstart test lint format bench gpu-suite chaos hostile soak clean sanitize fuzz lock sbom
 .DEFAULT_GOAL := quickstart
 
 SOURCES := $(shell find sgopd sgopd_kernels csrc -type f -not -name '*.pyc' -not -name '*.so' 2>/dev/null)
@@ -86,6 +86,12 @@ sanitize: $(VENV)/.test
 
 fuzz: $(VENV)/.test
 	$(VENV)/bin/python tests/fuzz_native.py --minutes $(or $(MINUTES),10)
+
+lock: $(VENV)/.torch
+	$(VENV)/bin/python requirements/lock.py
+
+sbom: $(VENV)/.test
+	$(VENV)/bin/python requirements/sbom.py dist/sbom.json
 
 clean:
 	rm -rf build dist $(VENV) $(VENV)-lint *.egg-info sgopd_kernels/*.so
