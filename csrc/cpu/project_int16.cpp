@@ -14,9 +14,7 @@
 
 #if defined(__AVX512VNNI__) && defined(__AVX512F__) && defined(__AVX512BW__)
 
-#include <cmath>
-#include <limits>
-
+#include "int16.h"
 #include "panel.h"
 
 namespace sgopd {
@@ -24,8 +22,6 @@ namespace avx512vnni {
 namespace {
 
 constexpr int kTokens = 6;
-constexpr int64_t kDepth = 96;      // pairs summed in one accumulator: a segment; 24 KiB of a panel, in L1
-constexpr float kNorm = 46340.95f;  // sqrt(2^31)
 
 inline __m512 load(const float* from, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, from); }
 inline __m512 load(const uint16_t* from, __mmask16 mask) {  // bf16
@@ -34,7 +30,7 @@ inline __m512 load(const uint16_t* from, __mmask16 mask) {  // bf16
 
 inline void dot(__m512i& sum, __m512i w, __m512i x) { asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x)); }
 
-// Rounds a row to int16 into `out` [h padded to 16 k words]; returns the value of one step (0: not finite).
+// Rounds a row to int16 into `out` [h padded to 16 k words]; returns the value of one step (NaN: not finite).
 template <typename T>
 float quantise(const T* row, int64_t h, int16_t* out) {
   float largest = 0;
@@ -50,20 +46,13 @@ float quantise(const T* row, int64_t h, int16_t* out) {
     const float norm = _mm512_reduce_add_ps(sum);
     largest = norm > largest || norm != norm ? norm : largest;
   }
-  // Rounding adds at most half a step an element to the norm.
-  const float room = kNorm - 0.5f * std::sqrt(2.f * kDepth) - 16.f;
-  const float scale = largest > 0 ? room / std::sqrt(largest) : 1.f;
-  const bool sound = largest < 1e30f && scale < 1e30f;
-  const __m512 factor = _mm512_set1_ps(sound ? scale : 0.f);
-  // An element is at most the norm, 46,341 steps, yet has to fit 16 bits; saturation would be an error of the screen.
-  const float peak = _mm512_reduce_max_ps(top) * scale;
-  const float shrink = peak > 32700.f ? 32700.f / peak : 1.f;
-  const __m512 all = _mm512_mul_ps(factor, _mm512_set1_ps(shrink));
+  const Steps steps = steps_of(largest, _mm512_reduce_max_ps(top));
+  const __m512 factor = _mm512_set1_ps(steps.factor);
   for (int64_t k = 0; k < h; k += 16) {
-    const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(load(row + k, left(h - k)), all));
+    const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(load(row + k, left(h - k)), factor));
     _mm256_mask_storeu_epi16(out + k, left(h - k), _mm512_cvtsepi32_epi16(q));
   }
-  return sound ? 1.f / (scale * shrink) : std::numeric_limits<float>::quiet_NaN();
+  return steps.step;
 }
 
 // One segment, pairs [first, last), of kRows tokens by a panel. Segments but the last add to `partial` [kRows, 64]; the
@@ -107,13 +96,10 @@ void block(const int16_t* hidden, int64_t stride, const uint32_t* pack, int64_t 
 #undef SGOPD_FINISH
 }
 
-}  // namespace
-
 int64_t panels(int64_t v) { return panel_count(v); }
 // A packed panel, its rows, and the partial sums of n tokens.
 int64_t scratch_words(int64_t n, int64_t h) { return panel_words(h) + kPanel * ((h + 31) / 32 * 16) + n * kPanel; }
 
-// hidden -> int16 rows of `stride` elements (even, >= h, zeroed beyond h), and the value of a step a row.
 template <typename T>
 void quantise_rows(const T* hidden, int64_t n, int64_t hidden_stride, int64_t h, int16_t* out, int64_t stride,
                    float* step) {
@@ -123,7 +109,6 @@ void quantise_rows(const T* hidden, int64_t n, int64_t hidden_stride, int64_t h,
   }
 }
 
-// Panels [first, last) of the product; `scratch` is this thread's, scratch_words(n, h) words.
 template <typename T>
 void project(const int16_t* hidden, const float* step_x, int64_t n, int64_t stride, const T* weight, int64_t v,
              int64_t weight_stride, int64_t h, float* out, int64_t out_stride, int64_t first, int64_t last,
@@ -152,12 +137,13 @@ void project(const int16_t* hidden, const float* step_x, int64_t n, int64_t stri
   }
 }
 
-template void quantise_rows(const float*, int64_t, int64_t, int64_t, int16_t*, int64_t, float*);
-template void quantise_rows(const uint16_t*, int64_t, int64_t, int64_t, int16_t*, int64_t, float*);
-template void project(const int16_t*, const float*, int64_t, int64_t, const float*, int64_t, int64_t, int64_t, float*,
-                      int64_t, int64_t, int64_t, uint32_t*);
-template void project(const int16_t*, const float*, int64_t, int64_t, const uint16_t*, int64_t, int64_t, int64_t,
-                      float*, int64_t, int64_t, int64_t, uint32_t*);
+}  // namespace
+
+const Int16Kernels& int16() {
+  static const Int16Kernels kernels{
+      panels, scratch_words, {quantise_rows<float>, project<float>}, {quantise_rows<uint16_t>, project<uint16_t>}};
+  return kernels;
+}
 
 }  // namespace avx512vnni
 }  // namespace sgopd

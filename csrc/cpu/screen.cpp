@@ -6,22 +6,11 @@
 #include <memory>
 
 #include "../arguments.h"
+#include "int16.h"
 #include "isa.h"
 #include "sparse.h"
 
 namespace sgopd {
-
-#ifdef SGOPD_X86
-namespace avx512vnni {
-int64_t panels(int64_t v);
-int64_t scratch_words(int64_t n, int64_t h);
-template <typename T>
-void quantise_rows(const T*, int64_t, int64_t, int64_t, int16_t*, int64_t, float*);
-template <typename T>
-void project(const int16_t*, const float*, int64_t, int64_t, const T*, int64_t, int64_t, int64_t, float*, int64_t,
-             int64_t, int64_t, uint32_t*);
-}  // namespace avx512vnni
-#endif
 
 namespace {
 
@@ -34,14 +23,17 @@ const SparseKernels& kernels(const std::string& isa) {
   return base::sparse();
 }
 
-bool has_int16() {
+// The fastest 16-bit products of this processor, or null.
+const Int16Kernels* int16_kernels() {
 #ifdef SGOPD_X86
   __builtin_cpu_init();
-  return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw");
-#else
-  return false;
+  if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw")) return &avx512vnni::int16();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &avx2::int16();
 #endif
+  return nullptr;
 }
+
+bool has_int16() { return int16_kernels() != nullptr; }
 
 // Python's (address, stride, is bf16) of a matrix with unit stride along its width.
 using MatrixTuple = std::tuple<Address, int64_t, bool>;
@@ -149,38 +141,36 @@ int64_t parts_of(int64_t v) { return std::min(kColumnParts, std::max<int64_t>(1,
 // out [n, v] fp32 = hidden [n, h] * weight [v, h]^T, through int16.
 void project_int16(const MatrixTuple& hidden, int64_t n, const MatrixTuple& weight, int64_t v, int64_t h, Address out,
                    int64_t out_stride, int threads) {
-  if (!has_int16()) throw std::invalid_argument("project_int16: this processor has no AVX512-VNNI");
+  const Int16Kernels* k = int16_kernels();
+  if (k == nullptr) throw std::invalid_argument("project_int16: this processor has neither AVX2 nor AVX512-VNNI");
   const Matrix x = matrix("hidden", hidden, n, h), w = matrix("weight", weight, v, h);
   const Logits z = logits("out", out, n, v, out_stride);
   require_threads(threads);
   if (n == 0) return;
-#ifdef SGOPD_X86
   py::gil_scoped_release release;
-  using namespace avx512vnni;
   const int64_t stride = (h + 31) / 32 * 32;
   std::vector<int16_t> quantised(n * stride);
   std::vector<float> step(n);
-  const auto quantise = [&](auto* data) { quantise_rows(data, n, x.stride, h, quantised.data(), stride, step.data()); };
+  const auto quantise = [&](const auto& products, auto* data) {
+    products.quantise_rows(data, n, x.stride, h, quantised.data(), stride, step.data());
+  };
   if (x.element == Element::kFloat32)
-    quantise(static_cast<const float*>(x.data));
+    quantise(k->fp32, static_cast<const float*>(x.data));
   else
-    quantise(static_cast<const uint16_t*>(x.data));
-  const int64_t all = panels(v), tasks = std::min<int64_t>(all, std::max<int64_t>(threads, 1));
+    quantise(k->bf16, static_cast<const uint16_t*>(x.data));
+  const int64_t all = k->panels(v), tasks = std::min<int64_t>(all, std::max<int64_t>(threads, 1));
   parallel(tasks, threads, [&](int64_t task) {
-    std::vector<uint32_t> scratch(scratch_words(n, h));
+    std::vector<uint32_t> scratch(k->scratch_words(n, h));
     const int64_t first = bound(all, task, tasks), last = bound(all, task + 1, tasks);
-    const auto run = [&](auto* data) {
-      project(quantised.data(), step.data(), n, stride, data, v, w.stride, h, z.data, z.stride, first, last,
-              scratch.data());
+    const auto run = [&](const auto& products, auto* data) {
+      products.project(quantised.data(), step.data(), n, stride, data, v, w.stride, h, z.data, z.stride, first, last,
+                       scratch.data());
     };
     if (w.element == Element::kFloat32)
-      run(static_cast<const float*>(w.data));
+      run(k->fp32, static_cast<const float*>(w.data));
     else
-      run(static_cast<const uint16_t*>(w.data));
+      run(k->bf16, static_cast<const uint16_t*>(w.data));
   });
-#else
-  (void)x, (void)w, (void)z, (void)threads, (void)out_stride;
-#endif
 }
 
 // Columns that carry at least `threshold` of either model's probability, and the sampled one. report [n, 6] float64:
@@ -469,7 +459,7 @@ void define_screen(py::module_& m) {
       .def("refine", &refine, py::kw_only(), "student"_a, "student_stride"_a, "student_scale"_a, "teacher"_a,
            "teacher_stride"_a, "teacher_scale"_a, "student_hidden"_a, "student_weight"_a, "student_width"_a,
            "teacher_hidden"_a, "teacher_weight"_a, "teacher_width"_a, "report"_a, "threads"_a = 1, "isa"_a = "");
-  m.def("has_int16", &has_int16, "Whether project_int16 runs on this processor (AVX512-VNNI).");
+  m.def("has_int16", &has_int16, "Whether project_int16 runs on this processor (AVX512-VNNI or AVX2).");
   m.def("project_int16", &project_int16, py::kw_only(), "hidden"_a, "n"_a, "weight"_a, "v"_a, "h"_a, "out"_a,
         "out_stride"_a, "threads"_a = 1);
   m.def("select_mass", &select_mass, py::kw_only(), "student"_a, "student_stride"_a, "student_scale"_a, "teacher"_a,

@@ -1,0 +1,58 @@
+// Scales of 16-bit integer products, for every instruction set that screens (project_int16.cpp, project_int16_avx2.cpp).
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+namespace sgopd {
+
+// Products of rows of T: fp32, or bf16 as uint16_t.
+template <typename T>
+struct Int16Products {
+  // hidden -> int16 rows of `stride` elements (a multiple of 32, zeroed beyond h), and the value of a step a row.
+  void (*quantise_rows)(const T* hidden, int64_t n, int64_t hidden_stride, int64_t h, int16_t* out, int64_t stride,
+                        float* step);
+  // Panels [first, last) of the product; `scratch` is this thread's, scratch_words(n, h) words, zeroed.
+  void (*project)(const int16_t* hidden, const float* step_x, int64_t n, int64_t stride, const T* weight, int64_t v,
+                  int64_t weight_stride, int64_t h, float* out, int64_t out_stride, int64_t first, int64_t last,
+                  uint32_t* scratch);
+};
+
+struct Int16Kernels {
+  int64_t (*panels)(int64_t v);
+  int64_t (*scratch_words)(int64_t n, int64_t h);
+  Int16Products<float> fp32;
+  Int16Products<uint16_t> bf16;
+};
+
+namespace avx2 {
+const Int16Kernels& int16();
+}
+namespace avx512vnni {
+const Int16Kernels& int16();
+}
+
+namespace {
+
+constexpr int64_t kDepth = 96;      // pairs summed in one int32 accumulator: a segment of a row
+constexpr float kNorm = 46340.95f;  // sqrt(2^31)
+
+struct Steps {
+  float factor;  // multiplies an element; 0 where the row is not finite
+  float step;    // value of one integer step; NaN where the row is not finite
+};
+
+// `largest`: the squared norm of the row's largest segment, `peak`: its largest |element|.
+inline Steps steps_of(float largest, float peak) {
+  // Rounding adds at most half a step an element to the norm.
+  const float room = kNorm - 0.5f * std::sqrt(2.f * kDepth) - 16.f;
+  const float scale = largest > 0 ? room / std::sqrt(largest) : 1.f;
+  if (!(largest < 1e30f && scale < 1e30f)) return {0.f, std::numeric_limits<float>::quiet_NaN()};
+  // An element is at most the norm, 46,341 steps, yet has to fit 16 bits; saturation would be an error of the screen.
+  const float shrink = peak * scale > 32700.f ? 32700.f / (peak * scale) : 1.f;
+  return {scale * shrink, 1.f / (scale * shrink)};
+}
+
+}  // namespace
+}  // namespace sgopd
