@@ -293,12 +293,12 @@ def _pass(
 
     stats = torch.zeros(hidden.shape[0], COLUMNS, dtype=torch.float64, device=device)
     d_hidden = torch.zeros_like(hidden, dtype=gradient_dtype(hidden)) if need.hidden else None
-    d_weight = torch.zeros(head.weight.shape, dtype=torch.float32, device=device) if need.weight else None
+    d_weight = backend.empty(*head.weight.shape, device).zero_() if need.weight else None
     d_bias = torch.zeros(head.weight.shape[0], dtype=torch.float32, device=device) if need.bias else None
 
     def logits() -> Tensor:
         width = -(-v // backend.column_multiple) * backend.column_multiple
-        return torch.empty(size, width, dtype=torch.float32, device=device)[:, :v]
+        return backend.empty(size, width, device)[:, :v]
 
     space_s = logits()
     space_t = None if problem.teacher is None and problem.topk_ids is None else logits()

@@ -1,5 +1,9 @@
 // The CPU extension: picks the instruction set and splits the rows over threads.
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include "../arguments.h"
 #include "isa.h"
 
@@ -116,6 +120,18 @@ void project_bf16(std::uintptr_t hidden, int64_t n, int64_t hidden_stride, std::
 #endif
 }
 
+// Asks for 2 MiB pages: fewer page faults on first touch, and rows a large stride apart share TLB entries.
+void advise_huge_pages(sgopd::Address address, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  const uintptr_t page = 4096, begin = (static_cast<uintptr_t>(address) + page - 1) / page * page;
+  const uintptr_t end = (static_cast<uintptr_t>(address) + static_cast<uintptr_t>(bytes)) / page * page;
+  // Advice: a kernel built without them refuses, and ordinary pages do.
+  if (address != 0 && begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)address, (void)bytes;
+#endif
+}
+
 }  // namespace
 
 #define PyInit__cpu sgopd_pybind_init
@@ -124,6 +140,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.doc() = "Fused row pass of the gated distillation loss on the CPU (internal: use sgopd_kernels.gated_kl_loss).";
   m.def("available", &sgopd::available_isas, "Instruction sets this build and this processor share, best first.");
   sgopd::define_rows(m, run_rows);
+  m.def("advise_huge_pages", &advise_huge_pages, py::arg("address"), py::arg("bytes"));
   m.def("has_bf16", &has_bf16, "Whether project_bf16 runs on this processor (AVX512-BF16).");
   using namespace py::literals;
   m.def("project_bf16", &project_bf16, py::kw_only(), "hidden"_a, "n"_a, "hidden_stride"_a, "weight"_a, "v"_a,

@@ -13,6 +13,7 @@ from ..sparse import Pairs, Sparse
 from .native import NativeBackend
 
 _ELEMENTS = (torch.float32, torch.bfloat16)
+HUGE = 32 * 2**20  # bytes from which the C library maps an allocation of its own, that huge pages can be asked for
 
 
 def _unit_stride(tensor: Tensor) -> Tensor:
@@ -32,6 +33,12 @@ class CpuBackend(NativeBackend):
 
     def launch(self) -> dict[str, Any]:
         return {"threads": torch.get_num_threads(), "isa": self.isa}
+
+    def empty(self, rows: int, columns: int, device: torch.device) -> Tensor:
+        out = super().empty(rows, columns, device)
+        if self.module is not None and out.nbytes >= HUGE:
+            self.module.advise_huge_pages(out.data_ptr(), out.nbytes)
+        return out
 
     def project(self, hidden: Tensor, weight: Tensor, out: Tensor) -> None:
         """bf16 operands through csrc/cpu/project_bf16.cpp where the processor can: fp32 results without fp32 copies."""

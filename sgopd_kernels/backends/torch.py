@@ -133,6 +133,10 @@ class TorchBackend:
         for a, b in zip(to.tolist(), origin.tolist()):
             z[a].copy_(z[b])
 
+    def empty(self, rows: int, columns: int, device: torch.device) -> Tensor:
+        """fp32 [rows, columns], for a chunk's logits and the head's gradient."""
+        return torch.empty(rows, columns, dtype=torch.float32, device=device)
+
     def sparse(self, problem: Problem) -> SparsePlan | None:
         """The parts of the filtered and screened plans, where this backend has them for the problem."""
         return None
