@@ -178,8 +178,8 @@ class Sparse:
         return self.problem.spec.budget
 
     def held_bytes(self) -> tuple[int, int]:
-        """(bytes, bytes a token) held beside logits: scratch; MOST of a row, 8 bytes each, twice for a while."""
-        return 16 * 2**20, int(16 * MOST * self.v)
+        """(bytes, bytes a token) held beside logits: each thread's scratch; MOST of a row, a column and a value each."""
+        return 16 * 2**20, int(8 * MOST * self.v)
 
     def worthwhile(self, rows: Tensor) -> bool:
         return rows.numel() * self.v * self.problem.student_hidden.shape[1] >= WORTHWHILE

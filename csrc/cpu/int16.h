@@ -1,4 +1,5 @@
-// Scales of 16-bit integer products, for every instruction set that screens (project_int16.cpp, project_int16_avx2.cpp).
+// Scales of 16-bit integer products, for every instruction set that screens (project_int16.cpp,
+// project_int16_avx2.cpp).
 #pragma once
 
 #include <cmath>

@@ -1,7 +1,7 @@
 // project_int16.cpp for AVX2: vpmaddwd makes 8 sums of two 16-bit products, vpaddd adds them to 8 int32 lanes. Where a
-// core issues two of each a cycle (Zen 3 and later, Intel since Haswell one and a half) that is up to twice the products
-// of its fp32 FMAs. Same scales, same bound on the accumulators, same segments; a panel is 16 vocabulary rows, so that
-// 6 tokens by 2 vectors of accumulators fit the 16 registers.
+// core issues two of each a cycle (Zen 3 and later, Intel since Haswell one and a half) that is up to twice the
+// products of its fp32 FMAs. Same scales, same bound on the accumulators, same segments; a panel is 16 vocabulary rows,
+// so that 6 tokens by 2 vectors of accumulators fit the 16 registers.
 
 #if defined(__AVX2__) && defined(__FMA__)
 
@@ -49,15 +49,14 @@ float quantise(const T* row, int64_t h, int16_t* out) {
       if constexpr (sizeof(T) == 4)
         x[half] = _mm256_loadu_ps(at);
       else
-        x[half] = _mm256_castsi256_ps(_mm256_slli_epi32(
-            _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at))), 16));
+        x[half] = _mm256_castsi256_ps(
+            _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at))), 16));
     }
     const __m256i packed = _mm256_packs_epi32(_mm256_cvtps_epi32(_mm256_mul_ps(x[0], factor)),
                                               _mm256_cvtps_epi32(_mm256_mul_ps(x[1], factor)));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + k), _mm256_permute4x64_epi64(packed, 0xd8));
   }
-  for (; k < h; ++k)
-    out[k] = static_cast<int16_t>(_mm_cvtss_si32(_mm_set_ss(widened(row[k]) * steps.factor)));
+  for (; k < h; ++k) out[k] = static_cast<int16_t>(_mm_cvtss_si32(_mm_set_ss(widened(row[k]) * steps.factor)));
   return steps.step;
 }
 
@@ -106,10 +105,10 @@ void block(const int16_t* hidden, int64_t stride, const uint32_t* pack, int64_t 
   for (int64_t k = first; k < last; ++k) {
     const auto* w = reinterpret_cast<const __m256i*>(pack + k * kPanel);
     const __m256i w0 = _mm256_load_si256(w), w1 = _mm256_load_si256(w + 1);
-#define SGOPD_STEP(r, index)                                                                                  \
-  if constexpr (kRows > index) {                                                                              \
-    const __m256i x = _mm256_set1_epi32(*reinterpret_cast<const Word*>(hidden + index * stride + 2 * k));     \
-    dot(r##0, w0, x), dot(r##1, w1, x);                                                                       \
+#define SGOPD_STEP(r, index)                                                                              \
+  if constexpr (kRows > index) {                                                                          \
+    const __m256i x = _mm256_set1_epi32(*reinterpret_cast<const Word*>(hidden + index * stride + 2 * k)); \
+    dot(r##0, w0, x), dot(r##1, w1, x);                                                                   \
   }
     SGOPD_TOKENS(SGOPD_STEP)
 #undef SGOPD_STEP

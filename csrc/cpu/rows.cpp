@@ -177,8 +177,8 @@ inline double log_mixture_ratio(double u, double beta) {
   return u < 30 ? std::log1p(beta * std::expm1(u)) : u + std::log(beta + (1 - beta) * std::exp(-u));
 }
 
-// One block's reverse (or forward) KL, from terms of second order in u. Selections by mask and no && or branch: GCC would
-// leave one of the two loops scalar.
+// One block's reverse (or forward) KL, from terms of second order in u. Selections by mask and no && or branch: GCC
+// would leave one of the two loops scalar.
 template <bool kReverse>
 float precise_block(const float* __restrict z, const float* __restrict t, int64_t count, float mp, float mq, float ip,
                     float iq, Split dlse) {
@@ -228,8 +228,9 @@ double precise_divergence(const float* __restrict z, const float* __restrict t, 
       continue;
     }
     const int64_t count = last - first;
-    const float block = divergence == kReverseKL ? precise_block<true>(z + first, t + first, count, mp, mq, ip, iq, dlse)
-                                                 : precise_block<false>(z + first, t + first, count, mp, mq, ip, iq, dlse);
+    const float block = divergence == kReverseKL
+                            ? precise_block<true>(z + first, t + first, count, mp, mq, ip, iq, dlse)
+                            : precise_block<false>(z + first, t + first, count, mp, mq, ip, iq, dlse);
     total += block;
   }
   // The gradient sums to 0 only if the mean is taken under weights that sum to 1.

@@ -63,22 +63,27 @@ Logits logits(const char* name, Address address, int64_t n, int64_t v, int64_t s
   return {pointer<float>(name, address, n > 0), stride};
 }
 
-// (token, column) pairs of a chunk, by token, columns ascending.
+// (token, column) pairs of a chunk, by token, columns ascending. Those of token i are [first[i], last[i]) of buffers as
+// large as the chunk, of which only what holds pairs is ever touched: nothing is copied together, and nothing grows.
 struct Pairs {
-  Pairs(int64_t n, int64_t v) : rows(n), vocabulary(v), first(n + 1, 0) {}
+  Pairs(int64_t n, int64_t v) : rows(n), vocabulary(v), first(n, 0), last(n, 0) {}
 
   int64_t rows, vocabulary;
-  std::vector<int64_t> first;  // [rows + 1]
-  std::vector<int32_t> columns;
-  std::vector<float> values;  // of a gradient; empty otherwise
+  std::vector<int64_t> first, last;  // [rows]
+  std::unique_ptr<int32_t[]> columns;
+  std::unique_ptr<float[]> values;  // of a gradient, or null
   double threshold = 0, taken = 0, left = 0;
   bool dense = false;  // too many to be worth it: nothing was taken
 
   void require_values(const char* what) const {
-    if (values.size() != columns.size())
+    if (values == nullptr && count() > 0)
       throw std::invalid_argument(std::string(what) + ": these pairs hold no gradient; take_large makes such");
   }
-  int64_t count() const { return static_cast<int64_t>(columns.size()); }
+  int64_t count() const {
+    int64_t total = 0;
+    for (int64_t i = 0; i < rows; ++i) total += last[i] - first[i];
+    return total;
+  }
 };
 
 constexpr int64_t kRowParts = 32, kColumnParts = 64;
@@ -88,24 +93,18 @@ inline int64_t bound(int64_t total, int64_t i, int64_t parts) { return total * i
 // Fills `pairs` from `one_row(row, columns, values)` -> count, rows in parallel.
 template <typename OneRow>
 void collect(Pairs& pairs, int64_t n, int64_t v, bool with_values, int threads, const OneRow& one_row) {
+  constexpr int64_t kSlack = 16;  // a vector store may write beyond the last pair
+  pairs.columns.reset(new int32_t[n * v + kSlack]);  // not make_unique: that would touch every page
+  if (with_values) pairs.values.reset(new float[n * v + kSlack]);
   const int64_t parts = std::min<int64_t>(kRowParts, std::max<int64_t>(n, 1));
-  std::vector<std::vector<int32_t>> columns(parts);
-  std::vector<std::vector<float>> values(parts);
-  std::vector<int64_t> counts(n);
   parallel(parts, threads, [&](int64_t part) {
-    std::vector<int32_t> c(v + 16);
-    std::vector<float> x(with_values ? v + 16 : 0);
+    int64_t at = bound(n, part, parts) * v;
     for (int64_t i = bound(n, part, parts); i < bound(n, part + 1, parts); ++i) {
-      counts[i] = one_row(i, c.data(), x.data());
-      columns[part].insert(columns[part].end(), c.begin(), c.begin() + counts[i]);
-      if (with_values) values[part].insert(values[part].end(), x.begin(), x.begin() + counts[i]);
+      pairs.first[i] = at;
+      at += one_row(i, pairs.columns.get() + at, with_values ? pairs.values.get() + at : nullptr);
+      pairs.last[i] = at;
     }
   });
-  for (int64_t i = 0; i < n; ++i) pairs.first[i + 1] = pairs.first[i] + counts[i];
-  pairs.columns.reserve(pairs.first[n]);
-  for (const auto& part : columns) pairs.columns.insert(pairs.columns.end(), part.begin(), part.end());
-  pairs.values.reserve(with_values ? pairs.first[n] : 0);
-  for (const auto& part : values) pairs.values.insert(pairs.values.end(), part.begin(), part.end());
 }
 
 // The pairs of columns [begin, end), by column, tokens ascending.
@@ -116,10 +115,10 @@ struct ByColumn {
 
   ByColumn(const Pairs& pairs, int64_t begin, int64_t end) : first(end - begin + 1, 0) {
     std::vector<int64_t> low(pairs.rows), high(pairs.rows);
-    const int32_t* c = pairs.columns.data();
+    const int32_t* c = pairs.columns.get();
     for (int64_t i = 0; i < pairs.rows; ++i) {
-      low[i] = std::lower_bound(c + pairs.first[i], c + pairs.first[i + 1], static_cast<int32_t>(begin)) - c;
-      high[i] = std::lower_bound(c + low[i], c + pairs.first[i + 1], static_cast<int32_t>(end)) - c;
+      low[i] = std::lower_bound(c + pairs.first[i], c + pairs.last[i], static_cast<int32_t>(begin)) - c;
+      high[i] = std::lower_bound(c + low[i], c + pairs.last[i], static_cast<int32_t>(end)) - c;
       for (int64_t k = low[i]; k < high[i]; ++k) ++first[c[k] - begin + 1];
     }
     for (size_t j = 1; j < first.size(); ++j) first[j] += first[j - 1];
@@ -266,13 +265,13 @@ void refine(const Pairs& pairs, Address student, int64_t student_stride, float s
       double total[6] = {0, 0, 0, 0, 0, 0};
       for (int64_t part = 0; part < parts; ++part)
         for (int c = 0; c < 6; ++c) total[c] += sums[(part * n + i) * 6 + c];
-      const double count = static_cast<double>(pairs.first[i + 1] - pairs.first[i]);
+      const double count = static_cast<double>(pairs.last[i] - pairs.first[i]);
       for (int s = 0; s < 2; ++s) {
         const double mean = total[2 + s] / count;
         out[6 * i + 2 + s] = total[s] < 1 ? 1.0 - total[s] : 0.0;
         out[6 * i + 4 + s] = total[4 + s] / count - mean * mean;
         float* z = sides[s].z.data + i * sides[s].z.stride;
-        for (int64_t k = pairs.first[i]; k < pairs.first[i + 1]; ++k) z[pairs.columns[k]] -= static_cast<float>(mean);
+        for (int64_t k = pairs.first[i]; k < pairs.last[i]; ++k) z[pairs.columns[k]] -= static_cast<float>(mean);
       }
     }
   });
@@ -359,8 +358,7 @@ void restore(const Pairs& pairs, Address gradient, int64_t stride) {
   const Logits g = logits("gradient", gradient, pairs.rows, pairs.vocabulary, stride);
   pairs.require_values("restore");
   for (int64_t i = 0; i < pairs.rows; ++i)
-    for (int64_t k = pairs.first[i]; k < pairs.first[i + 1]; ++k)
-      g.data[i * g.stride + pairs.columns[k]] = pairs.values[k];
+    for (int64_t k = pairs.first[i]; k < pairs.last[i]; ++k) g.data[i * g.stride + pairs.columns[k]] = pairs.values[k];
 }
 
 // out [n, h] fp32 += pairs * weight. Tokens in parallel, columns in blocks of the head that stay in L2.
@@ -390,11 +388,11 @@ void add_hidden_gradient(const Pairs& pairs, const MatrixTuple& weight, int64_t 
       }
       for (int64_t i = low; i < high; ++i) {
         int64_t& p = cursor[i - low];
-        while (p < pairs.first[i + 1] && pairs.columns[p] < end) {
+        while (p < pairs.last[i] && pairs.columns[p] < end) {
           const float* rows[4];
-          const float* values = pairs.values.data() + p;
+          const float* values = pairs.values.get() + p;
           int count = 0;
-          for (; count < 4 && p < pairs.first[i + 1] && pairs.columns[p] < end; ++p)
+          for (; count < 4 && p < pairs.last[i] && pairs.columns[p] < end; ++p)
             rows[count++] = block + (pairs.columns[p] - begin) * stride;
           k.add(rows, values, h, count, to + i * out_stride);
         }
@@ -437,7 +435,8 @@ void add_weight_gradient(const Pairs& pairs, const MatrixTuple& hidden, int64_t 
 void add_bias_gradient(const Pairs& pairs, Address out) {
   pairs.require_values("add_bias_gradient");
   auto* to = pointer<float>("out", out, true);
-  for (size_t k = 0; k < pairs.columns.size(); ++k) to[pairs.columns[k]] += pairs.values[k];
+  for (int64_t i = 0; i < pairs.rows; ++i)
+    for (int64_t k = pairs.first[i]; k < pairs.last[i]; ++k) to[pairs.columns[k]] += pairs.values[k];
 }
 
 }  // namespace
