@@ -293,7 +293,7 @@ def _pass(
 
     stats = torch.zeros(hidden.shape[0], COLUMNS, dtype=torch.float64, device=device)
     d_hidden = torch.zeros_like(hidden, dtype=gradient_dtype(hidden)) if need.hidden else None
-    d_weight = backend.empty(*head.weight.shape, device).zero_() if need.weight else None
+    d_weight = backend.empty(head.weight.shape[0], head.weight.shape[1], device).zero_() if need.weight else None
     d_bias = torch.zeros(head.weight.shape[0], dtype=torch.float32, device=device) if need.bias else None
 
     def logits() -> Tensor:
