@@ -93,9 +93,8 @@ inline int64_t bound(int64_t total, int64_t i, int64_t parts) { return total * i
 // Fills `pairs` from `one_row(row, columns, values)` -> count, rows in parallel.
 template <typename OneRow>
 void collect(Pairs& pairs, int64_t n, int64_t v, bool with_values, int threads, const OneRow& one_row) {
-  constexpr int64_t kSlack = 16;  // a vector store may write beyond the last pair
-  pairs.columns.reset(new int32_t[n * v + kSlack]);  // not make_unique: that would touch every page
-  if (with_values) pairs.values.reset(new float[n * v + kSlack]);
+  pairs.columns.reset(new int32_t[n * v]);  // not make_unique: that would touch every page
+  if (with_values) pairs.values.reset(new float[n * v]);
   const int64_t parts = std::min<int64_t>(kRowParts, std::max<int64_t>(n, 1));
   parallel(parts, threads, [&](int64_t part) {
     int64_t at = bound(n, part, parts) * v;
