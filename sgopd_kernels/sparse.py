@@ -178,7 +178,7 @@ class Sparse:
         return self.problem.spec.budget
 
     def held_bytes(self) -> tuple[int, int]:
-        """(bytes, bytes a token) held beside logits: each thread's scratch; MOST of a row, a column and a value each."""
+        """(bytes, bytes a token) held beside logits: threads' scratch; MOST of a row, a column and a value each."""
         return 16 * 2**20, int(8 * MOST * self.v)
 
     def worthwhile(self, rows: Tensor) -> bool:
