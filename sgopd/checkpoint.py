@@ -66,7 +66,7 @@ def save_tensors(value: Any, path: Path) -> None:
     with path.open("wb") as file:
         writer = _Writer(file)
         try:
-            torch.save(value, writer)  # type: ignore[arg-type]
+            torch.save(value, writer)  # type: ignore[arg-type,unused-ignore]
         except RuntimeError:
             if writer.error is not None:
                 raise writer.error from None

@@ -27,6 +27,7 @@ namespace SGOPD_ISA {
 namespace {
 
 constexpr double kPrecise = 0.05;  // nats
+constexpr float kTiny = std::numeric_limits<float>::min();
 
 // tanh, <= 2 ulp: an odd polynomial near 0, where 1 - 2 / (e^2x + 1) would lose all relative accuracy.
 inline float tanh_f32(float x) {
@@ -153,7 +154,8 @@ struct Pair {
       eq += q_in ? eb * b : 0.f;
       dp += ea * delta;
       dq += eb * delta;
-      out += p_in ? 0.f : eb;
+      // below fp32's smallest number a probability is still one: as far down as float64 has it
+      out += p_in ? 0.f : (b > -745.f ? (eb > kTiny ? eb : kTiny) : 0.f);
     }
     p.sum += sp;
     q.sum += sq;
