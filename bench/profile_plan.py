@@ -1,0 +1,84 @@
+"""Where the time of one call goes on the CPU: milliseconds a step of its plan, best of three calls.
+
+    python bench/hidden_states.py --output runs/hidden
+    python bench/profile_plan.py --hidden runs/hidden/high.safetensors
+    python bench/profile_plan.py --hidden runs/hidden/high.safetensors --precision exact
+
+Steps are timed by wrapping the backend's methods; what is left over is allocation, gathering rows, and the call itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections import Counter
+from typing import Any
+
+import torch
+from loss import Inputs
+
+from sgopd_kernels import gated_kl_loss
+from sgopd_kernels.backends.cpu import CpuBackend
+from sgopd_kernels.sparse import Sparse
+
+STEPS: dict[type, tuple[str, ...]] = {
+    CpuBackend: (
+        "project",
+        "project_screened",
+        "refine",
+        "rows",
+        "take_large",
+        "add_pairs_hidden",
+        "add_pairs_weight",
+        "add_hidden_gradient",
+        "add_weight_gradient",
+    ),
+    Sparse: ("probe", "directions"),
+}
+
+
+def timed(owner: type, name: str, spent: Counter[str]) -> None:
+    inner = getattr(owner, name)
+
+    def outer(*args: Any, **options: Any) -> Any:
+        start = time.perf_counter()
+        result = inner(*args, **options)
+        spent[name] += time.perf_counter() - start
+        return result
+
+    setattr(owner, name, outer)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden", default="", help="a file of bench/hidden_states.py (default: random inputs)")
+    parser.add_argument("--noise", default="0.03")
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--precision", default="auto")
+    args = parser.parse_args()
+    operands = Inputs(args.tokens, 49_152, 576, args.dtype, args.hidden, args.noise).make()
+    spent: Counter[str] = Counter()
+    for owner, names in STEPS.items():
+        for name in names:
+            timed(owner, name, spent)
+    best: tuple[float, dict[str, float], Any] | None = None
+    for _ in range(3):
+        spent.clear()
+        leaves = [t.clone().requires_grad_() for t in operands[:2]]
+        start = time.perf_counter()
+        loss, stats = gated_kl_loss(*leaves, *operands[2:], backend="cpu", precision=args.precision, return_stats=True)
+        loss.backward()
+        total = time.perf_counter() - start
+        if best is None or total < best[0]:
+            best = total, dict(spent), stats
+    assert best is not None
+    total, steps, stats = best
+    print(f"{args.tokens} tokens, {args.dtype}, {torch.get_num_threads()} threads: {stats.plan}, kept {stats.kept:.1%}")
+    for name, seconds in sorted(steps.items(), key=lambda item: -item[1]):
+        print(f"  {name:22} {seconds * 1e3:7.1f} ms")
+    print(f"  {'the rest':22} {(total - sum(steps.values())) * 1e3:7.1f} ms\n  {'total':22} {total * 1e3:7.1f} ms")
+
+
+if __name__ == "__main__":
+    main()
