@@ -155,19 +155,16 @@ def measure(results: Results, command: list[str], stages: list[str], env: dict[s
         for name in without:
             child += ["--without", name]
         running.clear()
-        status, last = follow(child, env, ends, results.folder / "measure.log", hear)
-        if status == 0:
+        why, last = follow(child, env, ends, results.folder / "measure.log", hear)
+        if not why:
             return
-        why = (
-            "killed: it was over its time"
-            if status is None
-            else f"the process died ({status}): {' / '.join(last[-3:])}"
-        )
+        if not why.startswith("killed"):
+            why += f": {' / '.join(last[-3:])}"
         if not running:
             break
         results.add({"kind": "row", "table": running["table"], "name": running["name"], "status": why})
         without.append(f"{running['table']}:{running['name']}")
-        if status is None or time.time() > ends:
+        if time.time() > ends:
             break
     for name in stages:
         if results.data["stages"][name]["status"] in ("running", "not reached"):

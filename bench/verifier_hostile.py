@@ -656,11 +656,10 @@ class Watch:
         self._thread.join()
 
     def _run(self) -> None:
-        ours = Path("/proc/self/cmdline").read_bytes()
         while not self._stop.wait(0.01):
             for pid in children():
                 with contextlib.suppress(OSError, ValueError, IndexError):
-                    if Path(f"/proc/{pid}/cmdline").read_bytes() == ours:
+                    if b"verifier_worker" not in Path(f"/proc/{pid}/cmdline").read_bytes():
                         continue  # between fork and exec it is this process's memory
                     status = Path(f"/proc/{pid}/status").read_text()
                     peak, high = (int(status.partition(f"{key}:")[2].split()[0]) / 1024 for key in ("VmPeak", "VmHWM"))
