@@ -7,8 +7,6 @@
 
 #include <immintrin.h>
 
-#include <algorithm>
-
 #include "exp.h"
 #include "int16.h"
 
@@ -28,7 +26,7 @@ template <typename T>
 float quantise(const T* row, int64_t h, int16_t* out) {
   float largest = 0, peak = 0;
   for (int64_t first = 0; first < h; first += 2 * kDepth) {
-    const int64_t last = std::min(first + 2 * kDepth, h);
+    const int64_t last = min64(first + 2 * kDepth, h);
     float norm = 0, top = 0;
 #pragma omp simd reduction(+ : norm) reduction(max : top)
     for (int64_t k = first; k < last; ++k) {
@@ -37,7 +35,7 @@ float quantise(const T* row, int64_t h, int16_t* out) {
       top = size > top ? size : top;
     }
     largest = norm > largest || norm != norm ? norm : largest;
-    peak = std::max(peak, top);
+    peak = top > peak ? top : peak;
   }
   const Steps steps = steps_of(largest, peak);
   int64_t k = 0;
@@ -155,14 +153,14 @@ void project(const int16_t* hidden, const float* step_x, int64_t n, int64_t stri
   auto* partial = reinterpret_cast<float*>(pack + kPanel * width);
   float step_w[kPanel];
   for (int64_t p = first; p < last; ++p) {
-    const int64_t column = p * kPanel, columns = std::min(v - column, kPanel);
+    const int64_t column = p * kPanel, columns = min64(v - column, kPanel);
     for (int64_t j = 0; j < kPanel; ++j) {
       step_w[j] = j < columns ? quantise(weight + (column + j) * weight_stride, h, rows + j * width) : 0.f;
-      if (j >= columns) std::fill(rows + j * width, rows + (j + 1) * width, int16_t{0});
+      for (int64_t k = 0; j >= columns && k < width; ++k) rows[j * width + k] = 0;
     }
     pack_panel(rows, width, pack);
     for (int64_t k = 0; k < pairs; k += kDepth) {
-      const int64_t end = std::min(k + kDepth, pairs);
+      const int64_t end = min64(k + kDepth, pairs);
       const bool final = end == pairs;
       int64_t i = 0;
       for (; i + kTokens <= n; i += kTokens)
