@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .backends.torch import TorchBackend
 from .problem import Problem
-from .sparse import COHERENCE, WORTHWHILE, Directions, Report
+from .sparse import WORTHWHILE, Directions, Report, RestPlan
 
 # Share of columns above which dense products of a gradient rounded to bf16 cost less: 2 (Hs + Ht) + 8 s Hs of split
 # products, a gather and a scatter, against 6 Hs + 2 Ht.
@@ -42,7 +42,7 @@ class Columns:
 
 
 @dataclass
-class ColumnFilter:
+class ColumnFilter(RestPlan):
     """One call's filter, on a backend's products. `pays`: until a chunk needs too many columns; the next ones will."""
 
     problem: Problem
@@ -100,9 +100,7 @@ class ColumnFilter:
         taken = Columns(index, g[:, index], g.new_zeros(g.shape[0], self.problem.student.weight.shape[1]))
         for tile, part in zip(index.split(TILE), taken.gradient.split(TILE, 1)):
             self.backend.add_hidden_gradient(part, self.problem.student.weight[tile], taken.hidden)
-        reach = float(taken.hidden.norm())
-        coherent = COHERENCE * lost**0.5 * self.directions().outside / reach if reach > 0 else float("inf")
-        error = max(coherent, 1.5 * (lost / energy) ** 0.5)
+        error = self.left_out(lost, energy, taken.hidden)
         if not error <= budget:
             self.pays = False
             return None
@@ -123,8 +121,7 @@ class ColumnFilter:
         """Adds a chunk's gradients: rest [n, V] what the columns left, hidden [n, H], at [n] its rows in d_hidden."""
         v = self.problem.vocabulary
         if d_hidden is not None:
-            directions = self.directions()
-            d_hidden[at] = torch.addmm(taken.hidden, rest @ directions.along, directions.basis).to(d_hidden.dtype)
+            d_hidden[at] = self.with_rest(taken.hidden, rest).to(d_hidden.dtype)
         if d_weight is not None:
             for tile, part in zip(taken.index.split(TILE), taken.gradient.split(TILE, 1)):
                 rows = d_weight.new_zeros(tile.numel(), d_weight.shape[1])
@@ -133,8 +130,3 @@ class ColumnFilter:
         if d_bias is not None:
             d_bias[:v] += rest.sum(0)
             d_bias.index_add_(0, taken.index, taken.gradient.sum(0))
-
-    def directions(self) -> Directions:
-        if self._directions is None:
-            self._directions = Directions.of(self.problem.student.weight[: self.problem.vocabulary])
-        return self._directions

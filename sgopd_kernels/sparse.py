@@ -161,8 +161,31 @@ class Taken:
         return sum(p.taken for p in self.pairs) + self.pairs[-1].left
 
 
+class RestPlan:
+    """What the plans share that keep the rest of a gradient along the head's leading directions."""
+
+    problem: Problem
+    _directions: Directions | None
+
+    def directions(self) -> Directions:
+        if self._directions is None:
+            self._directions = Directions.of(self.problem.student.weight[: self.problem.vocabulary])
+        return self._directions
+
+    def left_out(self, left: float, energy: float, hidden: Tensor) -> float:
+        """The error estimate of both gradients: `left` of `energy` = ||G||^2 stayed; hidden [n, H], what was taken."""
+        reach = float(hidden.norm())
+        lost = COHERENCE * left**0.5 * self.directions().outside / reach if reach > 0 else float("inf")
+        return max(lost, 1.5 * (left / energy) ** 0.5)
+
+    def with_rest(self, hidden: Tensor, rest: Tensor) -> Tensor:
+        """The hidden gradient [n, H]: of what was taken, and of the rest [n, V] along the directions."""
+        directions = self.directions()
+        return torch.addmm(hidden, rest @ directions.along, directions.basis)
+
+
 @dataclass
-class Sparse:
+class Sparse(RestPlan):
     """One call's sparse plan; `v`: the shared vocabulary."""
 
     problem: Problem
@@ -268,10 +291,7 @@ class Sparse:
         return None
 
     def _left_out(self, taken: Taken) -> float:
-        """The error estimate of both gradients for what the pairs leave."""
-        left, reach = taken.pairs[-1].left, float(taken.hidden.norm())
-        lost = COHERENCE * left**0.5 * self.directions().outside / reach if reach > 0 else float("inf")
-        return max(lost, 1.5 * (left / taken.energy) ** 0.5)
+        return self.left_out(taken.pairs[-1].left, taken.energy, taken.hidden)
 
     def gradients(
         self,
@@ -285,8 +305,7 @@ class Sparse:
     ) -> None:
         """Adds a chunk's gradients: rest [n, V] what the pairs left, hidden [n, H], at [n] its rows in d_hidden."""
         if d_hidden is not None:
-            directions = self.directions()
-            d_hidden[at] = torch.addmm(taken.hidden, rest @ directions.along, directions.basis).to(d_hidden.dtype)
+            d_hidden[at] = self.with_rest(taken.hidden, rest).to(d_hidden.dtype)
         wide = hidden.float().contiguous()
         for pairs in taken.pairs:
             if d_weight is not None:
@@ -295,11 +314,6 @@ class Sparse:
                 self.backend.add_pairs_bias(pairs, d_bias)
         if d_bias is not None:
             d_bias[: self.v] += rest.sum(0)
-
-    def directions(self) -> Directions:
-        if self._directions is None:
-            self._directions = Directions.of(self.problem.student.weight[: self.v])
-        return self._directions
 
     def screen_error(self, report: Tensor, values: Tensor, energy: float | None, row_weight: Tensor) -> float | None:
         """The screen's error estimate for a chunk, None where it breaks the budget.
