@@ -4,14 +4,58 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
+import fcntl
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from sgopd.config import UserError
+
+LOCK = ".lock"
+
+
+class FolderLock:
+    """A folder taken for one run: refused to every other process until `release`, or until this process ends.
+
+    The kernel holds the lock (fcntl's, on the file .lock), so it ends with this process, however that ends, and
+    children do not inherit it. It is the process's: taken twice in one, it is there until the first release. The file
+    stays: if it were removed, two runs could hold two files of that name. `held` is False where the file system has no
+    locks.
+
+    Raises:
+        UserError: another process has it.
+        OSError: the file cannot be opened or locked.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._file = open(folder / LOCK, "a+b", buffering=0)  # noqa: SIM115 (it lives as long as the run)
+        self.held = True
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                self._file.seek(0)
+                owner = self._file.read(200).decode(errors="replace")
+                self._file.close()
+                raise UserError(
+                    f"output_dir: another run is at work in {folder}{owner and f' ({owner})'}. Wait for its end, or "
+                    "stop it and go on with --resume_from_checkpoint auto, or choose another output_dir"
+                ) from error
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                self._file.close()
+                raise
+            self.held = False
+        else:
+            self._file.truncate(0)
+            self._file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+
+    def release(self) -> None:
+        self._file.close()
 
 
 @contextlib.contextmanager

@@ -16,10 +16,27 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sgopd import checkpoint
 from sgopd.config import Config, UserError, read_yaml
 from sgopd.data import Prompts
-from sgopd.files import make_folder
+from sgopd.files import FolderLock, make_folder
 from sgopd.metrics import lost_records
 from sgopd.teacher import LOGIT_DIVISORS, LOGIT_FACTORS, eos_ids_of, head_of, hidden_states, load_tokenizer
 from sgopd.verifier import VerifierPool
+
+
+def lock_run_dir(config: Config) -> tuple[FolderLock, list[str]]:
+    """Takes the run directory, before anything in it is read, and what to say about it.
+
+    Raises:
+        UserError: another run is at work in it, or it cannot be written.
+    """
+    run_dir = Path(config.output_dir)
+    try:
+        make_folder(run_dir)
+        lock = FolderLock(run_dir)
+    except OSError as error:
+        raise UserError(f"output_dir: cannot write in {run_dir}: {error.strerror}. Choose another folder") from error
+    if lock.held:
+        return lock, []
+    return lock, [f"warning: the file system of {run_dir} has no locks: see to it that no second run is started there"]
 
 
 def open_run_dir(config: Config) -> tuple[Path | None, list[str]]:

@@ -29,7 +29,7 @@ from sgopd import __version__, checkpoint, startup
 from sgopd.config import Config, UserError
 from sgopd.data import derive_seed, has_eval_data, load_prompts, take
 from sgopd.evaluate import evaluate
-from sgopd.files import new_file, new_folder, remove_folder, remove_leftovers, writing
+from sgopd.files import FolderLock, new_file, new_folder, remove_folder, remove_leftovers, writing
 from sgopd.metrics import (
     MetricsFile,
     Sums,
@@ -60,7 +60,7 @@ Record = dict[str, Any]
 
 
 class Trainer:
-    """One run. Making it loads and checks everything; nothing is written before `train`.
+    """One run. Making it takes the run directory, loads and checks everything; nothing else is written before `train`.
 
     Args:
         config: all settings.
@@ -85,7 +85,8 @@ class Trainer:
         self.say = say if processes.main else lambda text: None
         self.on_record = on_record if processes.main else lambda record: None
         self.run_dir = Path(config.output_dir)
-        resume_from, said = processes.on_main(lambda: startup.open_run_dir(config))
+        self.lock: FolderLock | None = None  # of the run directory, on the main process
+        resume_from, said = processes.on_main(self.open_run_dir)
         for line in said:
             self.say(line)
         # What is left to the global generators (dropout) differs between processes.
@@ -143,12 +144,32 @@ class Trainer:
         if resume_from is not None:
             self.restore(resume_from)
 
+    def open_run_dir(self) -> tuple[Path | None, list[str]]:
+        """The checkpoint to resume from, and what to say, once no other run can change the folder any more."""
+        self.lock, said = startup.lock_run_dir(self.config)
+        resume_from, more = startup.open_run_dir(self.config)
+        return resume_from, said + more
+
     # --- the loop ---
 
     def train(self) -> Path:
         """Trains from where the run stands to max_steps, or until SIGTERM or SIGINT. Returns the run directory."""
-        config, processes = self.config, self.processes
         began = time.perf_counter()
+        try:
+            self.loop()
+            if self.stopped_by is None:
+                self.processes.on_main(self.save_final)
+                self.write({"step": self.step, "kind": "end", "time/total": time.perf_counter() - began})
+            self.processes.accelerator.end_training()
+            if self.processes.main:
+                write_report(self.run_dir)
+        finally:
+            if self.lock is not None:
+                self.lock.release()
+        return self.run_dir
+
+    def loop(self) -> None:
+        config, processes = self.config, self.processes
         with startup.start_verifier(config) as self.verifier, Interrupt() as interrupt:
             self.findings += processes.on_main(lambda: startup.check_golds(self.verifier, self.prompts, self.questions))
             for line in self.findings:
@@ -175,14 +196,6 @@ class Trainer:
                         "lower learning_rate or lower gate weights, or with float32 throughout. If the first update "
                         "already failed, the teacher or a prompt is the likelier cause"
                     )
-
-        if self.stopped_by is None:
-            processes.on_main(self.save_final)
-            self.write({"step": self.step, "kind": "end", "time/total": time.perf_counter() - began})
-        processes.accelerator.end_training()
-        if processes.main:
-            write_report(self.run_dir)
-        return self.run_dir
 
     # --- a batch of rollouts ---
 

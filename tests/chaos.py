@@ -115,6 +115,7 @@ def plan() -> list[Case]:
     cases += [Case("metrics", 1, "", how) for how in ("cut", "edited") for _ in range(4)]
     cases += [Case("power", 1, "", how) for how in ("once",) * 40 + ("twice",) * 10]
     cases += [Case("power", 2, "", "once") for _ in range(10)]
+    cases += [Case("second", processes, stage) for stage in STAGES for processes in (1, 2)]
     return cases
 
 
@@ -560,7 +561,7 @@ def check_same(run: Path, reference: Path) -> None:
     for name in files:
         tables = [pyarrow.parquet.read_table(path / "completions" / name).to_pylist() for path in (run, reference)]
         expect(f"completions/{name}", tables[0] == tables[1])
-    left = [str(path.relative_to(run)) for path in run.rglob(".*")]
+    left = [str(path.relative_to(run)) for path in run.rglob(".*") if path != run / ".lock"]
     expect(f"left-over files {left}", not left)
 
 
@@ -906,6 +907,29 @@ def power(campaign: Campaign, case: Case, rng: random.Random, stack: contextlib.
     return "resumed"
 
 
+def second(campaign: Campaign, case: Case, rng: random.Random, stack: contextlib.ExitStack) -> str:
+    def there() -> list[tuple[str, int, int, bytes]]:
+        paths = sorted((folder / "run").rglob("*"))
+        facts = [(path, path.stat()) for path in (folder / "run", *paths)]
+        return [(str(p), s.st_ino, s.st_mtime_ns, p.read_bytes() if p.is_file() else b"") for p, s in facts]
+
+    folder = campaign.new("case")
+    hooks, rank, _ = at_random(campaign, case, rng)
+    first = Running(folder, case.processes, hooks, rank)
+    first.at_stage()
+    before = there()
+    other = Running(folder, case.processes)
+    check_stopped(other.wait(), other.text(), "another run is at work", str(first.pids[0]), "another output_dir")
+    if there() != before:
+        raise Lost("the run that was refused changed something")
+    first.go_on()
+    if (status := first.wait()) != [0] * case.processes:
+        raise Lost(f"the first run ended with {status}:\n{first.text()[-3000:]}")
+    check_same(folder / "run", campaign.references[case.processes])
+    campaign.end(folder, case)
+    return "resumed"
+
+
 KINDS: dict[str, Callable[[Campaign, Case, random.Random, contextlib.ExitStack], str]] = {
     "kill": kill,
     "sigterm": stop,
@@ -915,6 +939,7 @@ KINDS: dict[str, Callable[[Campaign, Case, random.Random, contextlib.ExitStack],
     "damage": damage,
     "metrics": metrics,
     "power": power,
+    "second": second,
 }
 
 

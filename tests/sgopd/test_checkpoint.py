@@ -162,6 +162,30 @@ def test_a_run_killed_at_any_point_resumes_to_the_same_end(processes, module_set
     assert_same_run(run, uninterrupted)
 
 
+def test_a_second_run_in_the_folder_is_refused_until_the_first_is_gone(
+    processes, module_settings, uninterrupted, tmp_path, capsys
+):
+    config, run = write_config(tmp_path, module_settings), tmp_path / "run"
+
+    def there() -> dict[Path, tuple[int, bytes]]:
+        return {p: (p.stat().st_mtime_ns, p.read_bytes() if p.is_file() else b"") for p in (run, *run.rglob("*"))}
+
+    first = start(processes, config)
+    while len(lines(run)) < 6:
+        time.sleep(0.001)
+    os.kill(first.pid, signal.SIGSTOP)  # so that whatever changes is the second one's doing
+    before = there()
+    for flags in ([], ["--resume_from_checkpoint", "null"]):
+        assert main(["train", str(config), *flags]) == 1
+        said = capsys.readouterr().err
+        assert f"another run is at work in {run} (process {first.pid} on " in said and "another output_dir" in said
+    assert there() == before
+    os.kill(first.pid, signal.SIGKILL)
+    first.join()
+    finish(processes, config)
+    assert_same_run(run, uninterrupted)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_leaves(processes, module_settings, uninterrupted, tmp_path, number):
     config, run = write_config(tmp_path, module_settings), tmp_path / "run"

@@ -5,16 +5,19 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 
 from sgopd import checkpoint, files
-from sgopd.config import LostProcess, UserError
+from sgopd.config import Config, LostProcess, UserError
 from sgopd.metrics import MetricsFile, lost_records
 from sgopd.processes import together
+from sgopd.startup import lock_run_dir
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
@@ -69,6 +72,52 @@ def test_a_folder_that_goes_loses_its_name_first(tmp_path, monkeypatch):
     (tmp_path / ".config.yaml.tmp").touch()
     files.remove_leftovers(tmp_path)
     assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_is_one_process_s_and_free_when_that_has_ended(tmp_path):
+    take = (
+        "import sys; from pathlib import Path; from sgopd.files import FolderLock; lock = FolderLock(Path(sys.argv[1]))"
+    )
+    wait = f"{take}; print('taken', flush=True); sys.stdin.read()"
+    child = [sys.executable, "-c", wait, str(tmp_path)]
+    with subprocess.Popen(child, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "taken\n"
+        with pytest.raises(UserError, match=rf"at work in {tmp_path} \(process {other.pid} on .*another output_dir"):
+            files.FolderLock(tmp_path)
+        other.kill()
+        other.wait()
+        lock = files.FolderLock(tmp_path)
+        refused = subprocess.run([sys.executable, "-c", take, str(tmp_path)], capture_output=True, text=True)
+        assert refused.returncode == 1 and f"(process {os.getpid()} on " in refused.stderr
+        # A fork, such as a data loader's worker, neither has it nor keeps it.
+        if (pid := os.fork()) == 0:
+            time.sleep(60)
+            os._exit(0)
+        try:
+            lock.release()
+            subprocess.run([sys.executable, "-c", take, str(tmp_path)], check=True)
+        finally:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+
+def test_a_file_system_without_locks_is_said_and_other_failures_end_the_run(settings, tmp_path, monkeypatch):
+    config = Config.load(None, settings())
+
+    def failing(number):
+        def lockf(file, operation):
+            raise OSError(number, os.strerror(number))
+
+        return lockf
+
+    for number in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+        monkeypatch.setattr(files.fcntl, "lockf", failing(number))
+        lock, said = lock_run_dir(config)
+        assert not lock.held and ["has no locks" in line for line in said] == [True]
+        lock.release()
+    monkeypatch.setattr(files.fcntl, "lockf", failing(errno.EIO))
+    with pytest.raises(UserError, match=r"cannot write in .*: Input/output error"):
+        lock_run_dir(config)
 
 
 def test_a_full_disk_is_a_message_whichever_library_meets_it(tmp_path):

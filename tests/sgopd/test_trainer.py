@@ -306,6 +306,7 @@ def whole_run(tiny, tmp_path_factory):
 def test_the_run_directory(whole_run, tiny):
     config, run_dir = whole_run
     assert {path.name for path in run_dir.iterdir()} == {
+        ".lock",
         "config.yaml",
         "metrics.jsonl",
         "completions",
