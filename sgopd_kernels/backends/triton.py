@@ -24,8 +24,8 @@ from ..columns import ColumnFilter
 from ..problem import Problem
 from .torch import Columns, TorchBackend
 
-# Columns a program holds at once, and its warps. Fewer where JSD works in float64.
-BLOCK, BLOCK_JSD, WARPS = 2048, 1024, 8
+# Columns a program holds at once, and its warps. Fewer where JSD works in float64 or a third model's logits are held.
+BLOCK, BLOCK_SMALL, WARPS = 2048, 1024, 8
 MOVE_BLOCK = 4096
 SPLIT_COLUMNS = 8192  # of G that are split at once
 
@@ -211,7 +211,7 @@ class TritonBackend(TorchBackend):
             ratio_clip=spec.ratio_clip,
             SAMPLED=spec.estimator == "sampled",
             DIVERGENCE=_DIVERGENCES[spec.divergence],
-            BLOCK=BLOCK_JSD if spec.divergence == "jsd" else BLOCK,
+            BLOCK=BLOCK_SMALL if spec.divergence == "jsd" or reference is not None else BLOCK,
             num_warps=WARPS,
         )
         return stats

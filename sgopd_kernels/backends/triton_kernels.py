@@ -45,7 +45,7 @@ def _logits(row, bias, columns, inside, scale, softcap, inverse_temperature):
         z += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
     z *= scale
     if softcap is not None:
-        z = softcap * _tanh(z / softcap)
+        z = tl.where(z == float("-inf"), z, softcap * _tanh(z / softcap))  # masked stays masked
     return tl.where(inside, z * inverse_temperature, float("-inf"))
 
 
@@ -452,7 +452,7 @@ def rows_kernel(
             )
     elif behaviour_logprob is not None:
         ratio = tl.exp(lp - tl.load(behaviour_logprob + at).to(tl.float64))
-        advantage *= tl.minimum(ratio, ratio_clip)
+        advantage *= tl.where(ratio > ratio_clip, ratio_clip, ratio)  # a minimum would drop a NaN
 
     out = stats + n.to(tl.int64) * COLUMNS
     if SAMPLED:

@@ -184,6 +184,30 @@ def test_infinite_and_undefined_logits() -> None:
     assert loss.isnan() and d_hidden[1].isnan().all()
 
 
+@pytest.mark.parametrize("divergence", ["reverse-kl", ("jsd", 0.3)])
+def test_a_softcap_leaves_masked_columns_masked(divergence: Any) -> None:
+    """-inf on the student's side alone, on the teacher's, on both."""
+    inputs = kit.make_inputs(n=6, v=300, seed=2)
+    inputs.token_ids.clamp_(max=249)
+    for student, teacher in ((250, 300), (300, 250), (250, 260)):
+        masks = (torch.where(torch.arange(300) < end, 0.0, -torch.inf) for end in (student, teacher))
+        options = dict(zip(("student_bias", "teacher_bias"), masks), student_softcap=20.0, teacher_softcap=20.0)
+        truth = kit.call(inputs.to(torch.float64), divergence=divergence, backend="reference", **options)
+        got = kit.call(inputs, divergence=divergence, backend="triton", **options)
+        assert not got[2][min(student, teacher) :].any()
+        for a, b in zip(got[:3], truth[:3]):
+            assert kit.relative(a, b) <= 1e-5
+
+
+def test_an_undefined_importance_ratio_is_not_clipped_to_a_number() -> None:
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(4, 16, generator=g), torch.randn(100, 16, generator=g)
+    behaviour = torch.tensor([-1.0, math.nan, -1.0, -1.0])
+    arguments = (hidden, weight, torch.arange(4), -torch.ones(4), torch.ones(4))
+    loss = gated_logprob_loss(*arguments, behaviour_logprob=behaviour, reduction="none", backend="triton")
+    assert isinstance(loss, Tensor) and loss.isnan().tolist() == [False, True, False, False]
+
+
 def test_equal_models_have_no_gradient() -> None:
     inputs = kit.make_inputs(n=5, v=900, near=0.0)
     for divergence in ("reverse-kl", "forward-kl", ("jsd", 0.3)):
