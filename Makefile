@@ -15,6 +15,8 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
+# One virtual environment: pip must not work in it twice at once.
+.NOTPARALLEL:
 .PHONY: install quickstart test lint format bench gpu-suite chaos hostile soak clean sanitize fuzz lock sbom
 .DEFAULT_GOAL := quickstart
 
@@ -32,8 +34,21 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py CMakeLists.txt $(SOUR
 	$(PIP) .
 	@touch $@
 
-$(VENV)/.test: requirements/test.txt $(VENV)/.installed
+# The lock is made for one Python and platform, which its first line names. There the tests run with exactly its
+# versions, checked by their hashes; elsewhere pip chooses, by requirements/test.txt.
+LOCK_FITS := $(shell $(PYTHON) requirements/lock.py --fits)
+
+$(VENV)/.test-requirements: requirements/test.txt requirements/test.lock $(VENV)/.torch
+ifeq ($(LOCK_FITS),yes)
+	$(PIP) --no-deps --require-hashes -r requirements/test.lock
+else
+	@echo "requirements/test.lock is for another Python or platform: pip chooses versions by requirements/test.txt"
 	$(PIP) -r requirements/test.txt
+endif
+	@touch $@
+
+# The requirements first: what is installed after them finds its dependencies there.
+$(VENV)/.test: $(VENV)/.test-requirements $(VENV)/.installed
 	@touch $@
 
 $(VENV)/.bench: requirements/bench.txt $(VENV)/.installed

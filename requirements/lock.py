@@ -7,6 +7,8 @@ only its GPU builds need is locked. pip chooses the versions, in an environment 
 those of the files that it chose, for the Python and the platform in the lock's first line. To install it, after torch:
 
     pip install --no-deps --require-hashes -r requirements/test.lock
+
+`make test` does so where this fits; `python requirements/lock.py --fits` says yes or no.
 """
 
 from __future__ import annotations
@@ -17,13 +19,22 @@ import subprocess
 import sys
 from pathlib import Path
 
-import tomllib
-
 ROOT = Path(__file__).resolve().parent.parent
+LOCK = ROOT / "requirements" / "test.lock"
 LEFT_OUT = ("torch", "nvidia-", "cuda-", "sgopd")
 
 
+def here() -> str:
+    """What a lock is made for, as its first line begins."""
+    python = ".".join(platform.python_version_tuple()[:2])
+    return f"# Python {python}, {sys.platform} {platform.machine()}."
+
+
 def main() -> None:
+    if sys.argv[1:] == ["--fits"]:
+        return print("yes" if LOCK.read_text().startswith(here()) else "no")
+    import tomllib  # Python 3.11
+
     dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     wanted = [d for d in dependencies if not d.startswith("torch")]
     command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet", "--report", "-"]
@@ -43,9 +54,8 @@ def main() -> None:
             continue
         digest = package["download_info"]["archive_info"]["hashes"]["sha256"]
         lines.append(f"{name}=={package['metadata']['version']} --hash=sha256:{digest}")
-    python = ".".join(platform.python_version_tuple()[:2])
-    head = f"# Python {python}, {sys.platform} {platform.machine()}. Made by `make lock`; see requirements/lock.py.\n"
-    (ROOT / "requirements" / "test.lock").write_text(head + "\n".join(sorted(lines)) + "\n")
+    head = f"{here()} Made by `make lock`; see requirements/lock.py.\n"
+    LOCK.write_text(head + "\n".join(sorted(lines)) + "\n")
     print(f"requirements/test.lock: {len(lines)} packages")
 
 
