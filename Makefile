@@ -9,6 +9,7 @@
 #   make fuzz         random calls of the native extension, ten minutes
 #   make soak         an hour of training, watched for what grows
 #   make hostile      the verifier under attack, and its accuracy beside plain math-verify (minutes)
+#   make wheel-check  sdist and wheel built twice: the same bytes? and tested in a clean environment (minutes)
 PYTHON ?= python3
 VENV ?= .venv
 # A pinned torch keeps the environment the same for everyone; any torch >= 2.10 works: make TORCH=torch test
@@ -17,7 +18,7 @@ PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
 # One virtual environment: pip must not work in it twice at once.
 .NOTPARALLEL:
-.PHONY: install quickstart test lint format bench gpu-suite chaos hostile soak clean sanitize fuzz lock sbom
+.PHONY: install quickstart test lint format bench gpu-suite chaos hostile soak clean sanitize fuzz wheel-check lock sbom
 .DEFAULT_GOAL := quickstart
 
 SOURCES := $(shell find sgopd sgopd_kernels csrc -type f -not -name '*.pyc' -not -name '*.so' 2>/dev/null)
@@ -101,6 +102,10 @@ sanitize: $(VENV)/.test
 
 fuzz: $(VENV)/.test
 	$(VENV)/bin/python tests/fuzz_native.py --minutes $(or $(MINUTES),10)
+
+wheel-check: $(VENV)/.torch
+	$(PIP) -r requirements/build.txt
+	PATH="$$PWD/$(VENV)/bin:$$PATH" $(VENV)/bin/python tests/wheel.py
 
 lock: $(VENV)/.torch
 	$(VENV)/bin/python requirements/lock.py

@@ -4,18 +4,23 @@ The CPU extension is always built. The CUDA one is built where nvcc is found (CU
 /usr/local/cuda); SGOPD_CUDA=0 leaves it out, SGOPD_CUDA=1 makes a missing nvcc an error.
 SGOPD_SANITIZE=address,undefined or =thread builds the CPU extension for tests/sanitize.py.
 `python setup.py build_ext --inplace` puts the extensions beside the sources, for development.
+With SOURCE_DATE_EPOCH, sdist and wheel are the same bytes wherever the same sources are built (tests/wheel.py).
 """
 
 from __future__ import annotations
 
+import gzip
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
 
@@ -65,7 +70,32 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "--install", str(build)], check=True)
 
 
+class ReproducibleSdist(sdist):
+    """Writes an archive without owners, with SOURCE_DATE_EPOCH for every time where that is set."""
+
+    def make_archive(self, base_name: str, format: str, root_dir: Any = None, base_dir: Any = None, **_: Any) -> str:
+        epoch = os.environ.get("SOURCE_DATE_EPOCH")
+        if epoch is None or format != "gztar":
+            return super().make_archive(base_name, format, root_dir, base_dir, **_)
+
+        def plain(one: tarfile.TarInfo) -> tarfile.TarInfo:
+            one.mtime, one.uid, one.gid, one.uname, one.gname = int(epoch), 0, 0, "", ""
+            one.mode = 0o755 if one.isdir() or one.mode & 0o100 else 0o644
+            return one
+
+        target = Path(f"{base_name}.tar.gz")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # mtime and filename: gzip's own header has both.
+        with (
+            target.open("wb") as file,
+            gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=int(epoch)) as packed,
+            tarfile.open(mode="w", fileobj=packed, format=tarfile.PAX_FORMAT) as archive,
+        ):
+            archive.add(Path(root_dir or ".") / base_dir, arcname=str(base_dir), filter=plain)  # in order of the names
+        return str(target)
+
+
 setup(
     ext_modules=[Extension("sgopd_kernels._cpu", sources=[])],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build_ext": CMakeBuild, "sdist": ReproducibleSdist},
 )
