@@ -11,7 +11,8 @@ namespace sgopd {
 // Products of rows of T: fp32, or bf16 as uint16_t.
 template <typename T>
 struct Int16Products {
-  // hidden -> int16 rows of `stride` elements (a multiple of 32, zeroed beyond h), and the value of a step a row.
+  // hidden -> int16 rows of `stride` elements (a multiple of 32, zeroed beyond h), and the value of a step a row. `out`
+  // has room for n + kRoom rows; how they lie there is the instruction set's affair.
   void (*quantise_rows)(const T* hidden, int64_t n, int64_t hidden_stride, int64_t h, int16_t* out, int64_t stride,
                         float* step);
   // Panels [first, last) of the product; `scratch` is this thread's, scratch_words(n, h) words, zeroed.
@@ -36,6 +37,7 @@ const Int16Kernels& int16();
 
 namespace {
 
+constexpr int64_t kRoom = 11;       // rows: a block of 6 that is not full, and one more
 constexpr int64_t kDepth = 96;      // pairs summed in one int32 accumulator: a segment of a row
 constexpr float kNorm = 46340.95f;  // sqrt(2^31)
 

@@ -147,7 +147,7 @@ void project_int16(const MatrixTuple& hidden, int64_t n, const MatrixTuple& weig
   if (n == 0) return;
   py::gil_scoped_release release;
   const int64_t stride = (h + 31) / 32 * 32;
-  std::vector<int16_t> quantised(n * stride);
+  std::vector<int16_t> quantised((n + kRoom) * stride);
   std::vector<float> step(n);
   const auto quantise = [&](const auto& products, auto* data) {
     products.quantise_rows(data, n, x.stride, h, quantised.data(), stride, step.data());

@@ -7,13 +7,30 @@
 
 #include "exp.h"
 
-#ifdef __AVX512F__
+#if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
 namespace sgopd {
 namespace SGOPD_ISA {
 namespace {
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// AVX-512's compressing store for 8 lanes, without a branch: a table of the lanes of each mask. It writes all 8.
+struct Lanes {
+  alignas(64) uint64_t of[256] = {};
+  constexpr Lanes() {
+    for (int mask = 0; mask < 256; ++mask)
+      for (int lane = 0, to = 0; lane < 8; ++lane)
+        if (mask >> lane & 1) of[mask] |= static_cast<uint64_t>(lane) << 8 * to++;
+  }
+};
+constexpr Lanes kLanes;
+
+inline __m256i lanes(int mask) {
+  return _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(kLanes.of[mask])));
+}
+#endif
 
 double log_sum_exp(const float* z, float scale, int64_t v) {
   float highest = kNegInf;
@@ -57,6 +74,19 @@ int64_t select_mass(const float* z, float z_scale, const float* t, float t_scale
     index = _mm512_add_epi32(index, _mm512_set1_epi32(16));
   }
 #endif
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  const __m256 limit_z = _mm256_set1_ps(cut_z), limit_t = _mm256_set1_ps(cut_t);
+  for (; i + 8 <= v; i += 8) {
+    const __m256 in = _mm256_or_ps(_mm256_cmp_ps(_mm256_loadu_ps(z + i), limit_z, _CMP_GE_OQ),
+                                   _mm256_cmp_ps(_mm256_loadu_ps(t + i), limit_t, _CMP_GE_OQ));
+    int mask = _mm256_movemask_ps(in);
+    if (static_cast<uint64_t>(y - i) < 8) mask |= 1 << (y - i);
+    if (mask == 0) continue;
+    const __m256i at = _mm256_add_epi32(lanes(mask), _mm256_set1_epi32(static_cast<int>(i)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(columns + count), at);
+    count += __builtin_popcount(mask);
+  }
+#endif
   for (; i < v; ++i) {
     if (z[i] >= cut_z || t[i] >= cut_t || i == y) columns[count++] = static_cast<int32_t>(i);
   }
@@ -71,18 +101,14 @@ int64_t take_large(float* g, int64_t v, float threshold, int32_t* columns, float
   for (int64_t first = 0; first < v; first += kBlock) {
     const int64_t last = min64(first + kBlock, v), before = count;
     int64_t i = first;
-    float rest = 0;
 #ifdef __AVX512F__
     const __m512 limit = _mm512_set1_ps(threshold);
-    __m512 squares = _mm512_setzero_ps();
     __m512i index = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(first)),
                                      _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
     for (; i + 16 <= last; i += 16) {
       const __m512 x = _mm512_loadu_ps(g + i);
       // not "less than": a NaN is taken, and shows in both gradients
       const __mmask16 in = _mm512_cmp_ps_mask(_mm512_abs_ps(x), limit, _CMP_NLT_UQ);
-      const __m512 scaled = _mm512_mul_ps(x, _mm512_set1_ps(unit));
-      squares = _mm512_mask3_fmadd_ps(scaled, scaled, squares, static_cast<__mmask16>(~in));
       if (in) {
         _mm512_mask_compressstoreu_epi32(columns + count, in, index);
         _mm512_mask_compressstoreu_ps(values + count, in, x);
@@ -91,17 +117,29 @@ int64_t take_large(float* g, int64_t v, float threshold, int32_t* columns, float
       }
       index = _mm512_add_epi32(index, _mm512_set1_epi32(16));
     }
-    rest = _mm512_reduce_add_ps(squares);
+#endif
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    const __m256 limit = _mm256_set1_ps(threshold), sign = _mm256_set1_ps(-0.f);
+    for (; i + 8 <= last; i += 8) {
+      const __m256 x = _mm256_loadu_ps(g + i);
+      const int mask = _mm256_movemask_ps(_mm256_cmp_ps(_mm256_andnot_ps(sign, x), limit, _CMP_NLT_UQ));
+      const __m256i from = lanes(mask);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(columns + count),
+                          _mm256_add_epi32(from, _mm256_set1_epi32(static_cast<int>(i))));
+      _mm256_storeu_ps(values + count, _mm256_permutevar8x32_ps(x, from));
+      count += __builtin_popcount(mask);
+    }
+    for (int64_t k = before; k < count; ++k) g[columns[k]] = 0;
 #endif
     for (; i < last; ++i) {
-      if (std::fabs(g[i]) < threshold) {
-        rest += (g[i] * unit) * (g[i] * unit);
-      } else {
-        columns[count] = static_cast<int32_t>(i);
-        values[count++] = g[i];
-        g[i] = 0;
-      }
+      if (std::fabs(g[i]) < threshold) continue;  // a NaN is taken
+      columns[count] = static_cast<int32_t>(i);
+      values[count++] = g[i];
+      g[i] = 0;
     }
+    float rest = 0;  // what was taken is 0 by now
+#pragma omp simd reduction(+ : rest)
+    for (int64_t j = first; j < last; ++j) rest += (g[j] * unit) * (g[j] * unit);
     left += rest / (static_cast<double>(unit) * unit);
     for (int64_t k = before; k < count; ++k) taken += static_cast<double>(values[k]) * values[k];
   }
