@@ -1,7 +1,7 @@
 # ruff: noqa: E501
 """Plants one defect after another into a copy of the kernels and reports which test caught each.
 
-    python tests/planted_defects.py            # about ten minutes; needs the build requirements and pytest
+    python tests/planted_defects.py            # a quarter of an hour; needs the build requirements, pytest and Triton
     python tests/planted_defects.py 3 17       # some of them
 
 A defect that no test catches is a missing test. Exit status: the number of those.
@@ -29,6 +29,7 @@ class Defect(NamedTuple):
 
 ROWS = "csrc/cpu/rows.cpp"
 TORCH = "sgopd_kernels/backends/torch.py"
+TRITON = "sgopd_kernels/backends/triton_kernels.py"
 # fmt: off
 DEFECTS = [
     Defect("gate: the sign test turned round", "sgopd_kernels/gate.py", "signed > tolerance, signed <", "signed < tolerance, signed >"),
@@ -60,11 +61,21 @@ DEFECTS = [
     Defect("door: a stride shorter than the row accepted", "csrc/arguments.h", "if (stride < columns)", "if (false)"),
     Defect("pairs: squares of what is left in plain fp32", "csrc/cpu/sparse.cpp", "threshold > 1e-37f ? 1.f / threshold : 1e37f", "1.f"),
     Defect("screen: a NaN lost at a new maximum", "csrc/cpu/sparse.cpp", "sum *= std::exp(static_cast<double>(highest) - top);", "sum = sum > 0 ? sum * std::exp(static_cast<double>(highest) - top) : 0.0;"),
+    Defect("triton: the sign test turned round", TRITON, "    signed = d *", "    signed = -d *"),
+    Defect("triton: columns beyond the row not masked", TRITON, 'tl.where(inside, z * inverse_temperature, float("-inf"))', "z * inverse_temperature"),
+    Defect("triton: last column lost where it begins a block", TRITON, "for first in range(0, V, BLOCK):", "for first in range(0, V - 1, BLOCK):"),
+    Defect("triton: mean of z - t not subtracted", TRITON, "((delta - mean_hi) - mean_lo)\n                elif", "delta\n                elif"),
+    Defect("triton: moments not centred at the sampled token", TRITON, "0.0, z_y - t_y)", "0.0, 0.0)"),
+    Defect("triton: temperature missing in the gradient", TRITON, "scaled * student_scale * inverse_temperature", "scaled * student_scale"),
+    Defect("triton: sums not rescaled at a new maximum", TRITON, "        sum_p *= factor", "        pass"),
+    Defect("triton: a softcap unmasks a column", TRITON, 'tl.where(z == float("-inf"), z, softcap * _tanh(z / softcap))', "softcap * _tanh(z / softcap)"),
 ]
 # fmt: on
+KERNEL_TESTS = [f"tests/kernels/test_{name}.py" for name in ("parity", "api", "ops", "options", "fuzz_native")]
+INTERPRETED = ["tests/triton/interpreted.py"]
 
 
-def run(defect: Defect | None) -> str | None:
+def run(defect: Defect | None, tests: list[str]) -> str | None:
     """The first failing test, or None; `defect` None checks that the untouched copy is green."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "checkout"
@@ -76,26 +87,33 @@ def run(defect: Defect | None) -> str | None:
             assert text.count(defect.before) >= 1, f"{defect.what}: {defect.before!r} is not in {defect.file}"
             path.write_text(text.replace(defect.before, defect.after, 1))
         environment = {**os.environ, "SGOPD_CUDA": "0", "SGOPD_TEST_SOURCE": "1", "PYTHONPATH": str(copy)}
-        build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-        subprocess.run(build, cwd=copy, env=environment, check=True, capture_output=True)
-        tests = [f"tests/kernels/test_{name}.py" for name in ("parity", "api", "ops", "options", "fuzz_native")]
+        if tests is KERNEL_TESTS:
+            build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+            subprocess.run(build, cwd=copy, env=environment, check=True, capture_output=True)
         command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-k", "not peak_memory", *tests]
         done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
         failed = [line.split(" ")[1] for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
         return failed[0] if failed else (None if done.returncode == 0 else "pytest itself failed")
 
 
+def tests_of(defect: Defect) -> list[str]:
+    return INTERPRETED if defect.file == TRITON else KERNEL_TESTS
+
+
 def main() -> int:
-    chosen = [int(word) for word in sys.argv[1:]] or range(1, len(DEFECTS) + 1)
-    broken = run(None)
-    if broken is not None:
-        raise SystemExit(f"the untouched checkout is not green: {broken}")
+    chosen = [int(word) for word in sys.argv[1:]] or list(range(1, len(DEFECTS) + 1))
+    for tests in (KERNEL_TESTS, INTERPRETED):
+        if any(tests_of(DEFECTS[number - 1]) is tests for number in chosen):
+            broken = run(None, tests)
+            if broken is not None:
+                raise SystemExit(f"the untouched checkout is not green: {broken}")
     escaped = 0
     for number in chosen:
-        caught = run(DEFECTS[number - 1])
+        defect = DEFECTS[number - 1]
+        caught = run(defect, tests_of(defect))
         escaped += caught is None
-        print(f"{number:3}  {DEFECTS[number - 1].what:50}  {caught or 'NOT CAUGHT'}", flush=True)
-    print(f"{len(list(chosen)) - escaped} of {len(list(chosen))} caught")
+        print(f"{number:3}  {defect.what:50}  {caught or 'NOT CAUGHT'}", flush=True)
+    print(f"{len(chosen) - escaped} of {len(chosen)} caught")
     return escaped
 
 
