@@ -4,9 +4,11 @@
     python tests/sanitize.py address,undefined                # one of them
     python tests/sanitize.py thread tests/kernels/test_native.py
     python tests/sanitize.py address,undefined --fuzz 10      # minutes of tests/fuzz_native.py in place of the tests
+    python tests/sanitize.py --plant                          # one defect a sanitizer; each must be reported
 
 Needs gcc with its sanitizer runtimes, the build requirements and pytest. The interpreter and torch are not built with a
-sanitizer; what that takes away is written at the options below. Exit status: the number of failing runs.
+sanitizer; what that takes away is written at the options below. Exit status: the number of failing runs; with --plant,
+of defects that nobody reported.
 """
 
 from __future__ import annotations
@@ -33,6 +35,14 @@ OPTIONS = {
 # test_no_memory_...: a limit on the address space, which a sanitizer's shadow memory exceeds from the start.
 SKIP = "not no_memory and not cuda_extension and not peak_memory"
 
+# kind -> (file, before, after, the report): a read behind a tensor of torch's, an overflow, a count without a lock.
+TASK = "part(i);"
+PLANTS = {
+    "address": ("csrc/cpu/rows.cpp", "a.verdict[n];", "a.verdict[n + 1];", "AddressSanitizer: heap-buffer-overflow"),
+    "undefined": ("csrc/cpu/isa.h", TASK, f"{{ volatile int most = 2147483647; most = most + 1; {TASK} }}", "overflow"),
+    "thread": ("csrc/cpu/isa.h", TASK, f"{{ static volatile int calls = 0; calls = calls + 1; {TASK} }}", "data race"),
+}
+
 
 def library(name: str) -> str:
     """The runtime's path: it has to be loaded before the interpreter."""
@@ -40,15 +50,21 @@ def library(name: str) -> str:
     return str(Path(found.stdout.strip()).resolve())
 
 
-def run(kind: str, tests: list[str], fuzz: str | None) -> bool:
+def run(kind: str, tests: list[str], fuzz: str | None, plant: bool = False) -> bool:
+    """Whether all is well: with `plant`, whether the planted defect was reported."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "checkout"
         skip = shutil.ignore_patterns(".git", ".venv*", "build", "*.so", "__pycache__", "runs", "assets", "results")
         shutil.copytree(ROOT, copy, ignore=skip)
+        if plant:
+            name, before, after, report = PLANTS[kind]
+            text = (copy / name).read_text()
+            assert before in text, f"{before!r} is not in {name}"
+            (copy / name).write_text(text.replace(before, after))
         plain = {**os.environ, "SGOPD_CUDA": "0", "SGOPD_SANITIZE": kind}
         build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
         subprocess.run(build, cwd=copy, env=plain, check=True, capture_output=True)
-        runtime = library("libtsan.so" if kind == "thread" else "libasan.so")
+        runtime = library({"thread": "libtsan.so", "undefined": "libubsan.so"}.get(kind, "libasan.so"))
         environment = {
             **plain,
             "SGOPD_TEST_SOURCE": "1",
@@ -62,10 +78,16 @@ def run(kind: str, tests: list[str], fuzz: str | None) -> bool:
             command = [sys.executable, "tests/fuzz_native.py", "--minutes", fuzz]
         else:
             chosen = tests or [f"tests/kernels/test_{name}.py" for name in TESTS]
-            command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", SKIP, *chosen]
+            # Reports go to descriptor 2, past sys.stderr: pytest must not have it when the process is ended.
+            command = [sys.executable, "-m", "pytest", "-q", "--capture=sys", "-p", "no:cacheprovider", "-k", SKIP]
+            command += chosen
         began = time.monotonic()
         done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
         output = done.stdout + done.stderr
+        if plant:
+            found = done.returncode != 0 and report in output
+            print(f"{kind}: {'reported' if found else f'NOT REPORTED (status {done.returncode})'}: {after}", flush=True)
+            return found
         reports = re.findall(r"ERROR: AddressSanitizer|WARNING: ThreadSanitizer|runtime error:", output)
         clean = done.returncode == 0 and not reports
         if not clean:
@@ -80,6 +102,8 @@ def run(kind: str, tests: list[str], fuzz: str | None) -> bool:
 
 def main() -> int:
     words = sys.argv[1:]
+    if "--plant" in words:
+        return sum(not run(kind, ["tests/kernels/test_native.py"], None, plant=True) for kind in PLANTS)
     fuzz = None
     if "--fuzz" in words:
         at = words.index("--fuzz")
