@@ -23,11 +23,12 @@ from torch import Tensor
 
 from .backends.torch import TorchBackend
 from .problem import Problem
-from .sparse import WORTHWHILE, Directions, Report, RestPlan
+from .sparse import Directions, Report, RestPlan
 
 # Share of columns above which dense products of a gradient rounded to bf16 cost less: 2 (Hs + Ht) + 8 s Hs of split
 # products, a gather and a scatter, against 6 Hs + 2 Ht.
 MOST_COLUMNS = 0.35
+WORTHWHILE = 2.0**33  # multiply-adds of one projection below which a call is not filtered
 TILE = 8192  # columns whose head and gradient are gathered at once
 SHARE = 0.3  # of the budget: what dropped columns may weigh, before the estimate's factors
 

@@ -38,7 +38,7 @@ COHERENCE = 4.0
 MOST = 0.12  # share of pairs above which dense products are faster
 MASS = 1e-4  # probability from which a logit is computed again in fp32
 GATE = 1e-4  # log-ratio below which a sign may flip (docs/method.md)
-WORTHWHILE = 2.0**33  # multiply-adds of one projection below which a call is exact: 300 tokens of SmolLM2
+WORTHWHILE = 2.0**31.5  # multiply-adds of one projection below which a call is exact: 105 tokens of SmolLM2
 PROBED_ROWS, PROBED_STRIDE = 16, 8
 
 

@@ -27,6 +27,7 @@ from .torch import Columns, TorchBackend
 # Columns a program holds at once, and its warps. Fewer where JSD works in float64 or a third model's logits are held.
 BLOCK, BLOCK_SMALL, WARPS = 2048, 1024, 8
 MOVE_BLOCK = 4096
+WORTHWHILE = 2.0**33  # multiply-adds of one projection from which G may be rounded
 SPLIT_COLUMNS = 8192  # of G that are split at once
 
 _DIVERGENCES = {"reverse-kl": 0, "forward-kl": 1, "jsd": 2}
@@ -101,7 +102,7 @@ class TritonBackend(TorchBackend):
         """Whether G is rounded to bf16."""
         return (
             problem.spec.budget >= sparse.AUTO
-            and problem.student_hidden.numel() * problem.vocabulary >= sparse.WORTHWHILE
+            and problem.student_hidden.numel() * problem.vocabulary >= WORTHWHILE
             and self._tensor_cores(problem.student_hidden, problem.student.weight)
         )
 

@@ -107,7 +107,7 @@ def test_low_precision_inputs(dtype: torch.dtype, near: float | None) -> None:
 def test_a_narrow_gradient_where_the_budget_allows_it(
     monkeypatch: pytest.MonkeyPatch, gate: str, near: float | None
 ) -> None:
-    monkeypatch.setattr(sparse, "WORTHWHILE", 0.0)
+    monkeypatch.setattr(triton_backend, "WORTHWHILE", 0.0)
     # Several blocks a row: the bf16 gradient is written over logits that are still to be read.
     monkeypatch.setattr(triton_backend, "BLOCK", 256)
     inputs = kit.make_inputs(n=12, v=1003, near=near, seed=5, dtype=torch.bfloat16)
@@ -322,7 +322,7 @@ def peaked(n: int, v: int, spread: float, dtype: torch.dtype = torch.float32, di
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_filtered_within_the_budget(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, gate: str) -> None:
     monkeypatch.setattr(columns, "WORTHWHILE", 0.0)
-    monkeypatch.setattr(sparse, "WORTHWHILE", 0.0)
+    monkeypatch.setattr(triton_backend, "WORTHWHILE", 0.0)
     inputs = peaked(12, 4099, 20.0, dtype)
     bias = torch.randn(4099, generator=torch.Generator().manual_seed(1))
     truth = kit.call(inputs.to(torch.float64), gate=gate, student_bias=bias.double())
@@ -340,7 +340,7 @@ def test_filtered_within_the_budget(monkeypatch: pytest.MonkeyPatch, dtype: torc
 
 def test_a_flat_gradient_is_not_filtered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(columns, "WORTHWHILE", 0.0)
-    monkeypatch.setattr(sparse, "WORTHWHILE", 0.0)
+    monkeypatch.setattr(triton_backend, "WORTHWHILE", 0.0)
     inputs = kit.make_inputs(n=12, v=2000, peak=0.1, dtype=torch.bfloat16, seed=2)
     truth = kit.call(inputs.to(torch.float64))
     # Small chunks: the first finds that the filter does not pay, the others round their gradient to bf16 instead.
