@@ -3,6 +3,7 @@
 - TRITON_INTERPRET is read when a kernel is defined.
 - fp32 becomes bf16 by truncation there; devices round to nearest, even.
 - tl.dot of bf16 operands multiplies their bit patterns there: they are widened first.
+- Triton 3.6 makes loop bounds of one-element arrays, which NumPy 2.4 no longer turns into a number.
 - every call of a device function patches triton.language again, a millisecond each: once a launch is enough.
 """
 
@@ -21,6 +22,7 @@ import triton.runtime.interpreter as interpreter  # noqa: E402
 _patch_lang, _launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
 _convert_float = interpreter._convert_float
 _create_dot = interpreter.InterpreterBuilder.create_dot
+_patch_lang_tensor = interpreter._patch_lang_tensor
 _patched: set[str] = set()  # modules of device functions, in the launch that runs
 
 
@@ -30,6 +32,11 @@ def _patch_once(fn: Any) -> Any:
         return interpreter._LangPatchScope()
     _patched.add(module)
     return _patch_lang(fn)
+
+
+def _patch_tensor(tensor: Any, scope: Any) -> None:
+    _patch_lang_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
 
 def _fresh_launch(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -57,6 +64,7 @@ def _dot(self: Any, a: Any, b: Any, *args: Any) -> Any:
 
 
 interpreter._patch_lang = _patch_once
+interpreter._patch_lang_tensor = _patch_tensor
 interpreter._convert_float = _convert
 interpreter.GridExecutor.__call__ = _fresh_launch
 interpreter.InterpreterBuilder.create_dot = _dot
