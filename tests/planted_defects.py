@@ -65,6 +65,7 @@ DEFECTS = [
     Defect("triton: columns beyond the row not masked", TRITON, 'tl.where(inside, z * inverse_temperature, float("-inf"))', "z * inverse_temperature"),
     Defect("triton: last column lost where it begins a block", TRITON, "for first in range(0, V, BLOCK):", "for first in range(0, V - 1, BLOCK):"),
     Defect("triton: mean of z - t not subtracted", TRITON, "((delta - mean_hi) - mean_lo)\n                elif", "delta\n                elif"),
+    Defect("triton: moments not centred at the sampled token", TRITON, "0.0, z_y - t_y)", "0.0, 0.0)"),
     Defect("triton: temperature missing in the gradient", TRITON, "scaled * student_scale * inverse_temperature", "scaled * student_scale"),
     Defect("triton: sums not rescaled at a new maximum", TRITON, "        sum_p *= factor", "        pass"),
     Defect("triton: a softcap unmasks a column", TRITON, 'tl.where(z == float("-inf"), z, softcap * _tanh(z / softcap))', "softcap * _tanh(z / softcap)"),

@@ -102,6 +102,19 @@ def test_low_precision_inputs(dtype: torch.dtype, near: float | None) -> None:
         assert kit.relative(got, exact) <= 1.1 * rounding + 1.5 * kit.relative(fp32, exact) + 2e-5
 
 
+def test_models_a_large_constant_apart() -> None:
+    """Moments are centred: a constant on all of the teacher's logits, which changes no probability, costs no digits."""
+    inputs = kit.make_inputs(n=10, v=1003, hs=16, masked=0.0, seed=3)
+    # Multiples of 1/8: logits are multiples of 1/64 and exact in fp32, with the constant too.
+    inputs = kit.Inputs(*((t * 8).round() / 8 for t in inputs.args()[:4]), *inputs.args()[4:])
+    bias = torch.full((1003,), 4096.0)
+    truth = kit.call(inputs.to(torch.float64), teacher_bias=bias.double())
+    got = kit.call(inputs, backend="triton", precision="exact", teacher_bias=bias)
+    assert float(truth[3].kl.min()) >= 0.05, "below, the divergence is summed again from terms of second order"
+    for mine, true in zip(got[:3], truth[:3]):
+        assert kit.relative(mine, true) <= 2e-6
+
+
 @pytest.mark.parametrize("near", [None, 5e-2])
 @pytest.mark.parametrize("gate", ["sg-opd", "opdvr"])
 def test_a_narrow_gradient_where_the_budget_allows_it(
