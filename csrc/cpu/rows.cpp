@@ -188,7 +188,7 @@ float precise_block(const float* __restrict z, const float* __restrict t, int64_
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < count; ++i) {
     const float p = exp_f32(z[i] - mp) * ip, q = exp_f32(t[i] - mq) * iq;
-    const float difference = (dlse.hi - (z[i] - t[i])) + dlse.lo, u = p > 0.f ? difference : 0.f;
+    const float difference = (dlse.hi - (z[i] - t[i])) + dlse.lo, u = z[i] != kNegInf ? difference : 0.f;
     // e^u - 1 - u and e^u (u - 1) + 1, over u^2
     const float series =
         kReverse ? 0.5f + u * (1.f / 6 + u * (1.f / 24 + u * (1.f / 120 + u * (1.f / 720 + u * (1.f / 5040)))))

@@ -183,7 +183,7 @@ __device__ double divergence(const Row& row, const Summary& s, double* mixture, 
       continue;
     }
     const float p = p_in ? expf(x.x - s.max_p) * ip : 0.f, q = q_in ? expf(x.y - s.max_q) * iq : 0.f;
-    const float u = p > 0.f ? static_cast<float>(dlse - (static_cast<double>(x.x) - x.y)) : 0.f;
+    const float u = p_in ? static_cast<float>(dlse - (static_cast<double>(x.x) - x.y)) : 0.f;
     const bool reverse = a.divergence == kReverseKL;
     float term;
     if (fabsf(u) < 0.25f && p > 0.f) {
