@@ -256,8 +256,8 @@ def rows_case(rng: random.Random, wild: bool) -> Case:
         close(got[sure, 0], truth[sure, 0], (loss_unit + 3e-4 * truth[:, 0].abs())[sure], "stats.0")
         if gradient:
             sure &= torch.isfinite(truth[:, 1])  # at an infinite divergence a masked column has no one gradient
-            # A row that is NaN throughout has to show it; a column that is masked may have 0 in it all the same.
-            undefined = torch.isnan(want).all(-1)
+            # A row without a loss has to show it; where p is 0 the gradient may be 0 or NaN all the same.
+            undefined = torch.isnan(want).all(-1) | (torch.isnan(want).any(-1) & torch.isnan(truth[:, 0]))
             check(bool(torch.isnan(student.tensor[sure & undefined]).any(-1).all()), "a NaN is not in the gradient")
             sure &= ~undefined
             reach = want.double().nan_to_num(0, 0, 0).abs().amax(-1, keepdim=True) if n else want.double()

@@ -38,6 +38,7 @@ FOUND = {
     102110: "... and of the JSD",
     36: "a width of -1 was taken",
     1795545753438: "a forward KL below 0.05 nats lost a column that is beyond fp32 for the student alone",
+    1795546062635: "the judge: without a loss the gradient may be 0 or NaN where p is 0",
 }
 
 
