@@ -237,7 +237,9 @@ def rows_case(rng: random.Random, wild: bool) -> Case:
         others = [None if x is None else x.clone() for x in inputs[1:]]
         truth = TorchBackend().rows(problem, torch.arange(n), want, *others, weights, forced, scale, gradient)
         # fp32 logits of this size are given to this much
-        logits = torch.stack([x.double().nan_to_num(0, 0, 0).abs().amax(-1) for x in inputs if x is not None])
+        caps = [h.softcap or 0.0 for h in (s, q, r)]  # what an infinite one comes to
+        pairs = [(x, cap) for x, cap in zip(inputs, caps) if x is not None]
+        logits = torch.stack([x.double().nan_to_num(0, cap, cap).abs().amax(-1) for x, cap in pairs])
         biases = [0.0 if h.bias is None else float(h.bias.nan_to_num(0, 0, 0).abs().max()) for h in (s, q, r)]
         unit = 1e-6 * ((logits.amax(0) + max(biases)) * 2 + 10) / temperature
         got = stats.tensor
