@@ -33,7 +33,8 @@ OPTIONS = {
     "thread": {"TSAN_OPTIONS": "ignore_noninstrumented_modules=1:die_after_fork=0:halt_on_error=1:exitcode=66"},
 }
 # test_no_memory_...: a limit on the address space, which a sanitizer's shadow memory exceeds from the start.
-SKIP = "not no_memory and not cuda_extension and not peak_memory"
+# test_no_loop_..._scalar: instrumented loops are.
+SKIP = "not no_memory and not cuda_extension and not peak_memory and not scalar"
 
 # kind -> (file, before, after, the report): a read behind a tensor of torch's, an overflow, a count without a lock.
 TASK = "part(i);"

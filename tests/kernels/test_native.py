@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from typing import Any
 
 import pytest
@@ -106,6 +107,36 @@ def test_cuda_extension_is_built_where_nvcc_is_and_refuses_without_a_device(kit:
     with pytest.raises(RuntimeError, match="CUDA row pass"):
         _cuda.rows(**given)
     assert held
+
+
+@pytest.mark.skipif(len(_cpu.available()) == 1, reason="nothing wider than the base instruction set to compare with")
+@pytest.mark.parametrize("divergence", ["reverse-kl", "forward-kl"])
+def test_no_loop_of_the_row_pass_is_scalar(divergence: str) -> None:
+    """The numbers are the same where the compiler gives a loop up: only the time tells."""
+    n, v = 4, 16_384
+    z = 3 * torch.randn(n, v)
+    near, far = z + 1e-3 * torch.randn(n, v), z + torch.randn(n, v)  # near: the second-order sum as well
+    work = z.clone()
+    cases = {"near": (near, _cpu.available()[0]), "far": (far, _cpu.available()[0]), "far, base": (far, "base")}
+    seconds = dict.fromkeys(cases, float("inf"))
+    for _ in range(20):
+        for name, (t, isa) in cases.items():
+            work.copy_(z)
+            given, held = arguments(
+                vocabulary=v,
+                student=work.data_ptr(),
+                student_stride=v,
+                teacher=t.data_ptr(),
+                teacher_stride=v,
+                divergence=["reverse-kl", "forward-kl"].index(divergence),
+            )
+            start = time.perf_counter()
+            _cpu.rows(**given, isa=isa)
+            seconds[name] = min(seconds[name], time.perf_counter() - start)
+            del held
+    print({name: round(s * 1e3, 3) for name, s in seconds.items()})
+    assert seconds["far, base"] > 1.3 * seconds["far"]
+    assert seconds["near"] < 2.4 * seconds["far"]
 
 
 @pytest.mark.skipif(not _cpu.has_bf16(), reason="this processor has no AVX512-BF16")
