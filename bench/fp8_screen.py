@@ -25,6 +25,7 @@ import torch
 from loss import Inputs
 from torch import Tensor
 
+from sgopd_kernels.backends.torch import TorchBackend
 from sgopd_kernels.sparse import AUTO, Directions
 
 MASS = 3e-5  # probability in one of the models from which a column "carries mass"
@@ -49,10 +50,10 @@ class Screen:
     def project(self, hidden: Tensor, weight: Tensor) -> Tensor:
         if not self.directions:
             return self.quantise(hidden) @ self.quantise(weight).T
-        d = Directions.of(weight)
+        d = Directions.of(weight, TorchBackend().project)
         along = hidden @ d.basis.T
-        inside = along @ d.along.T
-        return inside + self.quantise(hidden - along @ d.basis) @ self.quantise(weight - d.along @ d.basis).T
+        inside = along @ d.along
+        return inside + self.quantise(hidden - along @ d.basis) @ self.quantise(weight - d.along.T @ d.basis).T
 
 
 SCREENS = {"fp8": Screen(fp8), "fp8 + 16": Screen(fp8, True), "int8 + 16": Screen(int8, True)}

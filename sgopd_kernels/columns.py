@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .backends.torch import TorchBackend
 from .problem import Problem
-from .sparse import Directions, Report, RestPlan
+from .sparse import Directions, Product, Report, RestPlan
 
 # Share of columns above which dense products of a gradient rounded to bf16 cost less: 2 (Hs + Ht) + 8 s Hs of split
 # products, a gather and a scatter, against 6 Hs + 2 Ht.
@@ -51,6 +51,9 @@ class ColumnFilter(RestPlan):
     report: Report = field(default_factory=Report)
     pays: bool = True
     _directions: Directions | None = None
+
+    def product(self) -> Product:
+        return self.backend.project
 
     def held_bytes(self) -> tuple[int, int]:
         """(bytes, bytes a token) held beside logits: a tile of the head and of its gradient; gathered columns."""

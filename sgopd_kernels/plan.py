@@ -293,16 +293,12 @@ def _pass(
 
     stats = torch.zeros(hidden.shape[0], COLUMNS, dtype=torch.float64, device=device)
     d_hidden = torch.zeros_like(hidden, dtype=gradient_dtype(hidden)) if need.hidden else None
-    d_weight = backend.empty(head.weight.shape[0], head.weight.shape[1], device).zero_() if need.weight else None
+    d_weight = backend.zeros(head.weight.shape[0], head.weight.shape[1], device) if need.weight else None
     d_bias = torch.zeros(head.weight.shape[0], dtype=torch.float32, device=device) if need.bias else None
 
-    def logits() -> Tensor:
-        width = -(-v // backend.column_multiple) * backend.column_multiple
-        return backend.empty(size, width, device)[:, :v]
-
-    space_s = logits()
-    space_t = None if problem.teacher is None and problem.topk_ids is None else logits()
-    space_r = None if problem.reference is None else logits()
+    space_s = backend.logits(size, v, device)
+    space_t = None if problem.teacher is None and problem.topk_ids is None else backend.logits(size, v, device)
+    space_r = None if problem.reference is None else backend.logits(size, v, device)
 
     for first in range(0, total, size):
         chunk = slice(first, min(first + size, total))

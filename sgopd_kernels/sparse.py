@@ -33,13 +33,14 @@ KL, GATE_WEIGHT = (TokenValues._fields.index(name) for name in ("kl", "gate"))
 AUTO = 1.5e-3  # relative Frobenius error of a gradient: what rounding it to bf16 costs
 BF16 = 2.0**-8
 RANK = 16  # directions of the head that the rest of a gradient keeps
+SAMPLED_ROWS = 1024  # of the head, from which they come: 0.5 % more of a row lies outside them than with all rows
 # ||rest outside the directions|| against its entries taken as independent: 2.3-3.7 measured
 COHERENCE = 4.0
 MOST = 0.12  # share of pairs above which dense products are faster
 MASS = 1e-4  # probability from which a logit is computed again in fp32
 GATE = 1e-4  # log-ratio below which a sign may flip (docs/method.md)
 WORTHWHILE = 2.0**31.5  # multiply-adds of one projection below which a call is exact: 105 tokens of SmolLM2
-PROBED_ROWS, PROBED_STRIDE = 16, 8
+PROBED_ROWS, PROBED_STRIDE = 16, 16
 
 
 def budget_of(precision: str | float) -> float:
@@ -69,27 +70,28 @@ class Report:
 PLANS = ("exact", "filtered", "screened")
 
 
+Product = Callable[[Tensor, Tensor, Tensor], None]  # hidden [n, H], weight [V, H], out [n, V] fp32
+
+
 @dataclass
 class Directions:
-    """Leading directions of a head's rows: B [r, H] orthonormal, U = W B^T [V, r], and what is outside them."""
+    """Leading directions of a head's rows: B [r, H] orthonormal, U^T = B W^T [r, V], and what is outside them."""
 
     basis: Tensor
     along: Tensor
     outside: float  # root mean square norm of a row outside them
 
     @staticmethod
-    def of(weight: Tensor) -> Directions:
+    def of(weight: Tensor, project: Product) -> Directions:
         v, h = weight.shape
-        sample = weight[:: max(1, v // 4096)].float()
+        sample = weight[:: max(1, v // SAMPLED_ROWS)].float()
         r = min(RANK, h)
         start = torch.randn(h, r, generator=torch.Generator().manual_seed(0)).to(weight.device)
         for _ in range(2):
             start = torch.linalg.qr(sample.T @ (sample @ start))[0]
         basis = start.T.contiguous()
-        along = torch.empty(v, r, device=weight.device)
-        for first in range(0, v, 8192):
-            part = slice(first, first + 8192)
-            torch.mm(weight[part].float(), start, out=along[part])
+        along = torch.empty(r, v, device=weight.device)
+        project(basis, weight, along)
         rest = sample.square().sum() - (sample @ start).square().sum()
         return Directions(basis, along, float((rest / sample.shape[0]).clamp(min=0).sqrt()))
 
@@ -167,9 +169,14 @@ class RestPlan:
     problem: Problem
     _directions: Directions | None
 
+    def product(self) -> Product:
+        """What computes U^T; its rounding matters to the rest alone."""
+        raise NotImplementedError
+
     def directions(self) -> Directions:
         if self._directions is None:
-            self._directions = Directions.of(self.problem.student.weight[: self.problem.vocabulary])
+            weight = self.problem.student.weight[: self.problem.vocabulary]
+            self._directions = Directions.of(weight, self.product())
         return self._directions
 
     def left_out(self, left: float, energy: float, hidden: Tensor) -> float:
@@ -181,7 +188,7 @@ class RestPlan:
     def with_rest(self, hidden: Tensor, rest: Tensor) -> Tensor:
         """The hidden gradient [n, H]: of what was taken, and of the rest [n, V] along the directions."""
         directions = self.directions()
-        return torch.addmm(hidden, rest @ directions.along, directions.basis)
+        return torch.addmm(hidden, rest @ directions.along.T, directions.basis)
 
 
 @dataclass
@@ -200,6 +207,9 @@ class Sparse(RestPlan):
     def budget(self) -> float:
         return self.problem.spec.budget
 
+    def product(self) -> Product:
+        return self.backend.project_screened
+
     def held_bytes(self) -> tuple[int, int]:
         """(bytes, bytes a token) held beside logits: threads' scratch; MOST of a row, a column and a value each."""
         return 16 * 2**20, int(8 * MOST * self.v)
@@ -210,7 +220,7 @@ class Sparse(RestPlan):
     def probe(self, rows: Tensor) -> None:
         """Turns the screen off where it can't pay: flat distributions, or models too near for 16 bits.
 
-        Every eighth column of up to 16 tokens, in fp32: how many carry probability, and the KL between the two
+        Every sixteenth column of up to 16 tokens, in fp32: how many carry probability, and the KL between the two
         distributions restricted to them. Worth under 1 % of a chunk.
         """
         if not self.screens or rows.numel() == 0:
@@ -227,7 +237,7 @@ class Sparse(RestPlan):
 
         log_p = logits(p.student_hidden, p.student.weight, p.student.logit_scale)
         log_q = logits(p.teacher_hidden, p.teacher.weight, p.teacher.logit_scale)
-        # Restricted to an eighth of the columns a probability is eight times as large.
+        # Restricted to a sixteenth of the columns a probability is sixteen times as large.
         carry = float(((torch.maximum(log_p, log_q) - torch.tensor(PROBED_STRIDE).log()).exp() > MASS).float().mean())
         kl = float((log_p.exp() * (log_p - log_q)).sum(-1).median())
         # The screen's variance is about 1e-6; on the tail's 3 % it moves the loss by 3e-8.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from .native import NativeBackend
 
 _ELEMENTS = (torch.float32, torch.bfloat16)
 HUGE = 32 * 2**20  # bytes from which the C library maps an allocation of its own, that huge pages can be asked for
+LINE = 16  # floats in a cache line
 
 
 def _unit_stride(tensor: Tensor) -> Tensor:
@@ -34,11 +37,31 @@ class CpuBackend(NativeBackend):
     def launch(self) -> dict[str, Any]:
         return {"threads": torch.get_num_threads(), "isa": self.isa}
 
-    def empty(self, rows: int, columns: int, device: torch.device) -> Tensor:
-        out = super().empty(rows, columns, device)
-        if self.module is not None and out.nbytes >= HUGE:
-            self.module.advise_huge_pages(out.data_ptr(), out.nbytes)
+    def held_bytes(self, problem: Problem) -> tuple[int, int]:
+        """Beside a tile of a head: the fp32 sum of a bf16 head's gradient, which at the most halves the chunks."""
+        fixed, row_bytes = super().held_bytes(problem)
+        head = problem.student.weight
+        total = 4 * head.numel() if head.dtype == torch.bfloat16 else 0
+        return fixed + min(total, (problem.spec.workspace or self.default_workspace) // 2), row_bytes
+
+    def logits(self, rows: int, columns: int, device: torch.device) -> Tensor:
+        """Rows an odd number of cache lines apart: a column's entries then lie in different sets of a cache."""
+        lines = -(-columns // LINE) | 1
+        out = super().logits(rows, LINE * lines, device)[:, :columns]
+        if self.module is not None and 4 * rows * LINE * lines >= HUGE:
+            self.module.advise_huge_pages(out.data_ptr(), 4 * rows * LINE * lines)
         return out
+
+    def zeros(self, rows: int, columns: int, device: torch.device) -> Tensor:
+        """Fresh pages are zero as they come: what is added to them first need not be preceded by a pass of its own."""
+        nbytes = 4 * rows * columns
+        if nbytes < HUGE or not hasattr(mmap, "MAP_ANONYMOUS"):
+            return super().zeros(rows, columns, device)
+        pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with contextlib.suppress(OSError):  # a kernel built without them
+                pages.madvise(mmap.MADV_HUGEPAGE)
+        return torch.frombuffer(pages, dtype=torch.float32).view(rows, columns)
 
     def project(self, hidden: Tensor, weight: Tensor, out: Tensor) -> None:
         """bf16 operands through csrc/cpu/project_bf16.cpp where the processor can: fp32 results without fp32 copies."""
@@ -78,8 +101,11 @@ class CpuBackend(NativeBackend):
         return Sparse(problem, self, problem.vocabulary, screens)
 
     def project_screened(self, hidden: Tensor, weight: Tensor, out: Tensor) -> None:
-        """out [n, V] = hidden @ weight.T in 16-bit integers: csrc/cpu/project_int16.cpp."""
+        """out [n, V] = hidden @ weight.T in 16-bit integers where the processor can: csrc/cpu/project_int16.cpp."""
         assert self.module is not None
+        if not self.module.has_int16():
+            self.project(hidden, weight, out)
+            return
         hidden, weight = hidden.contiguous(), _unit_stride(weight)
         self.module.project_int16(
             hidden=_matrix(hidden),

@@ -100,7 +100,6 @@ class TorchBackend:
     name = "torch"
     default_workspace = 256 * 2**20  # bytes, where the caller names none
     row_multiple = 16  # tokens a chunk
-    column_multiple = 1  # of the logits' row stride
 
     def held_bytes(self, problem: Problem) -> tuple[int, int]:
         """(bytes, bytes a token of the chunk) that `rows` and the products hold beside logits, for the plan's count."""
@@ -133,9 +132,13 @@ class TorchBackend:
         for a, b in zip(to.tolist(), origin.tolist()):
             z[a].copy_(z[b])
 
-    def empty(self, rows: int, columns: int, device: torch.device) -> Tensor:
-        """fp32 [rows, columns], for a chunk's logits and the head's gradient."""
+    def logits(self, rows: int, columns: int, device: torch.device) -> Tensor:
+        """fp32 [rows, columns] of a chunk, unit stride along its rows."""
         return torch.empty(rows, columns, dtype=torch.float32, device=device)
+
+    def zeros(self, rows: int, columns: int, device: torch.device) -> Tensor:
+        """fp32 [rows, columns], for the head's gradient."""
+        return torch.zeros(rows, columns, dtype=torch.float32, device=device)
 
     def sparse(self, problem: Problem) -> SparsePlan | None:
         """The parts of the filtered and screened plans, where this backend has them for the problem."""

@@ -46,7 +46,6 @@ class TritonBackend(TorchBackend):
     # accumulating the weight's gradient decide.
     default_workspace = 2 * 2**30
     row_multiple = 128  # tokens a chunk: whole tiles of a product
-    column_multiple = 16  # logits' row stride: aligned rows
 
     def available(self) -> bool:
         if importlib.util.find_spec("triton") is None:
@@ -65,6 +64,9 @@ class TritonBackend(TorchBackend):
     def launch(self, kernel: Any, grid: tuple[int, ...], /, **arguments: Any) -> None:
         """Every kernel starts here, on the current stream of the operands' device."""
         kernel[grid](**arguments)
+
+    def logits(self, rows: int, columns: int, device: torch.device) -> Tensor:
+        return super().logits(rows, -(-columns // 16) * 16, device)[:, :columns]  # aligned rows
 
     def held_bytes(self, problem: Problem) -> tuple[int, int]:
         if not self._tensor_cores(problem.student_hidden, problem.student.weight):
