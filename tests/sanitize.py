@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from checkout import copy_checkout
+
 TESTS = ["native", "processes", "fuzz_native", "api", "parity", "sparse", "properties"]
 OPTIONS = {
     # Leaks are not looked for: the interpreter and torch keep until the end what they took at the start.
@@ -56,9 +56,7 @@ def library(name: str) -> str:
 def run(kind: str, tests: list[str], fuzz: str | None, plant: bool = False) -> bool:
     """Whether all is well: with `plant`, whether the planted defect was reported."""
     with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "checkout"
-        skip = shutil.ignore_patterns(".git", ".venv*", "build", "*.so", "__pycache__", "runs", "assets", "results")
-        shutil.copytree(ROOT, copy, ignore=skip)
+        copy = copy_checkout(Path(folder) / "checkout")
         if plant:
             name, before, after, report = PLANTS[kind]
             text = (copy / name).read_text()

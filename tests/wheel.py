@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import os
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -25,7 +24,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from checkout import ROOT, copy_checkout
+
 EPOCH = "1767225600"  # any will do
 PIP = ["-m", "pip", "--disable-pip-version-check"]
 # What was installed is the wheel's; its loss and gradients, on every backend, are the float64 reference's.
@@ -40,9 +40,7 @@ def run(command: Sequence[str], **options: Any) -> None:
 
 def build(folder: Path, zone: str, seed: str) -> tuple[Path, Path]:
     """(sdist of the checkout, wheel of that sdist), made in `folder`."""
-    checkout, made = folder / "checkout", folder / "made"
-    skip = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "*.so", "__pycache__", "runs")
-    shutil.copytree(ROOT, checkout, ignore=skip)
+    checkout, made = copy_checkout(folder / "checkout"), folder / "made"
     (folder / "tmp").mkdir()
     environment = {
         **os.environ,
