@@ -369,7 +369,9 @@ class Disk:
         self._fsync = os.fsync
         self.look()
         for inode, handle in list(self.handles.items()):  # what there was before is certain
-            if inode not in self.folders:
+            if inode in self.folders:
+                self.folders[inode] = self.folders[inode][-1:]
+            else:
                 self.contents[inode] = content(handle)
 
     def install(self) -> None:

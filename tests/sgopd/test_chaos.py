@@ -11,6 +11,8 @@ import sys
 
 import pytest
 
+from sgopd import files
+
 
 @pytest.fixture(scope="module")
 def chaos(root):
@@ -69,6 +71,51 @@ def test_a_power_cut_keeps_what_was_synced_and_nothing_impossible(chaos, tmp_pat
     contents = {(name, data) for tree in seen for name, data in tree}
     assert {data for name, data in contents if name in ("old", "synced")} == {b"old", b"new"}
     assert {b"", b"new"} < {data for name, data in contents if name == "loose"}
+
+
+def test_what_is_replaced_is_whole_wherever_the_power_is_cut(chaos, tmp_path, monkeypatch):
+    """Between any two operations the old or the new, and the new once `new_file` and `new_folder` have returned."""
+    root, output = tmp_path / "tree", tmp_path / "state"
+    root.mkdir()
+
+    def write(word):
+        with files.new_file(root / "file") as path:
+            path.write_text(word)
+        with files.new_folder(root / "folder") as path:
+            (path / "weights").write_text(word)
+
+    write("before")
+    disk, states = chaos.Disk(root, output, 1), []
+
+    def cut():
+        disk.look()
+        disk.write()
+        states.append(output.read_bytes())
+
+    def around(original):
+        def wrapper(*arguments, **options):
+            cut()
+            original(*arguments, **options)
+            cut()
+
+        return wrapper
+
+    monkeypatch.setattr(disk, "tick", cut)
+    monkeypatch.setattr(os, "fsync", disk.fsync)
+    for name in ("rename", "replace", "unlink", "rmdir", "mkdir"):
+        monkeypatch.setattr(os, name, around(getattr(os, name)))
+    write("after")
+    cut()
+    monkeypatch.undo()
+    for handle in disk.handles.values():
+        os.close(handle)
+    seen = []
+    for state in states:
+        for seed in range(20):
+            chaos.after_the_cut(chaos.pickle.loads(state), root, random.Random(seed))
+            seen.append(tuple((root / name).read_text() for name in ("file", "folder/weights")))
+    assert set(seen) == {("before", "before"), ("after", "before"), ("after", "after")}
+    assert set(seen[-20:]) == {("after", "after")}
 
 
 def test_a_few_runs_are_broken_and_lose_nothing(root, tmp_path):

@@ -19,7 +19,9 @@ from sgopd import checkpoint
 from sgopd.cli import main
 from sgopd.config import Config, UserError
 from sgopd.files import new_folder
+from sgopd.processes import Interrupt
 from sgopd.startup import open_run_dir
+from sgopd.trainer import Trainer
 
 STEPS = 12
 
@@ -223,6 +225,15 @@ def test_a_signal_gives_the_conventional_exit_status(module_settings, tmp_path, 
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "handlers are put back"
 
 
+def test_a_second_signal_does_not_wait():
+    with Interrupt() as interrupt:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interrupt.signal == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)  # until the interpreter has looked
+
+
 def test_a_finished_run_has_nothing_left_to_do(module_settings, uninterrupted, tmp_path):
     shutil.copytree(uninterrupted, tmp_path / "run")
     assert main(["train", str(write_config(tmp_path, module_settings))]) == 0
@@ -259,6 +270,67 @@ def test_a_checkpoint_of_another_run_starts_a_branch(processes, module_settings,
     before = lines(tmp_path / "run")
     assert main(["train", config, "--resume_from_checkpoint", str(newest)]) == 1
     assert "belongs to another run" in capsys.readouterr().err and lines(tmp_path / "run") == before
+
+
+def test_what_came_after_the_checkpoint_goes_before_anything_is_written(module_settings, uninterrupted, tmp_path):
+    """A run that is killed before its next checkpoint must not go on from one of the time that was given up."""
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    config = write_config(tmp_path, module_settings)
+    earlier, *later = checkpoint.saved(run / "checkpoints")
+    assert later
+    one = Trainer(Config.load(config, {"resume_from_checkpoint": str(earlier)}), say=lambda line: None)
+    one.start_writing()
+    one.lock.release()
+    assert checkpoint.saved(run / "checkpoints") == [earlier]
+    step = checkpoint.step_of(earlier)
+    assert max(record["step"] for record in comparable(run)) == step
+    assert max(int(path.stem.removeprefix("step-")) for path in (run / "completions").iterdir()) <= step
+
+
+def test_records_that_changed_or_went_are_no_ground_to_go_on_from(module_settings, uninterrupted, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    config = Config.load(write_config(tmp_path, module_settings))
+    whole = (run / "metrics.jsonl").read_bytes()
+    *_, before, newest = checkpoint.saved(run / "checkpoints")
+    said = f"metrics.jsonl is not what {newest} was saved with: .*Put it back from a copy; "
+    cut = whole[: checkpoint.state_of(before)["metrics_position"] + 10]
+    for content, remedy in ((cut, f"resume from {before}, which has them all; "), (whole.replace(b"1", b"7"), "")):
+        (run / "metrics.jsonl").write_bytes(content)
+        with pytest.raises(UserError, match=f"{said}{remedy}or go on without these records in a new output_dir"):
+            open_run_dir(config)
+        assert (run / "metrics.jsonl").read_bytes() == content
+    (run / "metrics.jsonl").write_bytes(whole)
+    assert open_run_dir(config)[0] == newest
+
+
+def test_a_checkpoint_has_the_avg_at_k_of_its_own_step(module_settings, uninterrupted, tmp_path, monkeypatch):
+    def measured(run: Path) -> dict[int, float]:
+        evaluations = [record for record in comparable(run) if record["kind"] == "eval"]
+        return {record["step"]: record["eval/avg_at_k"] for record in evaluations if record["model"] == "student"}
+
+    def metrics(run: Path) -> dict[int, float | None]:
+        return {checkpoint.step_of(p): checkpoint.state_of(p)["metric"] for p in checkpoint.saved(run / "checkpoints")}
+
+    expected = measured(uninterrupted)
+    assert metrics(uninterrupted) == {step: expected.get(step) for step in metrics(uninterrupted)}
+    assert None in metrics(uninterrupted).values(), "a step without an evaluation: it has none, not an earlier one's"
+
+    # A signal has a step saved before it is evaluated; when that has been made up for, the checkpoint has it too.
+    def leave_early(self, record, rollouts):
+        original(self, record, rollouts)
+        if self.step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    config, run = str(write_config(tmp_path, module_settings)), tmp_path / "run"
+    original = Trainer.log
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "log", leave_early)
+        assert main(["train", config]) == 128 + signal.SIGTERM
+    assert metrics(run)[4] is None
+    assert main(["train", config, "--max_steps", "4"]) == 0
+    assert metrics(run)[4] == measured(run)[4] is not None
 
 
 # --- damaged and stale checkpoints ---

@@ -4,9 +4,11 @@ import dataclasses
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from sgopd import checkpoint
 from sgopd.cli import free_folders, main, parse
 from sgopd.config import Config, UserError
 
@@ -186,16 +189,8 @@ def test_a_folder_that_is_no_run(tmp_path, capsys):
 # --- several processes ---
 
 
-def test_two_processes_train_as_one_with_the_batch_of_both(config, tmp_path, capfd):
-    """With sampling that leaves no choice (top_k 1) both see the same rollouts, so the weights must agree."""
-    changes = {"top_k": 1, "max_steps": 3, "temperature": 0.8, "learning_rate": 1e-3}
-    one = config(
-        output_dir=str(tmp_path / "one"), per_device_train_batch_size=4, gradient_accumulation_steps=2, **changes
-    )
-    assert main(["train", one]) == 0
-    two = config(
-        output_dir=str(tmp_path / "two"), per_device_train_batch_size=2, gradient_accumulation_steps=2, **changes
-    )
+def start_two(config):
+    """A run of two processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -207,7 +202,40 @@ def test_two_processes_train_as_one_with_the_batch_of_both(config, tmp_path, cap
             **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
             **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"},
         }
-        workers.append(subprocess.Popen([sys.executable, "-m", "sgopd", "train", two], env=environment))
+        workers.append(subprocess.Popen([sys.executable, "-m", "sgopd", "train", config], env=environment))
+    return workers
+
+
+def test_a_signal_to_one_of_two_processes_ends_both(config, tmp_path):
+    """The one that got it is not the one that writes: a checkpoint of both, and the signal's status from both."""
+    run = tmp_path / "two"
+    main_one, other = workers = start_two(config(output_dir=str(run), max_steps=100_000, logging_steps=1000))
+    try:
+        while not (run / "metrics.jsonl").exists() or b'"train"' not in (run / "metrics.jsonl").read_bytes():
+            assert main_one.poll() is None
+            time.sleep(0.01)
+        other.send_signal(signal.SIGTERM)
+        assert [worker.wait(120) for worker in workers] == [128 + signal.SIGTERM] * 2
+    finally:
+        for worker in workers:
+            worker.kill()
+    [saved] = checkpoint.saved(run / "checkpoints")
+    assert checkpoint.fault(saved) is None
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert checkpoint.step_of(saved) == records[-1]["step"]
+
+
+def test_two_processes_train_as_one_with_the_batch_of_both(config, tmp_path, capfd):
+    """With sampling that leaves no choice (top_k 1) both see the same rollouts, so the weights must agree."""
+    changes = {"top_k": 1, "max_steps": 3, "temperature": 0.8, "learning_rate": 1e-3}
+    one = config(
+        output_dir=str(tmp_path / "one"), per_device_train_batch_size=4, gradient_accumulation_steps=2, **changes
+    )
+    assert main(["train", one]) == 0
+    two = config(
+        output_dir=str(tmp_path / "two"), per_device_train_batch_size=2, gradient_accumulation_steps=2, **changes
+    )
+    workers = start_two(two)
     assert [worker.wait(120) for worker in workers] == [0, 0]
     assert capfd.readouterr().out.count("step 3/3") == 2, "only one process prints"
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,14 +39,24 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     assert target.read_text() == "after" and os.listdir(tmp_path) == ["config.yaml"]
 
 
-@pytest.mark.parametrize("swaps", [True, False])
+@pytest.mark.parametrize(
+    "swaps", [pytest.param(True, marks=pytest.mark.skipif(sys.platform != "linux", reason="renameat2")), False]
+)
 def test_a_folder_is_replaced_and_the_old_one_goes(tmp_path, monkeypatch, swaps):
+    target, there, rename = tmp_path / "final", [], Path.rename
     if not swaps:  # a system or a file system without it
         monkeypatch.setattr(files.ctypes, "CDLL", lambda *args, **kwargs: object())
+
+    def watched(self, to):
+        rename(self, to)
+        there.append(target.exists())
+
+    monkeypatch.setattr(Path, "rename", watched)
     for content in ("one", "two"):
-        with files.new_folder(tmp_path / "final") as path:
+        with files.new_folder(target) as path:
             (path / content).write_text(content)
     assert [path.name for path in tmp_path.rglob("*")] == ["final", "two"]
+    assert all(there) is swaps, "where folders can be swapped, the name is never without one"
 
 
 def test_folders_are_entered_in_their_parents(tmp_path, monkeypatch):
@@ -194,6 +205,10 @@ def test_a_lost_process_is_named():
         raise RuntimeError("Connection closed by peer\n at gloo/transport")
 
 
+def of(*names):
+    return json.dumps({name: {"size": 2, "sha256": "0"} for name in names})
+
+
 @pytest.mark.parametrize(
     ("manifest", "message"),
     [
@@ -202,6 +217,9 @@ def test_a_lost_process_is_named():
         ('{"state.json": 1}', "cannot be read"),
         ('{"state.json": {"size": 2}}', "cannot be read"),
         ('{"model.safetensors": {"size": 2, "sha256": "0"}}', "has no state.json"),
+        (of("model.safetensors", "state.json", "random.pt"), "has no optimizer.pt"),
+        (of("model.safetensors", "state.json", "optimizer.pt"), "has no random.pt"),
+        (of("state.json", "optimizer.pt", "random.pt"), "has no *.safetensors"),
     ],
 )
 def test_a_manifest_that_says_too_little_is_a_fault(tmp_path, manifest, message):

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import sgopd
 from sgopd import checkpoint
 from sgopd.config import Config, UserError
 from sgopd.data import load_prompts
-from sgopd.teacher import load_tokenizer
+from sgopd.teacher import load_model, load_tokenizer
 from sgopd.trainer import Trainer
 from sgopd.verifier import VerifierPool
 
@@ -34,6 +35,7 @@ EVALUATING = {
     *("sympify", "parse_expr", "parse_latex", "sympy.sympify", "sympy.S", "lambdify", "os.system", "os.popen"),
     *("importlib.import_module", "runpy.run_path", "pydoc.locate"),
 }
+THEIRS = ast.parse("config.trust_remote_code", mode="eval").body
 PARSERS = ("sympy", "math_verify", "latex2sympy2_extended", "antlr4", "sgopd.math_equality", "sgopd.verifier_worker")
 
 
@@ -43,17 +45,21 @@ def calls(tree: ast.AST) -> list[tuple[str, ast.Call]]:
 
 
 def offences(source: str, file: str) -> list[str]:
-    """Calls that could run what they read. torch.load passes with weights_only=True, subprocess without a shell."""
+    """Calls that could run what they read.
+
+    torch.load and a model's from_pretrained pass with weights_only=True (transformers 5.24 does not hand it down to
+    every load, so no planted pickle can tell), subprocess without a shell, trust_remote_code with the config's word.
+    """
     found = []
     for name, call in calls(ast.parse(source)):
         keywords = {keyword.arg: keyword.value for keyword in call.keywords}
-        if name == "torch.load":
+        if name == "torch.load" or re.fullmatch(r"AutoModel\w*\.from_pretrained", name):
             wanted = keywords.get("weights_only")
             if not (isinstance(wanted, ast.Constant) and wanted.value is True):
-                found.append(f"{file}:{call.lineno} torch.load without weights_only=True")
+                found.append(f"{file}:{call.lineno} {name} without weights_only=True")
         elif name in EVALUATING and (file, name) not in ALLOWED:
             found.append(f"{file}:{call.lineno} {name}")
-        elif "shell" in keywords or ("trust_remote_code" in keywords and "config" not in ast.unparse(call)):
+        if "shell" in keywords or ast.unparse(keywords.get("trust_remote_code", THEIRS)) != ast.unparse(THEIRS):
             found.append(f"{file}:{call.lineno} {ast.unparse(call)[:80]}")
     return found
 
@@ -74,6 +80,8 @@ def test_no_module_of_the_loop_evaluates_what_it_reads() -> None:
         "subprocess.run(answer, shell=True)",
         "yaml.load(text)",
         "from_pretrained(path, trust_remote_code=True)",
+        "AutoModelForCausalLM.from_pretrained(path, weights_only=True, dtype=config.dtype, trust_remote_code=True)",
+        "AutoModelForCausalLM.from_pretrained(path, weights_only=False)",
     ],
 )
 def test_the_check_of_the_sources_can_fail(source: str) -> None:
@@ -257,6 +265,9 @@ def test_code_beside_a_model_does_not_run_unasked(settings, tiny, tmp_path: Path
     config = json.loads((folder / "config.json").read_text())
     config["auto_map"] = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}
     (folder / "config.json").write_text(json.dumps(config))
+    # The architecture is one that transformers has: the model is loaded, and the code beside it is not looked at.
+    load_model(str(folder), Config.load(None, settings()), "model_name_or_path", "float32")
+    assert not trace.exists()
     template = "{{ ().__class__.__mro__[1].__subclasses__() }}"
     for text in (template, "{{ cycler.__init__.__globals__.os.system('touch " + str(trace) + "') }}"):
         (folder / "chat_template.jinja").write_text(text)

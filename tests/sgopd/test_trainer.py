@@ -3,17 +3,21 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import re
 
 import pyarrow.parquet
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import sgopd.checkpoint
 import sgopd.trainer
 from sgopd.config import Config, UserError
 from sgopd.metrics import MetricsFile, Sums, add_token_metrics, finite, repetition
 from sgopd.processes import Processes
+from sgopd.trainer import Trainer
 from sgopd_kernels import Stats
 
 
@@ -208,7 +212,7 @@ def test_only_endorsed_teacher_rollouts_enter_and_the_batch_never_changes_size(t
     assert {r.source for r in rollouts} == {"student"} and record["phase/teacher_share"] == 0
 
 
-@pytest.mark.parametrize(("endorse", "source"), [(True, "teacher"), (False, "student")])
+@pytest.mark.parametrize(("endorse", "source"), [(True, "teacher"), (False, "student"), (None, "student")])
 def test_a_full_share(trainer, endorse, source):
     one = trainer(rule=lambda response: endorse, cold_start_steps=1, teacher_share=1.0)
     rollouts, _ = one.make_batch()
@@ -216,6 +220,8 @@ def test_a_full_share(trainer, endorse, source):
     record = one.update(rollouts, fresh=True)  # no student tokens at all in one of the two cases
     assert math.isfinite(record["loss"]) and record["loss"] > 0
     assert ("kl" in record) == (source == "student")
+    assert one.phases.endorsed == (8 if endorse else 0), "what is unknown is no endorsement"
+    assert {one.phases.reliability(r.example) for r in rollouts} == {float(endorse is True)}
 
 
 def test_prompts_follow_the_shared_order(trainer, tiny):
@@ -370,6 +376,54 @@ def test_completions_are_kept_for_some_steps_and_bounded(whole_run):
     assert 0 < len(rows) <= 5
     assert {"prompt", "completion", "verdict", "reason", "source"} <= rows[0].keys()
     assert re.fullmatch(r"\d+\+\d+=", rows[0]["prompt"])
+
+
+def test_records_are_on_the_disk_before_the_checkpoint_that_counts_them(trainer, monkeypatch):
+    synced, seen, fsync, save = {}, [], os.fsync, sgopd.checkpoint.save
+
+    def watched_fsync(handle):
+        fsync(handle)
+        facts = os.fstat(handle)
+        synced[facts.st_ino] = facts.st_size
+
+    def watched_save(*arguments, state, **options):
+        seen.append((synced.get(metrics.stat().st_ino), state["metrics_position"]))
+        return save(*arguments, state=state, **options)
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(sgopd.checkpoint, "save", watched_save)
+    one = trainer(max_steps=4, save_steps=2)
+    metrics = one.run_dir / "metrics.jsonl"
+    one.train()
+    assert len(seen) == 2 and all(on_disk == counted for on_disk, counted in seen), seen
+
+
+def test_a_model_with_dropout_resumes_to_the_same_weights(settings, tiny, tmp_path):
+    """Dropout takes the global generators, which are the only random state that has to be kept."""
+    tiny.make_model(1, attention_dropout=0.5).save_pretrained(tmp_path / "student")
+    tiny.make_tokenizer().save_pretrained(tmp_path / "student")
+    changes = {"model_name_or_path": str(tmp_path / "student"), "save_steps": 2}
+
+    def run(**more):
+        return Trainer(Config.load(None, settings(**changes, **more)), say=lambda line: None).train()
+
+    def weights(folder):
+        return load_file(folder / "final" / "model.safetensors")
+
+    whole = weights(run(output_dir=str(tmp_path / "whole")))
+    once = run(output_dir=str(tmp_path / "other"), seed=4)
+    assert any(not torch.equal(weight, whole[name]) for name, weight in weights(once).items())
+    middle = str(tmp_path / "whole" / "checkpoints" / "step-000002")
+    resumed = weights(run(output_dir=str(tmp_path / "resumed"), resume_from_checkpoint=middle))
+    assert all(torch.equal(weight, whole[name]) for name, weight in resumed.items())
+
+
+def test_a_checkpoint_of_another_number_of_processes_is_refused(trainer, settings):
+    one = trainer(max_steps=2, save_steps=2)
+    one.train()
+    one.save_checkpoint([sgopd.checkpoint.random_state()] * 2)
+    with pytest.raises(UserError, match=r"was written by 2 processes, this run has 1: launch as many, or start a new"):
+        Trainer(Config.load(None, settings(max_steps=4, resume_from_checkpoint="auto")), say=lambda line: None)
 
 
 def test_evaluation_does_not_disturb_training(whole_run, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -357,6 +358,17 @@ def test_a_worker_that_does_not_read_is_killed_too(custom: object) -> None:
         os.kill(worker, signal.SIGSTOP)
         verdicts = pool.verify(["x" * 10_000_000, "a"], [{"answer": "a"}] * 2)
         assert [verdict.reason for verdict in verdicts] == ["timeout", "correct"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_worker_is_limited_and_goes_before_the_trainer(custom: object) -> None:
+    processes = children(os.getpid())
+    with VerifierPool("customs:verify", workers=1, memory_mb=512) as pool:
+        pool.check_golds([])
+        (worker,) = children(os.getpid()) - processes
+        limits = dict(re.findall(r"^Max (.+?) {2,}(\S+)", Path(f"/proc/{worker}/limits").read_text(), re.MULTILINE))
+        assert limits["address space"] == str(512 * 2**20) and limits["core file size"] == "0"
+        assert Path(f"/proc/{worker}/oom_score_adj").read_text() == "1000\n"
 
 
 def test_a_killed_verifier_takes_its_own_children_along(custom: object, tmp_path: Path) -> None:
