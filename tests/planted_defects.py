@@ -1,23 +1,30 @@
 # ruff: noqa: E501
-"""Plants one defect after another into a copy of the kernels and reports which test caught each.
+"""Plants one defect after another into a copy of the checkout and reports which test caught each.
 
-    python tests/planted_defects.py            # a quarter of an hour; needs the build requirements, pytest and Triton
+    python tests/planted_defects.py            # all; needs the build requirements, pytest and Triton
     python tests/planted_defects.py 3 17       # some of them
+    python tests/planted_defects.py trainer    # those of the loss, of Triton's kernels or of the trainer's guards
 
 A defect that no test catches is a missing test. Exit status: the number of those.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
+from checkout import copy_checkout
+
+MARK = "SGOPD_PLANTED"  # in the environment of every process of a run, however far it has detached itself
+PATIENCE = 600.0  # seconds until a run counts as hung, which is a way to notice
+GROUPS = ("loss", "triton", "trainer")
 
 
 class Defect(NamedTuple):
@@ -25,6 +32,11 @@ class Defect(NamedTuple):
     file: str
     before: str
     after: str
+    tests: str = ""  # of the trainer's: files of tests/sgopd that should notice; of the long ones, one test each
+
+    @property
+    def group(self) -> str:
+        return "trainer" if self.tests else "triton" if self.file == TRITON else "loss"
 
 
 ROWS = "csrc/cpu/rows.cpp"
@@ -70,49 +82,140 @@ DEFECTS = [
     Defect("triton: sums not rescaled at a new maximum", TRITON, "        sum_p *= factor", "        pass"),
     Defect("triton: a softcap unmasks a column", TRITON, 'tl.where(z == float("-inf"), z, softcap * _tanh(z / softcap))', "softcap * _tanh(z / softcap)"),
 ]
+
+# A guard of the trainer removed, weakened or turned round; docs/reliability.md says what each is for.
+FILES = "sgopd/files.py"
+CHECKPOINT = "sgopd/checkpoint.py"
+METRICS = "sgopd/metrics.py"
+STARTUP = "sgopd/startup.py"
+TRAINER = "sgopd/trainer.py"
+VERIFIER = "sgopd/verifier.py"
+WORKER = "sgopd/verifier_worker.py"
+DEFECTS += [
+    Defect("a folder gets its name before it is on the disk", FILES, "                sync(path)\n            if target", "                pass\n            if target", "chaos::test_what_is_replaced_is_whole_wherever_the_power_is_cut"),
+    Defect("a file gets its name before it is on the disk", FILES, "            sync(temporary)\n", "", "chaos::test_what_is_replaced_is_whole_wherever_the_power_is_cut"),
+    Defect("a folder is replaced by way of none", FILES, "if swap and swap(", "if False and swap(", "files"),
+    Defect("a failed write leaves half a file", FILES, "            temporary.unlink(missing_ok=True)\n            raise", "            raise", "files"),
+    Defect("the run directory's lock shared", FILES, "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB", "files"),
+    Defect("checkpoint: sums not compared", CHECKPOINT, "if digest(file) != sha256:", "if False:", "files checkpoint::test_damage_is_noticed"),
+    Defect("checkpoint: one without its optimiser passes for whole", CHECKPOINT, '("*.safetensors", STATE, OPTIMIZER, RANDOM)', '("*.safetensors", STATE)', "files"),
+    Defect("checkpoint: all damaged, so from the start", CHECKPOINT, "    if skipped:  #", "    if False:  #", "files"),
+    Defect("checkpoint: the best one deleted with the others", CHECKPOINT, "if path != best and not", "if not", "checkpoint::test_the_best_checkpoint_is_never_deleted"),
+    Defect("checkpoint: unpickled whole", CHECKPOINT, "weights_only=True", "weights_only=False", "safety"),
+    Defect("checkpoint: saved with an earlier step's avg@k", TRAINER, "self.metric if self.evaluated_at == self.step else None", "self.metric", "checkpoint::test_a_checkpoint_has_the_avg_at_k_of_its_own_step"),
+    Defect("checkpoint: a step saved by a signal stays without its avg@k", TRAINER, "            self.saved_at = None  #", "            #", "checkpoint::test_a_checkpoint_has_the_avg_at_k_of_its_own_step"),
+    Defect("checkpoint: saved before its records are on the disk", TRAINER, "        self.metrics.sync()\n", "", "trainer"),
+    Defect("resume: records not compared", STARTUP, "    if own:\n        check_records", "    if False:\n        check_records", "checkpoint::test_records_that_changed_or_went_are_no_ground_to_go_on_from"),
+    Defect("resume: records' sum not compared", METRICS, 'if hashlib.sha256(content).hexdigest() != state.get', 'if False and state.get', "files"),
+    Defect("resume: random states of another run's", TRAINER, "        checkpoint.set_random_state(random_states[self.processes.rank])\n", "", "trainer"),
+    Defect("resume: another number of processes accepted", TRAINER, "if len(random_states) != self.processes.count:", "if False:", "trainer"),
+    Defect("resume: later checkpoints stay", TRAINER, "                if checkpoint.step_of(path) > self.step:\n", "                if False:\n", "checkpoint::test_what_came_after_the_checkpoint_goes_before_anything_is_written"),
+    Defect("a run in the folder of another", STARTUP, '        if (run_dir / "metrics.jsonl").exists():\n            raise', "        if False:\n            raise", "cli::test_a_run_is_never_overwritten"),
+    Defect("update: a gradient that is not finite applied", TRAINER, '(("loss", measured["loss"]), ("gradient", norm))', '(("loss", measured["loss"]),)', "numbers"),
+    Defect("update: left out without being counted", TRAINER, "            self.skipped += 1\n", "", "numbers"),
+    Defect("update: no limit to those left out", TRAINER, "if self.skipped >= config.max_skipped_steps:", "if False:", "numbers"),
+    Defect("rollouts: logits that are not finite sampled from", "sgopd/rollout.py", "if broken := int((~largest.isfinite()).sum()):", "if broken := 0:", "numbers"),
+    Defect("weights not looked at before they are saved", TRAINER, "            self.check_weights()\n", "", "numbers"),
+    Defect("weights not looked at when they are loaded", "sgopd/teacher.py", "if not torch.isfinite(parameter).all():", "if not torch.isfinite(parameter).any():", "startup numbers"),
+    Defect("model: code beside it is run", "sgopd/teacher.py", "attn_implementation=config.attn_implementation,\n            trust_remote_code=config.trust_remote_code", "attn_implementation=config.attn_implementation,\n            trust_remote_code=True", "safety"),
+    Defect("model: a pickle is unpickled", "sgopd/teacher.py", "weights_only=True", "weights_only=False", "safety"),
+    Defect("prompts: over-long ones kept", "sgopd/data.py", "len(prompt_ids) > config.max_prompt_length", "False", "data"),
+    Defect("prompts: no room in a table of positions", STARTUP, "if has_position_table(model, room):", "if False:", "startup numbers"),
+    Defect("phases: a teacher rollout of unknown verdict enters", TRAINER, "if rollout.in_teacher_slot and rollout.verdict == CORRECT:", "if rollout.in_teacher_slot and rollout.verdict >= 0:", "trainer"),
+    Defect("phases: an unknown verdict counts as an endorsement", TRAINER, "(rollout.example, rollout.verdict == CORRECT,", "(rollout.example, rollout.verdict >= 0,", "trainer"),
+    Defect("phases: reliability not kept over a resume", "sgopd/phases.py", "for example, counts in state[\"probes\"].items()})", "for example, counts in ()})", "phases"),
+    Defect("verifier: no deadline", VERIFIER, "if worker.deadline <= time.monotonic()]:", "if False]:", "verifier::test_what_reaches_sympy_is_killed_at_the_deadline"),
+    Defect("verifier: twice the memory", WORKER, "int(memory_mb) * 2**20", "int(memory_mb) * 2**21", "verifier::test_a_worker_is_limited_and_goes_before_the_trainer"),
+    Defect("verifier: a worker's own children live on", VERIFIER, "os.killpg(self.process.pid, signal.SIGKILL)", "os.kill(self.process.pid, signal.SIGKILL)", "verifier::test_a_killed_verifier_takes_its_own_children_along"),
+    Defect("verifier: a dead worker is given work", VERIFIER, "self.ready and self.task is None and self.process.poll() is None", "self.ready and self.task is None", "verifier::test_a_worker_killed_while_idle_costs_nothing"),
+    Defect("verifier: dead workers not replaced", VERIFIER, "                    self._fill()\n", "", "verifier::test_a_bad_response_harms_only_itself"),
+    Defect("verifier: workers outlive the trainer", WORKER, ".prctl(PR_SET_PDEATHSIG, signal.SIGKILL)", ".prctl(0, 0)", "verifier::test_no_orphans_when_the_trainer_is_killed"),
+    Defect("verifier: the trainer dies before a worker does", WORKER, 'write_text("1000")', 'write_text("0")', "verifier::test_a_worker_is_limited_and_goes_before_the_trainer"),
+    Defect("verifier: late replies read as the next ones", VERIFIER, "if worker.task is not None]:\n                    self._discard(worker)", "if False]:\n                    self._discard(worker)", "verifier::test_an_interrupt_leaves_no_stale_reply"),
+    Defect("verifier: a truncated response is read", VERIFIER, "skip = cut and self.truncated_is_incorrect", "skip = False", "verifier::test_truncated_responses"),
+    Defect("verifier: a crash is an incorrect answer", VERIFIER, '"crashed": UNKNOWN', '"crashed": INCORRECT', "verifier::test_a_bad_response_harms_only_itself"),
+    Defect("verifier: an error while reading ends the run", VERIFIER, "except Exception:  # whatever", "except MemoryError:  # whatever", "hostile::test_an_error_while_reading_an_answer_is_a_verdict"),
+    Defect("signal: only the process that got it leaves", TRAINER, "processes.any(interrupt.signal)", "interrupt.signal", "cli::test_a_signal_to_one_of_two_processes_ends_both"),
+    Defect("signal: a second one waits too", "sgopd/processes.py", "            raise KeyboardInterrupt\n", "            return\n", "checkpoint::test_a_second_signal_does_not_wait"),
+    Defect("signal: the status of a run that is done", "sgopd/cli.py", "return 128 + trainer.stopped_by", "return 0", "checkpoint::test_a_signal_gives_the_conventional_exit_status"),
+]
 # fmt: on
 KERNEL_TESTS = [f"tests/kernels/test_{name}.py" for name in ("parity", "api", "ops", "options", "fuzz_native")]
 INTERPRETED = ["tests/triton/interpreted.py"]
 
 
-def run(defect: Defect | None, tests: list[str]) -> str | None:
-    """The first failing test, or None; `defect` None checks that the untouched copy is green."""
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "checkout"
-        skip = shutil.ignore_patterns(".git", ".venv*", "build", "*.so", "__pycache__", "runs", "assets")
-        shutil.copytree(ROOT, copy, ignore=skip)
-        if defect is not None:
-            path = copy / defect.file
-            text = path.read_text()
-            assert text.count(defect.before) >= 1, f"{defect.what}: {defect.before!r} is not in {defect.file}"
-            path.write_text(text.replace(defect.before, defect.after, 1))
-        environment = {**os.environ, "SGOPD_CUDA": "0", "SGOPD_TEST_SOURCE": "1", "PYTHONPATH": str(copy)}
-        if tests is KERNEL_TESTS:
-            build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-            subprocess.run(build, cwd=copy, env=environment, check=True, capture_output=True)
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-k", "not peak_memory", *tests]
-        done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
-        failed = [line.split(" ")[1] for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-        return failed[0] if failed else (None if done.returncode == 0 else "pytest itself failed")
+def build(checkout: Path) -> None:
+    environment = {**os.environ, "SGOPD_CUDA": "0"}
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    subprocess.run(command, cwd=checkout, env=environment, check=True, capture_output=True)
 
 
 def tests_of(defect: Defect) -> list[str]:
-    return INTERPRETED if defect.file == TRITON else KERNEL_TESTS
+    if defect.tests:
+        names = (word.partition("::") for word in defect.tests.split())
+        return [f"tests/sgopd/test_{file}.py{colons}{test}" for file, colons, test in names]
+    return INTERPRETED if defect.group == "triton" else KERNEL_TESTS
+
+
+def first_failure(checkout: Path, tests: list[str]) -> str | None:
+    """The first failing test in a built checkout, or None."""
+    environment = {**os.environ, "SGOPD_TEST_SOURCE": "1", "PYTHONPATH": str(checkout), MARK: str(checkout)}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-k", "not peak_memory", *tests]
+    try:
+        done = subprocess.run(
+            command, cwd=checkout, env=environment, capture_output=True, text=True, errors="replace", timeout=PATIENCE
+        )
+    except subprocess.TimeoutExpired:
+        return f"no end after {PATIENCE:g} s"
+    finally:
+        end_left_behind(str(checkout))
+    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+    if failed:
+        return failed[0].partition(" ")[2].partition(" - ")[0]
+    return None if done.returncode == 0 else f"pytest itself failed: {done.stdout[-500:]}{done.stderr[-500:]}"
+
+
+def end_left_behind(mark: str) -> None:
+    """Some defects are processes that nobody ends."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if f"{MARK}={mark}".encode() in (folder / "environ").read_bytes().split(b"\0"):
+                os.kill(int(folder.name), signal.SIGKILL)
+
+
+def plant(built: Path, target: Path, defect: Defect) -> Path:
+    """A copy of the built checkout with the defect in it; built anew where it is in C++."""
+    shutil.copytree(built, target, ignore=shutil.ignore_patterns("build", "__pycache__", ".*"))
+    path = target / defect.file
+    text = path.read_text()
+    assert text.count(defect.before) >= 1, f"{defect.what}: {defect.before!r} is not in {defect.file}"
+    path.write_text(text.replace(defect.before, defect.after, 1))
+    if defect.file.startswith("csrc/"):
+        build(target)
+    return target
 
 
 def main() -> int:
-    chosen = [int(word) for word in sys.argv[1:]] or list(range(1, len(DEFECTS) + 1))
-    for tests in (KERNEL_TESTS, INTERPRETED):
-        if any(tests_of(DEFECTS[number - 1]) is tests for number in chosen):
-            broken = run(None, tests)
-            if broken is not None:
-                raise SystemExit(f"the untouched checkout is not green: {broken}")
+    words = sys.argv[1:]
+    chosen = [n for n, d in enumerate(DEFECTS, start=1) if not words or str(n) in words or d.group in words]
+    if not chosen:
+        raise SystemExit(f"nothing of that name: {' '.join(words)}; expected numbers to {len(DEFECTS)} or {GROUPS}")
     escaped = 0
-    for number in chosen:
-        defect = DEFECTS[number - 1]
-        caught = run(defect, tests_of(defect))
-        escaped += caught is None
-        print(f"{number:3}  {defect.what:50}  {caught or 'NOT CAUGHT'}", flush=True)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        built = copy_checkout(folder / "untouched")
+        build(built)
+        for group in GROUPS:
+            tests = [t for n in chosen if DEFECTS[n - 1].group == group for t in tests_of(DEFECTS[n - 1])]
+            if tests and (broken := first_failure(built, list(dict.fromkeys(tests)))):
+                raise SystemExit(f"the untouched checkout is not green: {broken}")
+        for number in chosen:
+            defect = DEFECTS[number - 1]
+            copy = plant(built, folder / str(number), defect)
+            caught = first_failure(copy, tests_of(defect))
+            shutil.rmtree(copy)
+            escaped += caught is None
+            print(f"{number:3}  {defect.what:62}  {caught or 'NOT CAUGHT'}", flush=True)
     print(f"{len(chosen) - escaped} of {len(chosen)} caught")
     return escaped
 
