@@ -19,7 +19,7 @@ from .backends.torch import ShardedColumns, TorchBackend
 from .gate import cell_weights, draw_agreement
 from .problem import Problem
 from .reference import TokenValues
-from .sparse import MASS, Report, SparseBackend
+from .sparse import Report, Screen
 
 LOSS, STUDENT_LOGPROB, TEACHER_LOGPROB, GATE = (
     TokenValues._fields.index(name) for name in ("loss", "student_logprob", "teacher_logprob", "gate")
@@ -231,11 +231,11 @@ def _forward(
     scale: Tensor,
     gradient: bool,
     columns: ShardedColumns | None,
-    screen: SparseBackend | None,
+    screen: Screen | None,
 ) -> tuple[Tensor, Tensor | None]:
     """A chunk's statistics, and the report of its screen if there is one; leaves the gradient in z_s."""
     v = problem.vocabulary
-    project = backend.project if screen is None else screen.project_screened
+    project = backend.project if screen is None else screen.project
     project(problem.student_hidden[at], problem.student.weight[:v], z_s)
     if problem.teacher is not None:
         assert z_t is not None and problem.teacher_hidden is not None
@@ -249,7 +249,7 @@ def _forward(
     report = None
     if screen is not None:
         assert z_t is not None
-        report = screen.refine(problem, at, z_s, z_t, MASS)
+        report = screen.refine(problem, at, z_s, z_t)
     extra = () if columns is None else (columns,)
     return backend.rows(problem, at, z_s, z_t, z_r, weights, forced, scale, gradient, *extra), report
 

@@ -18,8 +18,10 @@ and a chunk whose estimate exceeds the budget is computed again by the exact pla
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -36,6 +38,13 @@ RANK = 16  # directions of the head that the rest of a gradient keeps
 SAMPLED_ROWS = 1024  # of the head, from which they come: 0.5 % more of a row lies outside them than with all rows
 # ||rest outside the directions|| against its entries taken as independent: 2.3-3.7 measured
 COHERENCE = 4.0
+# the screen's noise in the hidden gradient against the same taken as independent: 2.9-4.7 measured. What rounding a
+# hidden state leaves is one vector for all columns of its token.
+SCREEN_COHERENCE = 5.0
+# Products that the screen sums in one int32. Longer segments are 8 % faster, and their logits' variance is 1e-6 in
+# place of 4e-7. The noise goes with 1 / sqrt(KL): the KL from which it leaves room for the rest, at a budget of 1.
+SHORT_SEGMENT, SHORT_SEGMENT_KL = 192, 9e-10
+LONG_SEGMENT, LONG_SEGMENT_KL = 576, 4e-9
 MOST = 0.12  # share of pairs above which dense products are faster
 MASS = 1e-4  # probability from which a logit is computed again in fp32
 GATE = 1e-4  # log-ratio below which a sign may flip (docs/method.md)
@@ -108,7 +117,7 @@ class Pairs(Protocol):
 class SparseBackend(Protocol):
     """What a backend brings for these plans. Blocks are [n, V] fp32, hidden states and weights fp32 or bf16."""
 
-    def project_screened(self, hidden: Tensor, weight: Tensor, out: Tensor) -> None: ...
+    def project_screened(self, hidden: Tensor, weight: Tensor, out: Tensor, segment: int) -> None: ...
 
     def refine(self, problem: Problem, rows: Tensor, z_s: Tensor, z_t: Tensor, mass: float) -> Tensor: ...
 
@@ -121,6 +130,21 @@ class SparseBackend(Protocol):
     def add_pairs_weight(self, pairs: Pairs, hidden: Tensor, out: Tensor) -> None: ...
 
     def add_pairs_bias(self, pairs: Pairs, out: Tensor) -> None: ...
+
+
+@dataclass(frozen=True)
+class Screen:
+    """How the forward pass of a chunk gets its logits where it does not compute them all in fp32."""
+
+    backend: SparseBackend
+    segment: int
+
+    def project(self, hidden: Tensor, weight: Tensor, out: Tensor) -> None:
+        self.backend.project_screened(hidden, weight, out, self.segment)
+
+    def refine(self, problem: Problem, rows: Tensor, z_s: Tensor, z_t: Tensor) -> Tensor:
+        """In fp32 what carries probability; a report for `Sparse.screen_error`."""
+        return self.backend.refine(problem, rows, z_s, z_t, MASS)
 
 
 class SparsePlan(Protocol):
@@ -201,6 +225,7 @@ class Sparse(RestPlan):
     screens: bool
     report: Report = field(default_factory=Report)
     pays: bool = True  # chunks to come should try
+    segment: int = LONG_SEGMENT
     _directions: Directions | None = None
 
     @property
@@ -208,7 +233,7 @@ class Sparse(RestPlan):
         return self.problem.spec.budget
 
     def product(self) -> Product:
-        return self.backend.project_screened
+        return partial(self.backend.project_screened, segment=LONG_SEGMENT)
 
     def held_bytes(self) -> tuple[int, int]:
         """(bytes, bytes a token) held beside logits: threads' scratch; MOST of a row, a column and a value each."""
@@ -240,28 +265,30 @@ class Sparse(RestPlan):
         # Restricted to a sixteenth of the columns a probability is sixteen times as large.
         carry = float(((torch.maximum(log_p, log_q) - torch.tensor(PROBED_STRIDE).log()).exp() > MASS).float().mean())
         kl = float((log_p.exp() * (log_p - log_q)).sum(-1).median())
-        # The screen's variance is about 1e-6; on the tail's 3 % it moves the loss by 3e-8.
-        self.screens = carry < MOST and kl * self.budget > 3e-8
+        self.screens = carry < MOST and kl * self.budget**2 > SHORT_SEGMENT_KL
+        self.segment = LONG_SEGMENT if kl * self.budget**2 > LONG_SEGMENT_KL else SHORT_SEGMENT
 
     def chunk(
         self,
-        forward: Callable[[SparseBackend | None], tuple[Tensor, Tensor | None]],
+        forward: Callable[[Screen | None], tuple[Tensor, Tensor | None]],
         z_s: Tensor,
         scale: Tensor,
         need: bool,
     ) -> tuple[Tensor, Taken | None]:
         """(statistics, what was taken out of the gradient; None where it stays dense in z_s)."""
         n = z_s.shape[0]
-        values, report = forward(self.backend if self.screens else None)
+        values, report = forward(Screen(self.backend, self.segment) if self.screens else None)
         taken = self._take(z_s) if need else None
         error = 0.0
         if report is not None:
             energy = None
             if need:
                 energy = float(z_s.square().sum()) if taken is None else taken.energy
-            estimate = self.screen_error(report, values, energy, values[:, GATE_WEIGHT] * scale)
+            left = 0.0 if taken is None else taken.error
+            estimate = self.screen_error(report, values, energy, values[:, GATE_WEIGHT] * scale, left)
             if estimate is None:
-                self.screens = False  # nor will it hold on the chunks to come
+                # Nor will it hold on the chunks to come.
+                self.screens, self.segment = self.segment == LONG_SEGMENT, SHORT_SEGMENT
                 values, report = forward(None)
                 taken = self._take(z_s) if need else None
             else:
@@ -325,11 +352,13 @@ class Sparse(RestPlan):
         if d_bias is not None:
             d_bias[: self.v] += rest.sum(0)
 
-    def screen_error(self, report: Tensor, values: Tensor, energy: float | None, row_weight: Tensor) -> float | None:
-        """The screen's error estimate for a chunk, None where it breaks the budget.
+    def screen_error(
+        self, report: Tensor, values: Tensor, energy: float | None, row_weight: Tensor, left: float
+    ) -> float | None:
+        """The error estimate of a screened chunk, None where it breaks the budget.
 
         report [n, 6] as `_cpu.Pairs.refine` leaves it, values [n, 8] the statistics, energy ||G||^2 (None: no
-        gradient), row_weight [n].
+        gradient), row_weight [n], left: the gradients' error without the screen.
         """
         tail = torch.maximum(report[:, 2], report[:, 3])
         variance = report[:, 4] + report[:, 5]
@@ -338,6 +367,6 @@ class Sparse(RestPlan):
         estimate = float((tail * variance).sum() / values[:, KL].abs().sum().clamp(min=1e-300))
         if energy is not None:
             noise = float((row_weight.double().square() * at_most).sum().sqrt())
-            estimate = max(estimate, noise / max(energy, 1e-300) ** 0.5)
+            estimate = max(estimate, math.hypot(SCREEN_COHERENCE * noise / max(energy, 1e-300) ** 0.5, left))
         # Comparisons that a NaN fails: what cannot be estimated is computed exactly.
         return estimate if estimate <= self.budget and ratio <= GATE else None

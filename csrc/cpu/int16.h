@@ -12,13 +12,14 @@ namespace sgopd {
 template <typename T>
 struct Int16Products {
   // hidden -> int16 rows of `stride` elements (a multiple of 32, zeroed beyond h), and the value of a step a row. `out`
-  // has room for n + kRoom rows; how they lie there is the instruction set's affair.
-  void (*quantise_rows)(const T* hidden, int64_t n, int64_t hidden_stride, int64_t h, int16_t* out, int64_t stride,
-                        float* step);
+  // has room for n + kRoom rows; how they lie there is the instruction set's affair. `depth`: pairs of elements that
+  // one int32 accumulator sums, a segment of a row. Shorter ones leave more bits to an element, longer ones are faster.
+  void (*quantise_rows)(const T* hidden, int64_t n, int64_t hidden_stride, int64_t h, int64_t depth, int16_t* out,
+                        int64_t stride, float* step);
   // Panels [first, last) of the product; `scratch` is this thread's, scratch_words(n, h) words, zeroed.
   void (*project)(const int16_t* hidden, const float* step_x, int64_t n, int64_t stride, const T* weight, int64_t v,
-                  int64_t weight_stride, int64_t h, float* out, int64_t out_stride, int64_t first, int64_t last,
-                  uint32_t* scratch);
+                  int64_t weight_stride, int64_t h, int64_t depth, float* out, int64_t out_stride, int64_t first,
+                  int64_t last, uint32_t* scratch);
 };
 
 struct Int16Kernels {
@@ -38,7 +39,6 @@ const Int16Kernels& int16();
 namespace {
 
 constexpr int64_t kRoom = 11;       // rows: a block of 6 that is not full, and one more
-constexpr int64_t kDepth = 96;      // pairs summed in one int32 accumulator: a segment of a row
 constexpr float kNorm = 46340.95f;  // sqrt(2^31)
 
 struct Steps {
@@ -47,9 +47,9 @@ struct Steps {
 };
 
 // `largest`: the squared norm of the row's largest segment, `peak`: its largest |element|.
-inline Steps steps_of(float largest, float peak) {
+inline Steps steps_of(float largest, float peak, int64_t depth) {
   // Rounding adds at most half a step an element to the norm.
-  const float room = kNorm - 0.5f * std::sqrt(2.f * kDepth) - 16.f;
+  const float room = kNorm - 0.5f * std::sqrt(2.f * static_cast<float>(depth)) - 16.f;
   const float scale = largest > 0 ? room / std::sqrt(largest) : 1.f;
   if (!(largest < 1e30f && scale < 1e30f)) return {0.f, std::numeric_limits<float>::quiet_NaN()};
   // An element is at most the norm, 46,341 steps, yet has to fit 16 bits; saturation would be an error of the screen.

@@ -32,11 +32,11 @@ inline void dot(__m512i& sum, __m512i w, __m512i x) { asm("vpdpwssd %2, %1, %0" 
 
 // Rounds a row to int16 into `out` [h padded to 16 k words]; returns the value of one step (NaN: not finite).
 template <typename T>
-float quantise(const T* row, int64_t h, int16_t* out) {
+float quantise(const T* row, int64_t h, int64_t depth, int16_t* out) {
   float largest = 0;
   __m512 top = _mm512_setzero_ps();
-  for (int64_t first = 0; first < h; first += 2 * kDepth) {
-    const int64_t last = first + 2 * kDepth < h ? first + 2 * kDepth : h;
+  for (int64_t first = 0; first < h; first += 2 * depth) {
+    const int64_t last = first + 2 * depth < h ? first + 2 * depth : h;
     __m512 sum = _mm512_setzero_ps();
     for (int64_t k = first; k < last; k += 16) {
       const __m512 x = load(row + k, left(last - k));
@@ -46,7 +46,7 @@ float quantise(const T* row, int64_t h, int16_t* out) {
     const float norm = _mm512_reduce_add_ps(sum);
     largest = norm > largest || norm != norm ? norm : largest;
   }
-  const Steps steps = steps_of(largest, _mm512_reduce_max_ps(top));
+  const Steps steps = steps_of(largest, _mm512_reduce_max_ps(top), depth);
   const __m512 factor = _mm512_set1_ps(steps.factor);
   for (int64_t k = 0; k < h; k += 16) {
     const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(load(row + k, left(h - k)), factor));
@@ -101,18 +101,18 @@ int64_t panels(int64_t v) { return panel_count(v); }
 int64_t scratch_words(int64_t n, int64_t h) { return panel_words(h) + kPanel * ((h + 31) / 32 * 16) + n * kPanel; }
 
 template <typename T>
-void quantise_rows(const T* hidden, int64_t n, int64_t hidden_stride, int64_t h, int16_t* out, int64_t stride,
-                   float* step) {
+void quantise_rows(const T* hidden, int64_t n, int64_t hidden_stride, int64_t h, int64_t depth, int16_t* out,
+                   int64_t stride, float* step) {
   for (int64_t i = 0; i < n; ++i) {
     for (int64_t k = h; k < stride; ++k) out[i * stride + k] = 0;
-    step[i] = quantise(hidden + i * hidden_stride, h, out + i * stride);
+    step[i] = quantise(hidden + i * hidden_stride, h, depth, out + i * stride);
   }
 }
 
 template <typename T>
 void project(const int16_t* hidden, const float* step_x, int64_t n, int64_t stride, const T* weight, int64_t v,
-             int64_t weight_stride, int64_t h, float* out, int64_t out_stride, int64_t first, int64_t last,
-             uint32_t* scratch) {
+             int64_t weight_stride, int64_t h, int64_t depth, float* out, int64_t out_stride, int64_t first,
+             int64_t last, uint32_t* scratch) {
   const int64_t width = (h + 31) / 32 * 32, pairs = (h + 1) / 2;
   uint32_t* pack = scratch;
   auto* rows = reinterpret_cast<int16_t*>(scratch + panel_words(h));
@@ -121,10 +121,10 @@ void project(const int16_t* hidden, const float* step_x, int64_t n, int64_t stri
   for (int64_t p = first; p < last; ++p) {
     const int64_t column = p * kPanel, columns = v - column < kPanel ? v - column : kPanel;
     for (int64_t j = 0; j < kPanel; ++j)
-      step_w[j] = j < columns ? quantise(weight + (column + j) * weight_stride, h, rows + j * width) : 0.f;
+      step_w[j] = j < columns ? quantise(weight + (column + j) * weight_stride, h, depth, rows + j * width) : 0.f;
     pack_panel(reinterpret_cast<uint16_t*>(rows), width, columns, h, pack);
-    for (int64_t k = 0; k < pairs; k += kDepth) {
-      const int64_t end = k + kDepth < pairs ? k + kDepth : pairs;
+    for (int64_t k = 0; k < pairs; k += depth) {
+      const int64_t end = k + depth < pairs ? k + depth : pairs;
       const bool final = end == pairs;
       int64_t i = 0;
       for (; i + kTokens <= n; i += kTokens)

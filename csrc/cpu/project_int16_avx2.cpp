@@ -24,10 +24,10 @@ inline float widened(uint16_t x) { return as_float(static_cast<int32_t>(static_c
 
 // Rounds a row to int16 into `out` [h]; returns the value of one step (NaN: not finite).
 template <typename T>
-float quantise(const T* row, int64_t h, int16_t* out) {
+float quantise(const T* row, int64_t h, int64_t depth, int16_t* out) {
   float largest = 0, peak = 0;
-  for (int64_t first = 0; first < h; first += 2 * kDepth) {
-    const int64_t last = min64(first + 2 * kDepth, h);
+  for (int64_t first = 0; first < h; first += 2 * depth) {
+    const int64_t last = min64(first + 2 * depth, h);
     float norm = 0, top = 0;
 #pragma omp simd reduction(+ : norm) reduction(max : top)
     for (int64_t k = first; k < last; ++k) {
@@ -38,7 +38,7 @@ float quantise(const T* row, int64_t h, int16_t* out) {
     largest = norm > largest || norm != norm ? norm : largest;
     peak = top > peak ? top : peak;
   }
-  const Steps steps = steps_of(largest, peak);
+  const Steps steps = steps_of(largest, peak, depth);
   int64_t k = 0;
   const __m256 factor = _mm256_set1_ps(steps.factor);
   for (; k + 16 <= h; k += 16) {
@@ -138,14 +138,14 @@ int64_t scratch_words(int64_t n, int64_t h) { return 16 + 2 * kPanel * padded(h)
 // Word (i / kTokens * stride / 2 + k) * kTokens + i % kTokens: elements (2k, 2k + 1) of token i, 0 beyond the last one.
 // A block's rows are first rounded into the room behind the last block.
 template <typename T>
-void quantise_rows(const T* hidden, int64_t n, int64_t hidden_stride, int64_t h, int16_t* out, int64_t stride,
-                   float* step) {
+void quantise_rows(const T* hidden, int64_t n, int64_t hidden_stride, int64_t h, int64_t depth, int16_t* out,
+                   int64_t stride, float* step) {
   const int64_t end = (n + kTokens - 1) / kTokens * kTokens;
   int16_t* rows = out + end * stride;
   for (int64_t first = 0; first < end; first += kTokens) {
     for (int64_t k = 0; k < kTokens * stride; ++k) rows[k] = 0;
     for (int64_t i = first; i < min64(first + kTokens, n); ++i)
-      step[i] = quantise(hidden + i * hidden_stride, h, rows + (i - first) * stride);
+      step[i] = quantise(hidden + i * hidden_stride, h, depth, rows + (i - first) * stride);
     auto* words = reinterpret_cast<Word*>(out + first * stride);
     for (int64_t k = 0; k < stride / 2; ++k)
       for (int64_t r = 0; r < kTokens; ++r)
@@ -155,8 +155,8 @@ void quantise_rows(const T* hidden, int64_t n, int64_t hidden_stride, int64_t h,
 
 template <typename T>
 void project(const int16_t* hidden, const float* step_x, int64_t n, int64_t stride, const T* weight, int64_t v,
-             int64_t weight_stride, int64_t h, float* out, int64_t out_stride, int64_t first, int64_t last,
-             uint32_t* scratch) {
+             int64_t weight_stride, int64_t h, int64_t depth, float* out, int64_t out_stride, int64_t first,
+             int64_t last, uint32_t* scratch) {
   const int64_t width = padded(h), pairs = (h + 1) / 2;
   auto* pack = reinterpret_cast<uint32_t*>((reinterpret_cast<uintptr_t>(scratch) + 63) / 64 * 64);
   auto* rows = reinterpret_cast<int16_t*>(pack + kPanel * width / 2);  // zero beyond h, and beyond the vocabulary
@@ -165,12 +165,12 @@ void project(const int16_t* hidden, const float* step_x, int64_t n, int64_t stri
   for (int64_t p = first; p < last; ++p) {
     const int64_t column = p * kPanel, columns = min64(v - column, kPanel);
     for (int64_t j = 0; j < kPanel; ++j) {
-      step_w[j] = j < columns ? quantise(weight + (column + j) * weight_stride, h, rows + j * width) : 0.f;
+      step_w[j] = j < columns ? quantise(weight + (column + j) * weight_stride, h, depth, rows + j * width) : 0.f;
       for (int64_t k = 0; j >= columns && k < width; ++k) rows[j * width + k] = 0;
     }
     pack_panel(rows, width, pack);
-    for (int64_t k = 0; k < pairs; k += kDepth) {
-      const int64_t end = min64(k + kDepth, pairs);
+    for (int64_t k = 0; k < pairs; k += depth) {
+      const int64_t end = min64(k + depth, pairs);
       for (int64_t i = 0; i < n; i += kTokens)
         block(reinterpret_cast<const Word*>(hidden + i * stride), static_cast<int>(min64(n - i, kTokens)), pack, k, end,
               end == pairs, step_x + i, step_w, partial + i * kPanel, out + i * out_stride + column, out_stride,

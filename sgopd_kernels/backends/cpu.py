@@ -100,7 +100,7 @@ class CpuBackend(NativeBackend):
         )
         return Sparse(problem, self, problem.vocabulary, screens)
 
-    def project_screened(self, hidden: Tensor, weight: Tensor, out: Tensor) -> None:
+    def project_screened(self, hidden: Tensor, weight: Tensor, out: Tensor, segment: int) -> None:
         """out [n, V] = hidden @ weight.T in 16-bit integers where the processor can: csrc/cpu/project_int16.cpp."""
         assert self.module is not None
         if not self.module.has_int16():
@@ -115,6 +115,7 @@ class CpuBackend(NativeBackend):
             h=weight.shape[1],
             out=out.data_ptr(),
             out_stride=out.stride(0),
+            segment=segment,
             threads=torch.get_num_threads(),
         )
 

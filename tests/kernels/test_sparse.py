@@ -62,6 +62,36 @@ def test_within_the_budget(spread: float, distance: float, dtype: torch.dtype, g
     assert got[3].error_estimate <= sparse.AUTO
 
 
+@pytest.mark.parametrize(("spread", "rank", "distance"), [(4.0, 4, 1e-2), (6.0, 4, 3e-3), (6.0, 1, 3e-3)])
+def test_the_estimate_refuses_a_screen_whose_noise_adds_up(
+    monkeypatch: pytest.MonkeyPatch, spread: float, rank: int, distance: float
+) -> None:
+    """Rounding a hidden state moves all logits of its token together, along what the head's rows share."""
+    # No probe before the estimate.
+    monkeypatch.setattr(sparse, "SHORT_SEGMENT_KL", 0.0)
+    monkeypatch.setattr(sparse, "LONG_SEGMENT_KL", 0.0)
+    n, v, h = 48, 16_384, 192
+    g = torch.Generator().manual_seed(3)
+    hidden = torch.randn(n, h, generator=g)
+    hidden[:, 5] *= 12  # as some dimensions of real hidden states are
+    shared = torch.linalg.qr(torch.randn(h, rank, generator=g))[0].T
+    share = 0.9 if rank > 1 else 0.7
+    weight = share * (h / rank) ** 0.5 * torch.randn(v, rank, generator=g) @ shared
+    weight = (weight + (1 - share**2) ** 0.5 * torch.randn(v, h, generator=g)) * (spread / h**0.5)
+    weight[:, 5] /= 12
+    step = torch.randn(n, h, generator=g)
+    teacher_hidden = hidden + distance * (step - step @ shared.T @ shared)
+    teacher_weight = weight + distance * 0.3 * weight.std() * torch.randn(v, h, generator=g)
+    ids = torch.multinomial(torch.softmax(hidden @ weight.T, -1), 1, generator=g).squeeze(-1)
+    operands = [hidden, weight, teacher_hidden, teacher_weight, ids, torch.ones(n)]
+    truth = gradients([t.double() if t.is_floating_point() else t for t in operands])
+    assert error(gradients(operands, backend="cpu")[1], truth[1]) <= sparse.AUTO
+    monkeypatch.setattr(sparse, "SCREEN_COHERENCE", 1.0)
+    unguarded = gradients(operands, backend="cpu")
+    if unguarded[3].plan == "screened":  # not on a processor without a screen
+        assert error(unguarded[1], truth[1]) > 1.5 * sparse.AUTO
+
+
 def test_each_plan_is_taken_where_it_pays() -> None:
     assert gradients(inputs(8.0, 0.1, torch.float32))[3].plan == "screened"
     near = gradients(inputs(8.0, 1e-4, torch.float32))[3]
