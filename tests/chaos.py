@@ -368,7 +368,8 @@ class Disk:
         self.saved = 0  # step of the last checkpoint that the loop was told is saved
         self._fsync = os.fsync
         self.look()
-        for inode, handle in list(self.handles.items()):  # what there was before is certain
+        # What there was before is certain: it was read from the disk, also after a cut, and no later cut undoes that.
+        for inode, handle in list(self.handles.items()):
             if inode in self.folders:
                 self.folders[inode] = self.folders[inode][-1:]
             else:
@@ -469,20 +470,27 @@ def content(handle: int) -> bytes:
 
 
 def after_the_cut(state: dict[str, Any], target: Path, rng: random.Random) -> None:
-    """Makes of `target` one of the trees that the disk may hold."""
+    """Makes of `target` one of the trees that the disk may hold.
+
+    What is drawn, and how often, depends on neither the order of a folder's entries nor the lengths of files, which
+    change with the file system and the clock: a case repeats.
+    """
+
+    def between(least: int, most: int) -> int:
+        return least + int(rng.random() * (most - least + 1))
 
     def build(inode: int, path: Path) -> None:
         if inode in state["folders"]:
             path.mkdir()
-            for name, entry in rng.choice(state["folders"][inode]).items():
+            for name, entry in sorted(rng.choice(state["folders"][inode]).items()):
                 build(entry, path / name)
             return
         certain, latest = state["files"].get(inode, (None, b""))
         if certain is None:  # never synced: nothing, a part, zeros in place of a part, or all
-            part = rng.randrange(len(latest) + 1)
+            part = between(0, len(latest))
             data = rng.choice([b"", latest[:part], latest[:part] + bytes(len(latest) - part), latest])
         elif latest.startswith(certain):  # appended to since
-            part = rng.randrange(len(certain), len(latest) + 1)
+            part = between(len(certain), len(latest))
             data = rng.choice([certain, latest[:part], latest[:part] + bytes(len(latest) - part), latest])
         else:
             data = rng.choice([certain, latest])

@@ -73,6 +73,44 @@ def test_a_power_cut_keeps_what_was_synced_and_nothing_impossible(chaos, tmp_pat
     assert {b"", b"new"} < {data for name, data in contents if name == "loose"}
 
 
+def test_a_power_cut_takes_nothing_that_the_run_found(chaos, tmp_path):
+    """It was read from the disk, whether or not this process or one before it has synced it."""
+    root = tmp_path / "tree"
+    (root / "checkpoints" / "step-000002").mkdir(parents=True)
+    (root / "checkpoints" / "step-000002" / "weights").write_text("old")
+    disk, seen = chaos.Disk(root, tmp_path / "state", 1), set()
+    (root / "checkpoints" / ".step-000004.tmp").mkdir()
+    disk.look()
+    disk.write()
+    for handle in disk.handles.values():
+        os.close(handle)
+    for seed in range(100):
+        chaos.after_the_cut(chaos.pickle.loads((tmp_path / "state").read_bytes()), root, random.Random(seed))
+        seen.add(tuple(sorted(path.name for path in (root / "checkpoints").iterdir())))
+        assert (root / "checkpoints" / "step-000002" / "weights").read_text() == "old"
+    assert seen == {("step-000002",), (".step-000004.tmp", "step-000002")}
+
+
+def test_what_a_power_cut_leaves_is_drawn_alike_on_every_file_system(chaos, tmp_path):
+    """Neither the order of a folder's entries nor a file's length, in which times are written, moves later draws."""
+    (tmp_path / "tree").mkdir()
+    for seed in range(20):
+        drawn = set()
+        for order in (1, -1):
+            for length in (0, 1, 1000):
+                entries = dict([("folder", 2), ("loose", 3), ("longer", 4)][::order])
+                data = b"x" * length
+                state = {
+                    "root": 1,
+                    "folders": {1: [entries], 2: [{}, {"file": 5}]},
+                    "files": {3: (None, data), 4: (b"x", b"x" + data), 5: (data, data)},
+                }
+                rng = random.Random(seed)
+                chaos.after_the_cut(state, tmp_path / "tree", rng)
+                drawn.add((rng.random(), (tmp_path / "tree" / "folder" / "file").exists()))
+        assert len(drawn) == 1
+
+
 def test_what_is_replaced_is_whole_wherever_the_power_is_cut(chaos, tmp_path, monkeypatch):
     """Between any two operations the old or the new, and the new once `new_file` and `new_folder` have returned."""
     root, output = tmp_path / "tree", tmp_path / "state"
