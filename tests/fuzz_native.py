@@ -246,6 +246,11 @@ def rows_case(rng: random.Random, wild: bool) -> Case:
         near_tie = ((truth[:, 3] - truth[:, 2]) * verdict).abs() - tolerance
         sure = ~(near_tie.abs() < 8 * unit) & torch.isfinite(truth[:, 2]) & torch.isfinite(truth[:, 3])
         sure |= torch.zeros_like(sure) if forced is None else forced >= 0
+        if inputs[2] is not None:
+            # Where the teacher masks a column, the reference has no part in the target, be it NaN. Its own log-softmax,
+            # which float64 takes first and the target's normalisation cancels, has.
+            masked, nan = (x if h.bias is None else x + h.bias for x, h in zip(inputs[1:], (q, r)))
+            sure &= ~(torch.isnan(nan) & (masked == -torch.inf)).any(-1)
         # Without a column that student and targets share there is no distribution, and no one number to agree on.
         lost = torch.isnan(truth[:, 4])
         check(not bool((torch.isfinite(got[:, 0]) & lost & (got[:, 6] != 0)).any()), "a loss without a distribution")

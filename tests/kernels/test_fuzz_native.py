@@ -40,6 +40,7 @@ FOUND = {
     1795545753438: "a forward KL below 0.05 nats lost a column that is beyond fp32 for the student alone",
     1795546062635: "the judge: without a loss the gradient may be 0 or NaN where p is 0",
     1795548503563: "... and a reference's NaN in such a column need not be in it",
+    1795554752492: "... nor, where the teacher masks the column, in the loss",
 }
 
 
