@@ -296,58 +296,62 @@ def _pass(
     d_weight = backend.zeros(head.weight.shape[0], head.weight.shape[1], device) if need.weight else None
     d_bias = torch.zeros(head.weight.shape[0], dtype=torch.float32, device=device) if need.bias else None
 
-    space_s = backend.logits(size, v, device)
-    space_t = None if problem.teacher is None and problem.topk_ids is None else backend.logits(size, v, device)
-    space_r = None if problem.reference is None else backend.logits(size, v, device)
+    def chunks() -> None:
+        space_s = backend.logits(size, v, device)
+        space_t = None if problem.teacher is None and problem.topk_ids is None else backend.logits(size, v, device)
+        space_r = None if problem.reference is None else backend.logits(size, v, device)
 
-    for first in range(0, total, size):
-        chunk = slice(first, min(first + size, total))
-        at = rows[chunk]
-        n = at.numel()
-        z_s, h = space_s[:n], hidden[at]
-        if valid is not None:
-            h = h.masked_fill(~valid[chunk].unsqueeze(-1), 0.0)  # 0 * NaN of an ignored token is no gradient
-        z_t = None if space_t is None else space_t[:n]
-        z_r = None if space_r is None else space_r[:n]
-        scale = row_scale[at]
+        for first in range(0, total, size):
+            chunk = slice(first, min(first + size, total))
+            at = rows[chunk]
+            n = at.numel()
+            z_s, h = space_s[:n], hidden[at]
+            if valid is not None:
+                h = h.masked_fill(~valid[chunk].unsqueeze(-1), 0.0)  # 0 * NaN of an ignored token is no gradient
+            z_t = None if space_t is None else space_t[:n]
+            z_r = None if space_r is None else space_r[:n]
+            scale = row_scale[at]
 
-        part = None if forced is None else forced[chunk]
-        columns = shard.columns if shard else None
-        given = wide if sparse is not None and sparse.pays else problem
-        forward = partial(
-            _forward, given, backend, at, z_s, z_t, z_r, weights[:, chunk], part, scale, bool(need), columns
-        )
-        values, taken = (forward(None)[0], None) if sparse is None else sparse.chunk(forward, z_s, scale, bool(need))
-        stats[at] = values if valid is None else values.masked_fill(~valid[chunk].unsqueeze(-1), 0.0)
-        if not need:
-            continue
-        if sparse is not None and taken is not None:
-            sparse.gradients(taken, z_s, h, at, d_hidden, d_weight, d_bias)
-            continue
-
-        g = backend.gradient_of(given, z_s)
-        if valid is None and backend.waits(problem):
-            # Rows without weight leave the backward.
-            if problem.reference is None:
-                active = (values[:, GATE] != 0) & (scale != 0)
-            else:
-                active = (weights[:, chunk] != 0).any(0) & (scale != 0)
-            order = compact(backend, g, active)
-            if order.numel() == 0:
+            part = None if forced is None else forced[chunk]
+            columns = shard.columns if shard else None
+            given = wide if sparse is not None and sparse.pays else problem
+            forward = partial(
+                _forward, given, backend, at, z_s, z_t, z_r, weights[:, chunk], part, scale, bool(need), columns
+            )
+            values, taken = (
+                (forward(None)[0], None) if sparse is None else sparse.chunk(forward, z_s, scale, bool(need))
+            )
+            stats[at] = values if valid is None else values.masked_fill(~valid[chunk].unsqueeze(-1), 0.0)
+            if not need:
                 continue
-            if order.numel() < n:
-                g, h, at = g[: order.numel()], h[order], at[order]
-        if d_hidden is not None:
-            g_h = torch.zeros(at.numel(), hidden.shape[1], dtype=torch.float32, device=device)
-            backend.add_hidden_gradient(g, head.weight[:v], g_h)
-            if shard is not None:
-                dist.all_reduce(g_h, group=shard.columns.group)
-            d_hidden[at] = g_h.to(d_hidden.dtype)
-        if d_weight is not None:
-            backend.add_weight_gradient(g, h, d_weight[:v])
-        if d_bias is not None:
-            d_bias[:v] += g.sum(0, dtype=torch.float32)
+            if sparse is not None and taken is not None:
+                sparse.gradients(taken, z_s, h, at, d_hidden, d_weight, d_bias)
+                continue
 
+            g = backend.gradient_of(given, z_s)
+            if valid is None and backend.waits(problem):
+                # Rows without weight leave the backward.
+                if problem.reference is None:
+                    active = (values[:, GATE] != 0) & (scale != 0)
+                else:
+                    active = (weights[:, chunk] != 0).any(0) & (scale != 0)
+                order = compact(backend, g, active)
+                if order.numel() == 0:
+                    continue
+                if order.numel() < n:
+                    g, h, at = g[: order.numel()], h[order], at[order]
+            if d_hidden is not None:
+                g_h = torch.zeros(at.numel(), hidden.shape[1], dtype=torch.float32, device=device)
+                backend.add_hidden_gradient(g, head.weight[:v], g_h)
+                if shard is not None:
+                    dist.all_reduce(g_h, group=shard.columns.group)
+                d_hidden[at] = g_h.to(d_hidden.dtype)
+            if d_weight is not None:
+                backend.add_weight_gradient(g, h, d_weight[:v])
+            if d_bias is not None:
+                d_bias[:v] += g.sum(0, dtype=torch.float32)
+
+    chunks()  # a function of its own: its logits are given back before the gradients are rounded
     return Result(
         stats,
         d_hidden,

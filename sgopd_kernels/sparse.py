@@ -283,7 +283,7 @@ class Sparse(RestPlan):
         if report is not None:
             energy = None
             if need:
-                energy = float(z_s.square().sum()) if taken is None else taken.energy
+                energy = self._energy(z_s) if taken is None else taken.energy
             left = 0.0 if taken is None else taken.error
             estimate = self.screen_error(report, values, energy, values[:, GATE_WEIGHT] * scale, left)
             if estimate is None:
@@ -326,6 +326,11 @@ class Sparse(RestPlan):
         for pairs in taken.pairs:
             self.backend.restore(pairs, g)
         return None
+
+    @staticmethod
+    def _energy(g: Tensor) -> float:
+        """||g||^2, without a copy; a row is summed by one thread."""
+        return float(torch.linalg.vector_norm(g, dim=1).double().square().sum())
 
     def _left_out(self, taken: Taken) -> float:
         return self.left_out(taken.pairs[-1].left, taken.energy, taken.hidden)

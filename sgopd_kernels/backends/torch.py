@@ -40,9 +40,10 @@ def vocabulary_tiles(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield slice(None), weight
         return
     step = max(256, TILE_BYTES // (4 * max(1, weight.shape[1])))
+    cast = torch.empty(min(step, weight.shape[0]), weight.shape[1], dtype=torch.float32, device=weight.device)
     for first in range(0, weight.shape[0], step):
-        tile = slice(first, first + step)
-        yield tile, weight[tile].float()
+        part = weight[first : first + step]
+        yield slice(first, first + step), cast[: part.shape[0]].copy_(part)
 
 
 class Columns:
