@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 from smollm2_prepare import load_instruct_model
@@ -40,6 +40,7 @@ TEMPERATURES = {"high": 1.0, "low": 0.3}
 NOISE = (0.003, 0.03, 0.1)
 
 
+@torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for high.safetensors and low.safetensors")
@@ -49,19 +50,9 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(arguments.seed)
     tokenizer, student = load_instruct_model()
-    tokenizer.padding_side = "left"
-    chats = [[{"role": "user", "content": text}] for text in PROMPTS]
-    prompts = tokenizer.apply_chat_template(
-        chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
-    )
     new = -(-arguments.tokens // len(PROMPTS))
     for name, temperature in TEMPERATURES.items():
-        # eos off: every rollout has the same length
-        sequences = student.generate(
-            **prompts, do_sample=True, temperature=temperature, top_k=0, max_new_tokens=new, min_new_tokens=new
-        )
-        first = prompts["input_ids"].shape[1]
-        mask = torch.cat([prompts["attention_mask"], torch.ones_like(sequences[:, first:])], 1)
+        sequences, mask, first = samples(tokenizer, student, temperature, new)
         tensors = {
             "student_hidden": states(student, sequences, mask, first)[: arguments.tokens],
             "student_weight": student.get_output_embeddings().weight.detach().clone(),
@@ -73,6 +64,23 @@ def main() -> None:
             tensors[f"teacher_weight.{noise}"] = teacher.get_output_embeddings().weight.detach().clone()
         save_file(tensors, arguments.output / f"{name}.safetensors")
         print(f"wrote {arguments.output / name}.safetensors", flush=True)
+
+
+def samples(
+    tokenizer: PreTrainedTokenizerBase, student: PreTrainedModel, temperature: float, new: int
+) -> tuple[Tensor, Tensor, int]:
+    """(prompts with `new` sampled tokens each, their attention mask, the position of the first sampled token)."""
+    tokenizer.padding_side = "left"
+    chats = [[{"role": "user", "content": text}] for text in PROMPTS]
+    prompts = tokenizer.apply_chat_template(
+        chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+    )
+    # eos off: every rollout has the same length
+    sequences = student.generate(
+        **prompts, do_sample=True, temperature=temperature, top_k=0, max_new_tokens=new, min_new_tokens=new
+    )
+    first = prompts["input_ids"].shape[1]
+    return sequences, torch.cat([prompts["attention_mask"], torch.ones_like(sequences[:, first:])], 1), first
 
 
 def perturbed(model: PreTrainedModel, noise: float, seed: int) -> PreTrainedModel:
@@ -87,7 +95,6 @@ def perturbed(model: PreTrainedModel, noise: float, seed: int) -> PreTrainedMode
     return copy.eval()
 
 
-@torch.no_grad()
 def states(model: PreTrainedModel, sequences: Tensor, mask: Tensor, first: int) -> Tensor:
     """Last hidden states [N, H] at the positions that predict the sampled tokens."""
     hidden = model.get_decoder()(input_ids=sequences, attention_mask=mask).last_hidden_state

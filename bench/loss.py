@@ -258,6 +258,15 @@ def relative(got: Tensor, true: Tensor) -> float:
     return float((got.double() - true).norm() / true.norm())
 
 
+def times_the_fastest(seconds: dict[str, list[float]]) -> dict[str, float]:
+    """Of each one, the median over rounds of the fastest peer's seconds against its own; {} without a peer."""
+    others = [name for name in seconds if name not in OURS]
+    if not others:
+        return {}
+    fastest = seconds[min(others, key=lambda name: statistics.median(seconds[name]))]
+    return {name: statistics.median(f / s for f, s in zip(fastest, own, strict=True)) for name, own in seconds.items()}
+
+
 def compare(inputs: Inputs, peers: list[str], rounds: int, threads: int, memory: bool, errors: bool) -> dict[str, Any]:
     """One interleaved run: a row a peer."""
     torch.set_num_threads(threads)
@@ -278,14 +287,10 @@ def compare(inputs: Inputs, peers: list[str], rounds: int, threads: int, memory:
                 keys = ("loss error", "d_hidden error", "d_weight error")
                 rows[name].update(zip(keys, (relative(g, t) for g, t in zip(got, exact, strict=True)), strict=True))
             del got
-    others = [name for name in peers if name not in OURS]
-    fastest = seconds[min(others, key=lambda name: statistics.median(seconds[name]))] if others else None
+    ratios = times_the_fastest(seconds)
     for name, row in rows.items():
         row |= {"seconds": statistics.median(seconds[name]), "min": min(seconds[name]), "max": max(seconds[name])}
-        if fastest is not None:
-            row["times the fastest peer"] = statistics.median(
-                f / s for f, s in zip(fastest, seconds[name], strict=True)
-            )
+        row |= {"times the fastest peer": ratios[name]} if ratios else {}
         if memory:
             row["peak bytes"] = peak_memory(name, inputs, threads)
         if name in OURS:
@@ -378,8 +383,11 @@ def main() -> None:
 def write(path: Path, scale: str | None, run: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     before = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.exists() else []
-    facts = {"torch": torch.__version__, "machine": platform.machine(), "processor": processor(), "scale": scale}
-    path.write_text(json.dumps({**facts, "runs": [*before, run]}, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps({**facts(), "scale": scale, "runs": [*before, run]}, indent=1) + "\n", encoding="utf-8")
+
+
+def facts() -> dict[str, Any]:
+    return {"torch": torch.__version__, "machine": platform.machine(), "processor": processor()}
 
 
 def processor() -> str:

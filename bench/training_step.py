@@ -13,17 +13,18 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import platform
 import statistics
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from hidden_states import PROMPTS, load_instruct_model, perturbed
-from loss import OURS, PEERS, Peer, processor
+from hidden_states import load_instruct_model, perturbed, samples, states
+from loss import PEERS, Peer, facts, times_the_fastest
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
+from transformers import PreTrainedModel
 
 PARTS = ("bodies forward", "loss time", "body backward", "AdamW")
 COMPARED = ("eager", "TRL ChunkedDivergence", "Liger chunked_loss", "compiled chunks", "sgopd exact", "sgopd")
@@ -35,25 +36,15 @@ class Update:
     def __init__(self, tokens: int, noise: float) -> None:
         torch.manual_seed(0)
         tokenizer, self.student = load_instruct_model()
-        tokenizer.padding_side = "left"
-        chats = [[{"role": "user", "content": text}] for text in PROMPTS]
-        prompts = tokenizer.apply_chat_template(
-            chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
-        )
-        self.ids = self.student.generate(
-            **prompts, do_sample=True, temperature=1.0, top_k=0, max_new_tokens=tokens, min_new_tokens=tokens
-        )
-        self.first = prompts["input_ids"].shape[1]
-        self.mask = torch.cat([prompts["attention_mask"], torch.ones_like(self.ids[:, self.first :])], 1)
+        self.ids, self.mask, self.first = samples(tokenizer, self.student, 1.0, tokens)
         self.targets = self.ids[:, self.first :].reshape(-1).contiguous()
         self.verdict = torch.ones(self.targets.shape)
         self.teacher = perturbed(self.student, noise, 0)
         self.start = {name: value.clone() for name, value in self.student.state_dict().items()}
         self.student.train()
 
-    def body(self, model: Any) -> torch.Tensor:
-        hidden: torch.Tensor = model.get_decoder()(input_ids=self.ids, attention_mask=self.mask).last_hidden_state
-        return hidden[:, self.first - 1 : -1].reshape(-1, hidden.shape[-1])
+    def body(self, model: PreTrainedModel) -> Tensor:
+        return states(model, self.ids, self.mask, self.first)
 
     def run(self, peer: Peer) -> tuple[list[float], float]:
         """(seconds of each part, loss)."""
@@ -98,16 +89,13 @@ def main() -> None:
             parts, losses[name] = update.run(PEERS[name])
             if turn:
                 seconds[name].append(parts)
-    others = [name for name in args.peers if name not in OURS]
     totals = {name: [sum(parts) for parts in rounds] for name, rounds in seconds.items()}
-    fastest = min(others, key=lambda name: statistics.median(totals[name])) if others else None
+    ratios = times_the_fastest(totals)
     rows = []
     for name, rounds in seconds.items():
         row: dict[str, Any] = {"peer": name, "loss": losses[name], "seconds": statistics.median(totals[name])}
         row |= {part: statistics.median(of) for part, of in zip(PARTS, zip(*rounds))}
-        if fastest is not None:
-            ratios = [f / s for f, s in zip(totals[fastest], totals[name], strict=True)]
-            row["times the fastest peer"] = statistics.median(ratios)
+        row |= {"times the fastest peer": ratios[name]} if ratios else {}
         rows.append(row)
     table = Table("loss by", "update", *PARTS, "share", "x fastest peer", title=f"{update.targets.numel()} tokens")
     for row in rows:
@@ -116,9 +104,8 @@ def main() -> None:
         table.add_row(row["peer"], *cells, share, f"{row.get('times the fastest peer', float('nan')):.2f}")
     Console(width=140).print(table)
     if args.output:
-        facts = {"torch": torch.__version__, "machine": platform.machine(), "processor": processor()}
-        facts |= {"threads": torch.get_num_threads(), "tokens": update.targets.numel(), "rounds": args.rounds}
-        args.output.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+        run = {"threads": torch.get_num_threads(), "tokens": update.targets.numel(), "rounds": args.rounds}
+        args.output.write_text(json.dumps({**facts(), **run, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -287,7 +287,7 @@ class Sparse(RestPlan):
             left = 0.0 if taken is None else taken.error
             estimate = self.screen_error(report, values, energy, values[:, GATE_WEIGHT] * scale, left)
             if estimate is None:
-                # Nor will it hold on the chunks to come.
+                # Nor will it hold on the chunks to come: they try short segments, or no screen where these have failed.
                 self.screens, self.segment = self.segment == LONG_SEGMENT, SHORT_SEGMENT
                 values, report = forward(None)
                 taken = self._take(z_s) if need else None

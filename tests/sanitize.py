@@ -80,17 +80,8 @@ def run(kind: str, tests: list[str], fuzz: str | None, plant: bool = False) -> b
         else:
             chosen = tests or [f"tests/kernels/test_{name}.py" for name in TESTS]
             # Reports go to descriptor 2, past sys.stderr: pytest must not have it when the process is ended.
-            command = [
-                sys.executable,
-                "-m",
-                "pytest",
-                "-q",
-                "--capture=sys",
-                "-p",
-                "no:cacheprovider",
-                "-k",
-                SKIP + SKIP_OF.get(kind, ""),
-            ]
+            skip = SKIP + SKIP_OF.get(kind, "")
+            command = [sys.executable, "-m", "pytest", "-q", "--capture=sys", "-p", "no:cacheprovider", "-k", skip]
             command += chosen
         began = time.monotonic()
         done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
