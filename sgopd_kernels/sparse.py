@@ -36,17 +36,21 @@ AUTO = 1.5e-3  # relative Frobenius error of a gradient: what rounding it to bf1
 BF16 = 2.0**-8
 RANK = 16  # directions of the head that the rest of a gradient keeps
 SAMPLED_ROWS = 1024  # of the head, from which they come: 0.5 % more of a row lies outside them than with all rows
-# ||rest outside the directions|| against its entries taken as independent: 2.3-3.7 measured
-COHERENCE = 4.0
+# ||rest outside the directions|| against its entries taken as independent: 2.6-4.6 measured
+COHERENCE = 5.0
+SHARE = 0.25  # of the budget: what is left of ||G|| at first, before the estimate's factors
 # the screen's noise in the hidden gradient against the same taken as independent: 2.9-4.7 measured. What rounding a
 # hidden state leaves is one vector for all columns of its token.
 SCREEN_COHERENCE = 5.0
+NOISE_SHARE = 0.9  # of the budget: the most it may take, where there is a rest as well
 # Products that the screen sums in one int32. Longer segments are 8 % faster, and their logits' variance is 1e-6 in
 # place of 4e-7. The noise goes with 1 / sqrt(KL): the KL from which it leaves room for the rest, at a budget of 1.
 SHORT_SEGMENT, SHORT_SEGMENT_KL = 192, 9e-10
 LONG_SEGMENT, LONG_SEGMENT_KL = 576, 4e-9
 MOST = 0.12  # share of pairs above which dense products are faster
-MASS = 1e-4  # probability from which a logit is computed again in fp32
+# Probability from which a logit is computed again in fp32: at the KL of LONG_SEGMENT_KL or below, and at most. The
+# variance that the tail leaves in a gradient goes with MASS * tail / KL, and its tail with about the fourth root.
+MASS, MOST_MASS = 1e-4, 4e-4
 GATE = 1e-4  # log-ratio below which a sign may flip (docs/method.md)
 WORTHWHILE = 2.0**31.5  # multiply-adds of one projection below which a call is exact: 105 tokens of SmolLM2
 PROBED_ROWS, PROBED_STRIDE = 16, 16
@@ -138,13 +142,14 @@ class Screen:
 
     backend: SparseBackend
     segment: int
+    mass: float
 
     def project(self, hidden: Tensor, weight: Tensor, out: Tensor) -> None:
         self.backend.project_screened(hidden, weight, out, self.segment)
 
     def refine(self, problem: Problem, rows: Tensor, z_s: Tensor, z_t: Tensor) -> Tensor:
         """In fp32 what carries probability; a report for `Sparse.screen_error`."""
-        return self.backend.refine(problem, rows, z_s, z_t, MASS)
+        return self.backend.refine(problem, rows, z_s, z_t, self.mass)
 
 
 class SparsePlan(Protocol):
@@ -179,7 +184,6 @@ class Taken:
 
     pairs: list[Pairs]
     hidden: Tensor  # [n, H] fp32: their part of the hidden gradient
-    error: float = 0.0  # estimate for both gradients without the rest
 
     @property
     def energy(self) -> float:
@@ -226,6 +230,7 @@ class Sparse(RestPlan):
     report: Report = field(default_factory=Report)
     pays: bool = True  # chunks to come should try
     segment: int = LONG_SEGMENT
+    mass: float = MASS
     _directions: Directions | None = None
 
     @property
@@ -265,8 +270,10 @@ class Sparse(RestPlan):
         # Restricted to a sixteenth of the columns a probability is sixteen times as large.
         carry = float(((torch.maximum(log_p, log_q) - torch.tensor(PROBED_STRIDE).log()).exp() > MASS).float().mean())
         kl = float((log_p.exp() * (log_p - log_q)).sum(-1).median())
-        self.screens = carry < MOST and kl * self.budget**2 > SHORT_SEGMENT_KL
-        self.segment = LONG_SEGMENT if kl * self.budget**2 > LONG_SEGMENT_KL else SHORT_SEGMENT
+        room = kl * self.budget**2
+        self.screens = carry < MOST and room > SHORT_SEGMENT_KL
+        self.segment = LONG_SEGMENT if room > LONG_SEGMENT_KL else SHORT_SEGMENT
+        self.mass = min(MOST_MASS, MASS * max(1.0, room / max(LONG_SEGMENT_KL, 1e-300)) ** 0.75)
 
     def chunk(
         self,
@@ -276,56 +283,65 @@ class Sparse(RestPlan):
         need: bool,
     ) -> tuple[Tensor, Taken | None]:
         """(statistics, what was taken out of the gradient; None where it stays dense in z_s)."""
+
+        def attempt(screen: Screen | None) -> tuple[Tensor, Taken | None, list[float]]:
+            values, report = forward(screen)
+            loss, noise = (0.0, 0.0) if report is None else self.screen_error(report, values, scale)
+            taken, error = self._take(z_s, noise) if need else (None, 0.0)
+            return values, taken, [loss, error]
+
+        screened = self.screens
+        values, taken, errors = attempt(Screen(self.backend, self.segment, self.mass) if screened else None)
+        # Comparisons that a NaN fails: what cannot be estimated is computed exactly.
+        if screened and not all(error <= self.budget for error in errors):
+            # Nor will it hold on the chunks to come: they try short segments, or no screen where these have failed.
+            self.screens, self.segment, self.mass = self.segment == LONG_SEGMENT, SHORT_SEGMENT, MASS
+            screened = False
+            values, taken, errors = attempt(None)
         n = z_s.shape[0]
-        values, report = forward(Screen(self.backend, self.segment) if self.screens else None)
-        taken = self._take(z_s) if need else None
-        error = 0.0
-        if report is not None:
-            energy = None
-            if need:
-                energy = self._energy(z_s) if taken is None else taken.energy
-            left = 0.0 if taken is None else taken.error
-            estimate = self.screen_error(report, values, energy, values[:, GATE_WEIGHT] * scale, left)
-            if estimate is None:
-                # Nor will it hold on the chunks to come: they try short segments, or no screen where these have failed.
-                self.screens, self.segment = self.segment == LONG_SEGMENT, SHORT_SEGMENT
-                values, report = forward(None)
-                taken = self._take(z_s) if need else None
-            else:
-                error = estimate
-        if report is not None:
+        if screened:
             self.report.screened += n
         elif taken is not None:
             self.report.filtered += n
         else:
             self.report.exact += n
-        self.report.error = max(self.report.error, error, 0.0 if taken is None else taken.error)
+        self.report.error = max(self.report.error, *errors)
         self.report.entries += n * self.v
         self.report.kept += n * self.v if taken is None else sum(p.count for p in taken.pairs)
         return values, taken
 
-    def _take(self, g: Tensor) -> Taken | None:
-        """Takes the entries of g [n, V] that the budget asks for; leaves the rest in g. None: g is whole, and dense."""
+    def _take(self, g: Tensor, noise: float) -> tuple[Taken | None, float]:
+        """Takes the entries of g [n, V] that the budget asks for, leaves the rest in g; and the gradients' error.
+
+        None: g is whole, and dense. `noise`: the screen's, as large as an error of G.
+        """
         weight = self.problem.student.weight[: self.v]
-        first = self.backend.take_large(g, 0.3 * self.budget, MOST)
+        first = self.backend.take_large(g, SHARE * self.budget, MOST)
         if first.dense:
-            return None
+            return None, self._relative(noise, self._energy(g) if noise else 0.0)
         taken = Taken([first], torch.zeros(g.shape[0], weight.shape[1]))
         self.backend.add_pairs_hidden(first, weight, taken.hidden)
+        noise = self._relative(noise, taken.energy)
         if taken.energy == 0:
-            return taken
-        taken.error = self._left_out(taken)
-        if not taken.error <= self.budget:
-            more = self.backend.take_large(g, 0.8 * self.budget / taken.error, MOST)
+            return taken, noise
+        error = math.hypot(noise, left := self._left_out(taken))
+        if not error <= self.budget and noise <= NOISE_SHARE * self.budget and math.isfinite(left):
+            room = (self.budget**2 - noise**2) ** 0.5
+            more = self.backend.take_large(g, 0.8 * room / left, MOST)
             if not more.dense:
                 taken.pairs.append(more)
                 self.backend.add_pairs_hidden(more, weight, taken.hidden)
-                taken.error = self._left_out(taken)
-        if taken.error <= self.budget:
-            return taken
+                error = math.hypot(noise, self._left_out(taken))
+        if error <= self.budget:
+            return taken, error
         for pairs in taken.pairs:
             self.backend.restore(pairs, g)
-        return None
+        # A screen that leaves pairs no room would cost dense products: an exact forward pass and pairs are less.
+        return None, noise if noise <= NOISE_SHARE * self.budget else math.inf
+
+    @staticmethod
+    def _relative(noise: float, energy: float) -> float:
+        return noise / max(energy, 1e-300) ** 0.5
 
     @staticmethod
     def _energy(g: Tensor) -> float:
@@ -357,21 +373,16 @@ class Sparse(RestPlan):
         if d_bias is not None:
             d_bias[: self.v] += rest.sum(0)
 
-    def screen_error(
-        self, report: Tensor, values: Tensor, energy: float | None, row_weight: Tensor, left: float
-    ) -> float | None:
-        """The error estimate of a screened chunk, None where it breaks the budget.
+    def screen_error(self, report: Tensor, values: Tensor, scale: Tensor) -> tuple[float, float]:
+        """(estimate of the loss's error, inf where a gate's sign may flip; noise in dH, as large as an error of G).
 
-        report [n, 6] as `_cpu.Pairs.refine` leaves it, values [n, 8] the statistics, energy ||G||^2 (None: no
-        gradient), row_weight [n], left: the gradients' error without the screen.
+        report [n, 6] as `_cpu.Pairs.refine` leaves it, values [n, 8] the statistics, scale [n] of the rows' gradients.
         """
         tail = torch.maximum(report[:, 2], report[:, 3])
         variance = report[:, 4] + report[:, 5]
-        at_most = MASS * tail * variance  # bounds the sum over the tail of p^2 times the variance
+        at_most = self.mass * tail * variance  # bounds the sum over the tail of p^2 times the variance
         ratio = 5 * float(at_most.max().sqrt())
-        estimate = float((tail * variance).sum() / values[:, KL].abs().sum().clamp(min=1e-300))
-        if energy is not None:
-            noise = float((row_weight.double().square() * at_most).sum().sqrt())
-            estimate = max(estimate, math.hypot(SCREEN_COHERENCE * noise / max(energy, 1e-300) ** 0.5, left))
-        # Comparisons that a NaN fails: what cannot be estimated is computed exactly.
-        return estimate if estimate <= self.budget and ratio <= GATE else None
+        loss = float((tail * variance).sum() / values[:, KL].abs().sum().clamp(min=1e-300))
+        row_weight = (values[:, GATE_WEIGHT] * scale).double()
+        noise = SCREEN_COHERENCE * float((row_weight.square() * at_most).sum().sqrt())
+        return loss if ratio <= GATE else math.inf, noise

@@ -72,6 +72,8 @@ DEFECTS = [
     Defect("torch: a softcap unmasks a column", TORCH, "z = torch.where(z == -torch.inf, z, ", "z = torch.where(z == torch.inf, z, "),
     Defect("door: a stride shorter than the row accepted", "csrc/arguments.h", "if (stride < columns)", "if (false)"),
     Defect("pairs: squares of what is left in plain fp32", "csrc/cpu/sparse.cpp", "threshold > 1e-37f ? 1.f / threshold : 1e37f", "1.f"),
+    Defect("screen: the estimate of the usual share refined", "sgopd_kernels/sparse.py", "at_most = self.mass *", "at_most = MASS *"),
+    Defect("pairs: a NaN asks for more pairs", "sgopd_kernels/sparse.py", " and math.isfinite(left):", ":"),
     Defect("screen: a NaN lost at a new maximum", "csrc/cpu/sparse.cpp", "sum *= std::exp(static_cast<double>(highest) - top);", "sum = sum > 0 ? sum * std::exp(static_cast<double>(highest) - top) : 0.0;"),
     Defect("triton: the sign test turned round", TRITON, "    signed = d *", "    signed = -d *"),
     Defect("triton: columns beyond the row not masked", TRITON, 'tl.where(inside, z * inverse_temperature, float("-inf"))', "z * inverse_temperature"),

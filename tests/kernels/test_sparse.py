@@ -118,6 +118,29 @@ def test_the_estimate_bounds_the_error() -> None:
         assert max(error(m, t) for m, t in zip(got[1:3], truth[1:3])) <= got[3].error_estimate
 
 
+def test_the_estimate_knows_what_was_refined(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the KL leaves room, fewer logits are computed again in fp32: with far fewer, the screen must be refused."""
+    monkeypatch.setattr(sparse, "SHORT_SEGMENT_KL", 1e-30)
+    monkeypatch.setattr(sparse, "LONG_SEGMENT_KL", 1e-30)
+    monkeypatch.setattr(sparse, "MOST_MASS", 0.1)
+    monkeypatch.setattr(sparse, "GATE", 1.0)  # the sign's guard would refuse it as well
+    for distance in (0.01, 0.003, 0.001):
+        operands = inputs(4.0, distance, torch.float32)
+        truth = gradients([t.double() if t.is_floating_point() else t for t in operands])
+        got = gradients(operands, precision=1e-2)
+        assert max(error(m, t) for m, t in zip(got[:3], truth[:3])) <= 1e-2
+
+
+@pytest.mark.parametrize("row", [5, 16, 33])
+def test_a_nan_shows_where_it_belongs(row: int) -> None:
+    """In the loss, its token's row of dH and all of dW, also where thresholds come from a sample of other tokens."""
+    operands = inputs(6.0, 0.2, torch.float32)
+    operands[0][row, 3] = torch.nan
+    loss, d_hidden, d_weight, _ = gradients(operands)
+    assert loss.isnan() and d_weight.isnan().any(0).all()
+    assert d_hidden.isnan().any(-1).nonzero().flatten().tolist() == [row]
+
+
 @pytest.mark.parametrize("options", [{"student_bias": True}, {"student_softcap": 30.0}, {"divergence": "forward-kl"}])
 def test_options_beside_the_plans(options: dict[str, Any]) -> None:
     operands = inputs(6.0, 0.2, torch.float32)
