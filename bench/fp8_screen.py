@@ -50,10 +50,11 @@ class Screen:
     def project(self, hidden: Tensor, weight: Tensor) -> Tensor:
         if not self.directions:
             return self.quantise(hidden) @ self.quantise(weight).T
-        d = Directions.of(weight, TorchBackend().project)
+        d = Directions.of(weight)
+        u = d.along(weight, TorchBackend().project)
         along = hidden @ d.basis.T
-        inside = along @ d.along
-        return inside + self.quantise(hidden - along @ d.basis) @ self.quantise(weight - d.along.T @ d.basis).T
+        inside = along @ u
+        return inside + self.quantise(hidden - along @ d.basis) @ self.quantise(weight - u.T @ d.basis).T
 
 
 SCREENS = {"fp8": Screen(fp8), "fp8 + 16": Screen(fp8, True), "int8 + 16": Screen(int8, True)}

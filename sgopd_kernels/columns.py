@@ -51,6 +51,7 @@ class ColumnFilter(RestPlan):
     report: Report = field(default_factory=Report)
     pays: bool = True
     _directions: Directions | None = None
+    _along: Tensor | None = None
 
     def product(self) -> Product:
         return self.backend.project

@@ -235,21 +235,22 @@ def _forward(
 ) -> tuple[Tensor, Tensor | None]:
     """A chunk's statistics, and the report of its screen if there is one; leaves the gradient in z_s."""
     v = problem.vocabulary
-    project = backend.project if screen is None else screen.project
-    project(problem.student_hidden[at], problem.student.weight[:v], z_s)
-    if problem.teacher is not None:
-        assert z_t is not None and problem.teacher_hidden is not None
-        project(problem.teacher_hidden[at], problem.teacher.weight[:v], z_t)
-    if problem.reference is not None:
-        assert z_r is not None and problem.reference_hidden is not None
-        project(problem.reference_hidden[at], problem.reference.weight[:v], z_r)
-    if problem.topk_ids is not None:
-        assert z_t is not None
-        complete_teacher(problem, at, z_s, z_t)
     report = None
     if screen is not None:
         assert z_t is not None
+        screen.project(problem, at, z_s, z_t)
         report = screen.refine(problem, at, z_s, z_t)
+    else:
+        backend.project(problem.student_hidden[at], problem.student.weight[:v], z_s)
+        if problem.teacher is not None:
+            assert z_t is not None and problem.teacher_hidden is not None
+            backend.project(problem.teacher_hidden[at], problem.teacher.weight[:v], z_t)
+        if problem.reference is not None:
+            assert z_r is not None and problem.reference_hidden is not None
+            backend.project(problem.reference_hidden[at], problem.reference.weight[:v], z_r)
+        if problem.topk_ids is not None:
+            assert z_t is not None
+            complete_teacher(problem, at, z_s, z_t)
     extra = () if columns is None else (columns,)
     return backend.rows(problem, at, z_s, z_t, z_r, weights, forced, scale, gradient, *extra), report
 

@@ -34,22 +34,30 @@ KL, GATE_WEIGHT = (TokenValues._fields.index(name) for name in ("kl", "gate"))
 
 AUTO = 1.5e-3  # relative Frobenius error of a gradient: what rounding it to bf16 costs
 BF16 = 2.0**-8
-RANK = 16  # directions of the head that the rest of a gradient keeps
+RANK = 16  # directions of the head that the rest of a gradient keeps, and that rounding feeds back (csrc/cpu/int16.h)
 SAMPLED_ROWS = 1024  # of the head, from which they come: 0.5 % more of a row lies outside them than with all rows
 # ||rest outside the directions|| against its entries taken as independent: 2.6-4.6 measured
 COHERENCE = 5.0
 SHARE = 0.25  # of the budget: what is left of ||G|| at first, before the estimate's factors
-# the screen's noise in the hidden gradient against the same taken as independent: 2.9-4.7 measured. What rounding a
-# hidden state leaves is one vector for all columns of its token.
-SCREEN_COHERENCE = 5.0
-NOISE_SHARE = 0.9  # of the budget: the most it may take, where there is a rest as well
-# Products that the screen sums in one int32. Longer segments are 8 % faster, and their logits' variance is 1e-6 in
-# place of 4e-7. The noise goes with 1 / sqrt(KL): the KL from which it leaves room for the rest, at a budget of 1.
-SHORT_SEGMENT, SHORT_SEGMENT_KL = 192, 9e-10
-LONG_SEGMENT, LONG_SEGMENT_KL = 576, 4e-9
+NOISE_SHARE = 0.9  # of the budget: the most that a screen's noise may take, where there is a rest as well
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A way to screen."""
+
+    segment: int  # products that the screen sums in one int32: longer ones are 8 % faster, a logit's variance 2.5 times
+    feedback: bool  # hidden states rounded with feedback
+    coherence: float  # its noise in the hidden gradient, against errors that are independent
+    kl: float  # where it leaves room for the rest, at a budget of 1: the noise goes with 1 / sqrt(KL)
+
+
+# From the fastest to the most exact. What rounding a hidden state leaves is one vector for all columns of its token,
+# and adds up along what they share: 2.9-5.1 times independent errors measured, 1.5-1.7 with feedback (`Rounding`).
+SETTINGS = (Setting(576, False, 5.0, 4e-9), Setting(576, True, 2.5, 1e-9), Setting(192, True, 2.5, 2.5e-10))
 MOST = 0.12  # share of pairs above which dense products are faster
-# Probability from which a logit is computed again in fp32: at the KL of LONG_SEGMENT_KL or below, and at most. The
-# variance that the tail leaves in a gradient goes with MASS * tail / KL, and its tail with about the fourth root.
+# Probability from which a logit is computed again in fp32: where the KL leaves no more room than the first setting
+# needs, and at most. The variance that the tail leaves in a gradient goes with MASS * tail / KL.
 MASS, MOST_MASS = 1e-4, 4e-4
 GATE = 1e-4  # log-ratio below which a sign may flip (docs/method.md)
 WORTHWHILE = 2.0**31.5  # multiply-adds of one projection below which a call is exact: 105 tokens of SmolLM2
@@ -88,25 +96,49 @@ Product = Callable[[Tensor, Tensor, Tensor], None]  # hidden [n, H], weight [V, 
 
 @dataclass
 class Directions:
-    """Leading directions of a head's rows: B [r, H] orthonormal, U^T = B W^T [r, V], and what is outside them."""
+    """Leading directions of a head's rows: B [r, H] orthonormal, and what lies along and outside them."""
 
     basis: Tensor
-    along: Tensor
-    outside: float  # root mean square norm of a row outside them
+    inside: Tensor  # [r, r] second moments of a row's part along them
+    outside: float  # root mean square norm of a row's part outside them
 
     @staticmethod
-    def of(weight: Tensor, project: Product) -> Directions:
+    def of(weight: Tensor) -> Directions:
         v, h = weight.shape
         sample = weight[:: max(1, v // SAMPLED_ROWS)].float()
-        r = min(RANK, h)
-        start = torch.randn(h, r, generator=torch.Generator().manual_seed(0)).to(weight.device)
+        start = torch.randn(h, min(RANK, h), generator=torch.Generator().manual_seed(0)).to(weight.device)
         for _ in range(2):
             start = torch.linalg.qr(sample.T @ (sample @ start))[0]
-        basis = start.T.contiguous()
-        along = torch.empty(r, v, device=weight.device)
-        project(basis, weight, along)
-        rest = sample.square().sum() - (sample @ start).square().sum()
-        return Directions(basis, along, float((rest / sample.shape[0]).clamp(min=0).sqrt()))
+        along = sample @ start
+        rest = sample.square().sum() - along.square().sum()
+        outside = float((rest / sample.shape[0]).clamp(min=0).sqrt())
+        return Directions(start.T.contiguous(), along.T @ along / sample.shape[0], outside)
+
+    def along(self, weight: Tensor, project: Product) -> Tensor:
+        """U^T = B W^T [r, V] fp32."""
+        out = torch.empty(self.basis.shape[0], weight.shape[0], device=weight.device)
+        project(self.basis, weight, out)
+        return out
+
+
+class Rounding:
+    """Coefficients of rounding with error feedback: `_cpu.project_int16`.
+
+    An element k of a hidden state x is rounded to q_k = round(x_k - a_k . s), s = B (q - x) over the elements before
+    it. a_k = (sum_{j >= k} b_j b_j^T + L^-1)^-1 b_k is what makes |W (q - x)|^2 least if the elements from k on could
+    take any value, with B the head's directions, b_k its columns, and L their second moments beyond those of all
+    others, in units of these (GPTQ's recursion, arXiv 2210.17323, for a matrix of that form).
+    """
+
+    def __init__(self, directions: Directions) -> None:
+        basis = directions.basis.double()
+        r, h = basis.shape
+        power, axes = torch.linalg.eigh(directions.inside.double())
+        others = max(directions.outside**2 / max(h - r, 1), 1e-12 * float(power.sum()), 1e-300)
+        inverse = axes @ torch.diag(1 / (power / others - 1).clamp(1e-6, 1e6)) @ axes.T
+        behind = torch.einsum("rk,sk->krs", basis, basis).flip(0).cumsum(0).flip(0)
+        absorb = torch.linalg.solve(behind + inverse, basis.T)
+        self.along, self.absorb = (torch.nn.functional.pad(x, (0, RANK - r)).float().contiguous() for x in (basis.T, absorb))
 
 
 class Pairs(Protocol):
@@ -121,7 +153,9 @@ class Pairs(Protocol):
 class SparseBackend(Protocol):
     """What a backend brings for these plans. Blocks are [n, V] fp32, hidden states and weights fp32 or bf16."""
 
-    def project_screened(self, hidden: Tensor, weight: Tensor, out: Tensor, segment: int) -> None: ...
+    def project_screened(
+        self, hidden: Tensor, weight: Tensor, out: Tensor, segment: int, rounding: Rounding | None = None
+    ) -> None: ...
 
     def refine(self, problem: Problem, rows: Tensor, z_s: Tensor, z_t: Tensor, mass: float) -> Tensor: ...
 
@@ -141,11 +175,19 @@ class Screen:
     """How the forward pass of a chunk gets its logits where it does not compute them all in fp32."""
 
     backend: SparseBackend
-    segment: int
+    setting: Setting
     mass: float
+    student: Rounding | None  # of hidden states, by what they are multiplied with
+    teacher: Rounding | None
 
-    def project(self, hidden: Tensor, weight: Tensor, out: Tensor) -> None:
-        self.backend.project_screened(hidden, weight, out, self.segment)
+    def project(self, problem: Problem, rows: Tensor, z_s: Tensor, z_t: Tensor) -> None:
+        """Both models' logits [n, V]."""
+        v, segment = z_s.shape[1], self.setting.segment
+        assert problem.teacher is not None and problem.teacher_hidden is not None
+        hidden, weight = problem.student_hidden[rows], problem.student.weight[:v]
+        self.backend.project_screened(hidden, weight, z_s, segment, self.student)
+        hidden, weight = problem.teacher_hidden[rows], problem.teacher.weight[:v]
+        self.backend.project_screened(hidden, weight, z_t, segment, self.teacher)
 
     def refine(self, problem: Problem, rows: Tensor, z_s: Tensor, z_t: Tensor) -> Tensor:
         """In fp32 what carries probability; a report for `Sparse.screen_error`."""
@@ -196,6 +238,7 @@ class RestPlan:
 
     problem: Problem
     _directions: Directions | None
+    _along: Tensor | None
 
     def product(self) -> Product:
         """What computes U^T; its rounding matters to the rest alone."""
@@ -204,8 +247,15 @@ class RestPlan:
     def directions(self) -> Directions:
         if self._directions is None:
             weight = self.problem.student.weight[: self.problem.vocabulary]
-            self._directions = Directions.of(weight, self.product())
+            self._directions = Directions.of(weight)
         return self._directions
+
+    def along(self) -> Tensor:
+        """U^T [r, V]: the head's rows along the directions."""
+        if self._along is None:
+            weight = self.problem.student.weight[: self.problem.vocabulary]
+            self._along = self.directions().along(weight, self.product())
+        return self._along
 
     def left_out(self, left: float, energy: float, hidden: Tensor) -> float:
         """The error estimate of both gradients: `left` of `energy` = ||G||^2 stayed; hidden [n, H], what was taken."""
@@ -215,8 +265,7 @@ class RestPlan:
 
     def with_rest(self, hidden: Tensor, rest: Tensor) -> Tensor:
         """The hidden gradient [n, H]: of what was taken, and of the rest [n, V] along the directions."""
-        directions = self.directions()
-        return torch.addmm(hidden, rest @ directions.along.T, directions.basis)
+        return torch.addmm(hidden, rest @ self.along().T, self.directions().basis)
 
 
 @dataclass
@@ -229,16 +278,18 @@ class Sparse(RestPlan):
     screens: bool
     report: Report = field(default_factory=Report)
     pays: bool = True  # chunks to come should try
-    segment: int = LONG_SEGMENT
+    setting: int = 0  # of SETTINGS
     mass: float = MASS
     _directions: Directions | None = None
+    _along: Tensor | None = None
+    _roundings: tuple[Rounding, Rounding] | None = None
 
     @property
     def budget(self) -> float:
         return self.problem.spec.budget
 
     def product(self) -> Product:
-        return partial(self.backend.project_screened, segment=LONG_SEGMENT)
+        return partial(self.backend.project_screened, segment=SETTINGS[0].segment)
 
     def held_bytes(self) -> tuple[int, int]:
         """(bytes, bytes a token) held beside logits: threads' scratch; MOST of a row, a column and a value each."""
@@ -271,9 +322,9 @@ class Sparse(RestPlan):
         carry = float(((torch.maximum(log_p, log_q) - torch.tensor(PROBED_STRIDE).log()).exp() > MASS).float().mean())
         kl = float((log_p.exp() * (log_p - log_q)).sum(-1).median())
         room = kl * self.budget**2
-        self.screens = carry < MOST and room > SHORT_SEGMENT_KL
-        self.segment = LONG_SEGMENT if room > LONG_SEGMENT_KL else SHORT_SEGMENT
-        self.mass = min(MOST_MASS, MASS * max(1.0, room / max(LONG_SEGMENT_KL, 1e-300)) ** 0.75)
+        self.setting = next((i for i, s in enumerate(SETTINGS) if room > s.kl), len(SETTINGS))
+        self.screens = carry < MOST and self.setting < len(SETTINGS)
+        self.mass = min(MOST_MASS, MASS * max(1.0, room / SETTINGS[0].kl) ** 0.75)
 
     def chunk(
         self,
@@ -286,16 +337,19 @@ class Sparse(RestPlan):
 
         def attempt(screen: Screen | None) -> tuple[Tensor, Taken | None, list[float]]:
             values, report = forward(screen)
-            loss, noise = (0.0, 0.0) if report is None else self.screen_error(report, values, scale)
+            loss, noise = (0.0, 0.0)
+            if screen is not None and report is not None:
+                loss, noise = self.screen_error(report, values, scale, screen.setting.coherence)
             taken, error = self._take(z_s, noise) if need else (None, 0.0)
             return values, taken, [loss, error]
 
         screened = self.screens
-        values, taken, errors = attempt(Screen(self.backend, self.segment, self.mass) if screened else None)
+        values, taken, errors = attempt(self._screen() if screened else None)
         # Comparisons that a NaN fails: what cannot be estimated is computed exactly.
         if screened and not all(error <= self.budget for error in errors):
-            # Nor will it hold on the chunks to come: they try short segments, or no screen where these have failed.
-            self.screens, self.segment, self.mass = self.segment == LONG_SEGMENT, SHORT_SEGMENT, MASS
+            # Nor will it hold on the chunks to come: they try what is more exact, or no screen where there is none.
+            self.setting, self.mass = self.setting + 1, MASS
+            self.screens = self.setting < len(SETTINGS)
             screened = False
             values, taken, errors = attempt(None)
         n = z_s.shape[0]
@@ -309,6 +363,15 @@ class Sparse(RestPlan):
         self.report.entries += n * self.v
         self.report.kept += n * self.v if taken is None else sum(p.count for p in taken.pairs)
         return values, taken
+
+    def _screen(self) -> Screen:
+        setting = SETTINGS[self.setting]
+        if setting.feedback and self._roundings is None:
+            assert self.problem.teacher is not None
+            teacher = self.problem.teacher.weight[: self.v]
+            self._roundings = Rounding(self.directions()), Rounding(Directions.of(teacher))
+        student, teacher_rounding = self._roundings if setting.feedback and self._roundings else (None, None)
+        return Screen(self.backend, setting, self.mass, student, teacher_rounding)
 
     def _take(self, g: Tensor, noise: float) -> tuple[Taken | None, float]:
         """Takes the entries of g [n, V] that the budget asks for, leaves the rest in g; and the gradients' error.
@@ -373,7 +436,7 @@ class Sparse(RestPlan):
         if d_bias is not None:
             d_bias[: self.v] += rest.sum(0)
 
-    def screen_error(self, report: Tensor, values: Tensor, scale: Tensor) -> tuple[float, float]:
+    def screen_error(self, report: Tensor, values: Tensor, scale: Tensor, coherence: float) -> tuple[float, float]:
         """(estimate of the loss's error, inf where a gate's sign may flip; noise in dH, as large as an error of G).
 
         report [n, 6] as `_cpu.Pairs.refine` leaves it, values [n, 8] the statistics, scale [n] of the rows' gradients.
@@ -384,5 +447,5 @@ class Sparse(RestPlan):
         ratio = 5 * float(at_most.max().sqrt())
         loss = float((tail * variance).sum() / values[:, KL].abs().sum().clamp(min=1e-300))
         row_weight = (values[:, GATE_WEIGHT] * scale).double()
-        noise = SCREEN_COHERENCE * float((row_weight.square() * at_most).sum().sqrt())
+        noise = coherence * float((row_weight.square() * at_most).sum().sqrt())
         return loss if ratio <= GATE else math.inf, noise

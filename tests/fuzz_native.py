@@ -306,6 +306,8 @@ def project_case(rng: random.Random, wild: bool) -> Case:
     w = matrix(rng, v, h, rng.choice(elements), wild)
     out = Block(rng, n, v, torch.float32)
     threads = common(rng)["threads"]
+    fed = int16 and rng.random() < 0.5
+    feedback = [Block(rng, h, 16, torch.float32, tight=True).set(values(rng, h, 16, wild)) for _ in range(2 * fed)]
 
     def judge(_: Any) -> None:
         truth = x.tensor.double() @ w.tensor.double().T
@@ -314,8 +316,9 @@ def project_case(rng: random.Random, wild: bool) -> Case:
             beyond_x, beyond_w = (~((size == 0) | ((size > 1e-24) & (size < 1e14))) for size in sizes)
             beyond = beyond_x.unsqueeze(-1) | beyond_w
             truth = torch.where(beyond & torch.isnan(out.tensor), torch.nan, truth)
-        # Half a step an element, all of one sign where a row is constant; a segment's norm is 46,341 steps.
-        relative = 1e-5 + 1.5 * min(h, arguments["segment"]) ** 0.5 / 46_341 if int16 else 1e-6
+        # Half a step an element, all of one sign where a row is constant; a segment's norm is 46,341 steps. With
+        # feedback a hidden state's element moves up to a step more.
+        relative = 1e-5 + (1.5 + 2 * fed) * min(h, arguments["segment"]) ** 0.5 / 46_341 if int16 else 1e-6
         close(out.tensor, truth, product_limit(x.tensor, w.tensor, relative), "product")
 
     if int16:
@@ -323,12 +326,13 @@ def project_case(rng: random.Random, wild: bool) -> Case:
             hidden=(x.address, x.stride, x.dtype == torch.bfloat16),
             weight=(w.address, w.stride, w.dtype != torch.float32),
             segment=rng.choice([2, 16, 192, 576, 2048]),
+            **{name: m.address for name, m in zip(("along", "absorb"), feedback)},
         )
     else:
         arguments = dict(hidden=x.address, hidden_stride=x.stride, weight=w.address, weight_stride=w.stride)
     arguments.update(n=n, v=v, h=h, out=out.address, out_stride=out.stride, threads=threads)
     call = _cpu.project_int16 if int16 else _cpu.project_bf16
-    return _hold(call, [x, w, out]), arguments, judge, [out]
+    return _hold(call, [x, w, out, *feedback]), arguments, judge, [out]
 
 
 def select_case(rng: random.Random, wild: bool) -> Case:

@@ -14,6 +14,7 @@
 
 #if defined(__AVX512VNNI__) && defined(__AVX512F__) && defined(__AVX512BW__)
 
+#include "feedback.h"
 #include "int16.h"
 #include "panel.h"
 
@@ -30,9 +31,8 @@ inline __m512 load(const uint16_t* from, __mmask16 mask) {  // bf16
 
 inline void dot(__m512i& sum, __m512i w, __m512i x) { asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x)); }
 
-// Rounds a row to int16 into `out` [h padded to 16 k words]; returns the value of one step (NaN: not finite).
 template <typename T>
-float quantise(const T* row, int64_t h, int64_t depth, int16_t* out) {
+Steps scale_of(const T* row, int64_t h, int64_t depth, float moved) {
   float largest = 0;
   __m512 top = _mm512_setzero_ps();
   for (int64_t first = 0; first < h; first += 2 * depth) {
@@ -46,12 +46,27 @@ float quantise(const T* row, int64_t h, int64_t depth, int16_t* out) {
     const float norm = _mm512_reduce_add_ps(sum);
     largest = norm > largest || norm != norm ? norm : largest;
   }
-  const Steps steps = steps_of(largest, _mm512_reduce_max_ps(top), depth);
+  return steps_of(largest, _mm512_reduce_max_ps(top), depth, moved);
+}
+
+// Rounds a row to int16 into `out` [h padded to 16 k words]; returns the value of one step (NaN: not finite).
+template <typename T>
+float quantise(const T* row, int64_t h, int64_t depth, int16_t* out) {
+  const Steps steps = scale_of(row, h, depth, kNearest);
   const __m512 factor = _mm512_set1_ps(steps.factor);
   for (int64_t k = 0; k < h; k += 16) {
     const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(load(row + k, left(h - k)), factor));
     _mm256_mask_storeu_epi16(out + k, left(h - k), _mm512_cvtsepi32_epi16(q));
   }
+  return steps.step;
+}
+
+// A hidden state, with feedback where there is one.
+template <typename T>
+float quantise_hidden(const T* row, int64_t h, int64_t depth, const Feedback& feedback, int16_t* out) {
+  if (feedback.absorb == nullptr) return quantise(row, h, depth, out);
+  const Steps steps = scale_of(row, h, depth, kFed);
+  round_with_feedback(row, h, steps.factor, feedback, out);
   return steps.step;
 }
 
@@ -101,11 +116,11 @@ int64_t panels(int64_t v) { return panel_count(v); }
 int64_t scratch_words(int64_t n, int64_t h) { return panel_words(h) + kPanel * ((h + 31) / 32 * 16) + n * kPanel; }
 
 template <typename T>
-void quantise_rows(const T* hidden, int64_t n, int64_t hidden_stride, int64_t h, int64_t depth, int16_t* out,
-                   int64_t stride, float* step) {
+void quantise_rows(const T* hidden, int64_t n, int64_t hidden_stride, int64_t h, int64_t depth,
+                   const Feedback& feedback, int16_t* out, int64_t stride, float* step) {
   for (int64_t i = 0; i < n; ++i) {
     for (int64_t k = h; k < stride; ++k) out[i * stride + k] = 0;
-    step[i] = quantise(hidden + i * hidden_stride, h, depth, out + i * stride);
+    step[i] = quantise_hidden(hidden + i * hidden_stride, h, depth, feedback, out + i * stride);
   }
 }
 

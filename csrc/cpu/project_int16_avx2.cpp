@@ -9,6 +9,7 @@
 #include <immintrin.h>
 
 #include "exp.h"
+#include "feedback.h"
 #include "int16.h"
 
 namespace sgopd {
@@ -19,12 +20,8 @@ constexpr int kTokens = 6;
 constexpr int64_t kPanel = 16;
 using Word __attribute__((may_alias)) = int32_t;  // two 16-bit elements
 
-inline float widened(float x) { return x; }
-inline float widened(uint16_t x) { return as_float(static_cast<int32_t>(static_cast<uint32_t>(x) << 16)); }  // bf16
-
-// Rounds a row to int16 into `out` [h]; returns the value of one step (NaN: not finite).
 template <typename T>
-float quantise(const T* row, int64_t h, int64_t depth, int16_t* out) {
+Steps scale_of(const T* row, int64_t h, int64_t depth, float moved) {
   float largest = 0, peak = 0;
   for (int64_t first = 0; first < h; first += 2 * depth) {
     const int64_t last = min64(first + 2 * depth, h);
@@ -38,7 +35,13 @@ float quantise(const T* row, int64_t h, int64_t depth, int16_t* out) {
     largest = norm > largest || norm != norm ? norm : largest;
     peak = top > peak ? top : peak;
   }
-  const Steps steps = steps_of(largest, peak, depth);
+  return steps_of(largest, peak, depth, moved);
+}
+
+// Rounds a row to int16 into `out` [h]; returns the value of one step (NaN: not finite).
+template <typename T>
+float quantise(const T* row, int64_t h, int64_t depth, int16_t* out) {
+  const Steps steps = scale_of(row, h, depth, kNearest);
   int64_t k = 0;
   const __m256 factor = _mm256_set1_ps(steps.factor);
   for (; k + 16 <= h; k += 16) {
@@ -56,6 +59,15 @@ float quantise(const T* row, int64_t h, int64_t depth, int16_t* out) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + k), _mm256_permute4x64_epi64(packed, 0xd8));
   }
   for (; k < h; ++k) out[k] = static_cast<int16_t>(_mm_cvtss_si32(_mm_set_ss(widened(row[k]) * steps.factor)));
+  return steps.step;
+}
+
+// A hidden state, with feedback where there is one.
+template <typename T>
+float quantise_hidden(const T* row, int64_t h, int64_t depth, const Feedback& feedback, int16_t* out) {
+  if (feedback.absorb == nullptr) return quantise(row, h, depth, out);
+  const Steps steps = scale_of(row, h, depth, kFed);
+  round_with_feedback(row, h, steps.factor, feedback, out);
   return steps.step;
 }
 
@@ -138,14 +150,14 @@ int64_t scratch_words(int64_t n, int64_t h) { return 16 + 2 * kPanel * padded(h)
 // Word (i / kTokens * stride / 2 + k) * kTokens + i % kTokens: elements (2k, 2k + 1) of token i, 0 beyond the last one.
 // A block's rows are first rounded into the room behind the last block.
 template <typename T>
-void quantise_rows(const T* hidden, int64_t n, int64_t hidden_stride, int64_t h, int64_t depth, int16_t* out,
-                   int64_t stride, float* step) {
+void quantise_rows(const T* hidden, int64_t n, int64_t hidden_stride, int64_t h, int64_t depth,
+                   const Feedback& feedback, int16_t* out, int64_t stride, float* step) {
   const int64_t end = (n + kTokens - 1) / kTokens * kTokens;
   int16_t* rows = out + end * stride;
   for (int64_t first = 0; first < end; first += kTokens) {
     for (int64_t k = 0; k < kTokens * stride; ++k) rows[k] = 0;
     for (int64_t i = first; i < min64(first + kTokens, n); ++i)
-      step[i] = quantise(hidden + i * hidden_stride, h, depth, rows + (i - first) * stride);
+      step[i] = quantise_hidden(hidden + i * hidden_stride, h, depth, feedback, rows + (i - first) * stride);
     auto* words = reinterpret_cast<Word*>(out + first * stride);
     for (int64_t k = 0; k < stride / 2; ++k)
       for (int64_t r = 0; r < kTokens; ++r)

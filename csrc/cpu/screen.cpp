@@ -136,9 +136,10 @@ struct ByColumn {
 
 int64_t parts_of(int64_t v) { return std::min(kColumnParts, std::max<int64_t>(1, v / 64)); }
 
-// out [n, v] fp32 = hidden [n, h] * weight [v, h]^T, through int16, `segment` products summed in int32.
+// out [n, v] fp32 = hidden [n, h] * weight [v, h]^T, through int16, `segment` products summed in int32. `along`,
+// `absorb` [h, 16] fp32: Feedback's, or null.
 void project_int16(const MatrixTuple& hidden, int64_t n, const MatrixTuple& weight, int64_t v, int64_t h, Address out,
-                   int64_t out_stride, int64_t segment, int threads) {
+                   int64_t out_stride, int64_t segment, Address along, Address absorb, int threads) {
   const Int16Kernels* k = int16_kernels();
   if (k == nullptr) throw std::invalid_argument("project_int16: this processor has neither AVX2 nor AVX512-VNNI");
   const Matrix x = matrix("hidden", hidden, n, h), w = matrix("weight", weight, v, h);
@@ -148,13 +149,15 @@ void project_int16(const MatrixTuple& hidden, int64_t n, const MatrixTuple& weig
     throw std::invalid_argument("project_int16: segment must be even and lie in [2, 65536], got " +
                                 std::to_string(segment));
   const int64_t depth = segment / 2;
+  const Feedback feedback{pointer<const float>("along", along, absorb != 0),
+                          pointer<const float>("absorb", absorb, along != 0)};
   if (n == 0) return;
   py::gil_scoped_release release;
   const int64_t stride = (h + 31) / 32 * 32;
   std::vector<int16_t> quantised((n + kRoom) * stride);
   std::vector<float> step(n);
   const auto quantise = [&](const auto& products, auto* data) {
-    products.quantise_rows(data, n, x.stride, h, depth, quantised.data(), stride, step.data());
+    products.quantise_rows(data, n, x.stride, h, depth, feedback, quantised.data(), stride, step.data());
   };
   if (x.element == Element::kFloat32)
     quantise(k->fp32, static_cast<const float*>(x.data));
@@ -463,7 +466,7 @@ void define_screen(py::module_& m) {
            "teacher_hidden"_a, "teacher_weight"_a, "teacher_width"_a, "report"_a, "threads"_a = 1, "isa"_a = "");
   m.def("has_int16", &has_int16, "Whether project_int16 runs on this processor (AVX512-VNNI or AVX2).");
   m.def("project_int16", &project_int16, py::kw_only(), "hidden"_a, "n"_a, "weight"_a, "v"_a, "h"_a, "out"_a,
-        "out_stride"_a, "segment"_a, "threads"_a = 1);
+        "out_stride"_a, "segment"_a, "along"_a = 0, "absorb"_a = 0, "threads"_a = 1);
   m.def("select_mass", &select_mass, py::kw_only(), "student"_a, "student_stride"_a, "student_scale"_a, "teacher"_a,
         "teacher_stride"_a, "teacher_scale"_a, "n"_a, "v"_a, "token_ids"_a, "threshold"_a, "report"_a, "threads"_a = 1,
         "isa"_a = "");

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _extension
 from ..problem import Problem
-from ..sparse import Pairs, Sparse
+from ..sparse import Pairs, Rounding, Sparse
 from .native import NativeBackend
 
 _ELEMENTS = (torch.float32, torch.bfloat16)
@@ -100,7 +100,9 @@ class CpuBackend(NativeBackend):
         )
         return Sparse(problem, self, problem.vocabulary, screens)
 
-    def project_screened(self, hidden: Tensor, weight: Tensor, out: Tensor, segment: int) -> None:
+    def project_screened(
+        self, hidden: Tensor, weight: Tensor, out: Tensor, segment: int, rounding: Rounding | None = None
+    ) -> None:
         """out [n, V] = hidden @ weight.T in 16-bit integers where the processor can: csrc/cpu/project_int16.cpp."""
         assert self.module is not None
         if not self.module.has_int16():
@@ -116,6 +118,8 @@ class CpuBackend(NativeBackend):
             out=out.data_ptr(),
             out_stride=out.stride(0),
             segment=segment,
+            along=0 if rounding is None else rounding.along.data_ptr(),
+            absorb=0 if rounding is None else rounding.absorb.data_ptr(),
             threads=torch.get_num_threads(),
         )
 

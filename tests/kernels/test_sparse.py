@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,8 +10,11 @@ import torch
 from torch import Tensor
 
 from sgopd_kernels import backends, gated_kl_loss, sparse
+from sgopd_kernels.backends.cpu import CpuBackend
 
 pytestmark = pytest.mark.skipif(not backends.usable("cpu"), reason="the native CPU extension is not built")
+
+SCREENS = CpuBackend.module is not None and CpuBackend.module.has_int16()
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +50,10 @@ def error(got: Tensor, true: Tensor) -> float:
     return float((got - true).norm() / true.norm())
 
 
+def change_settings(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
+    monkeypatch.setattr(sparse, "SETTINGS", tuple(replace(s, **changes) for s in sparse.SETTINGS))
+
+
 @pytest.mark.parametrize("gate", ["opd", "sg-opd", "opdvr"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(("spread", "distance"), [(4.0, 0.3), (4.0, 0.03), (8.0, 0.1), (4.0, 1e-4)])
@@ -62,14 +70,8 @@ def test_within_the_budget(spread: float, distance: float, dtype: torch.dtype, g
     assert got[3].error_estimate <= sparse.AUTO
 
 
-@pytest.mark.parametrize(("spread", "rank", "distance"), [(4.0, 4, 1e-2), (6.0, 4, 3e-3), (6.0, 1, 3e-3)])
-def test_the_estimate_refuses_a_screen_whose_noise_adds_up(
-    monkeypatch: pytest.MonkeyPatch, spread: float, rank: int, distance: float
-) -> None:
-    """Rounding a hidden state moves all logits of its token together, along what the head's rows share."""
-    # No probe before the estimate.
-    monkeypatch.setattr(sparse, "SHORT_SEGMENT_KL", 0.0)
-    monkeypatch.setattr(sparse, "LONG_SEGMENT_KL", 0.0)
+def shared_directions(spread: float, rank: int, distance: float) -> list[Tensor]:
+    """A head most of whose rows lies in `rank` directions, and a teacher that differs outside them."""
     n, v, h = 48, 16_384, 192
     g = torch.Generator().manual_seed(3)
     hidden = torch.randn(n, h, generator=g)
@@ -83,10 +85,20 @@ def test_the_estimate_refuses_a_screen_whose_noise_adds_up(
     teacher_hidden = hidden + distance * (step - step @ shared.T @ shared)
     teacher_weight = weight + distance * 0.3 * weight.std() * torch.randn(v, h, generator=g)
     ids = torch.multinomial(torch.softmax(hidden @ weight.T, -1), 1, generator=g).squeeze(-1)
-    operands = [hidden, weight, teacher_hidden, teacher_weight, ids, torch.ones(n)]
+    return [hidden, weight, teacher_hidden, teacher_weight, ids, torch.ones(n)]
+
+
+@pytest.mark.parametrize(("spread", "rank", "distance"), [(4.0, 4, 1e-2), (6.0, 4, 3e-3), (6.0, 1, 3e-3)])
+def test_the_estimate_refuses_a_screen_whose_noise_adds_up(
+    monkeypatch: pytest.MonkeyPatch, spread: float, rank: int, distance: float
+) -> None:
+    """Rounding a hidden state moves all logits of its token together, along what the head's rows share."""
+    # No probe before the estimate.
+    change_settings(monkeypatch, kl=1e-30)
+    operands = shared_directions(spread, rank, distance)
     truth = gradients([t.double() if t.is_floating_point() else t for t in operands])
     assert error(gradients(operands, backend="cpu")[1], truth[1]) <= sparse.AUTO
-    monkeypatch.setattr(sparse, "SCREEN_COHERENCE", 1.0)
+    change_settings(monkeypatch, coherence=1.0)
     unguarded = gradients(operands, backend="cpu")
     if unguarded[3].plan == "screened":  # not on a processor without a screen
         assert error(unguarded[1], truth[1]) > 1.5 * sparse.AUTO
@@ -118,10 +130,47 @@ def test_the_estimate_bounds_the_error() -> None:
         assert max(error(m, t) for m, t in zip(got[1:3], truth[1:3])) <= got[3].error_estimate
 
 
+@pytest.mark.parametrize("setting", [s for s in sparse.SETTINGS if s.feedback], ids=lambda s: str(s.segment))
+@pytest.mark.parametrize(("spread", "rank", "distance"), [(4.0, 1, 1e-2), (6.0, 16, 3e-3), (6.0, 48, 3e-3)])
+def test_the_estimate_holds_with_feedback(
+    monkeypatch: pytest.MonkeyPatch, setting: sparse.Setting, spread: float, rank: int, distance: float
+) -> None:
+    """With shared directions fewer, as many and three times as many as those that rounding feeds back."""
+    monkeypatch.setattr(sparse, "SETTINGS", (replace(setting, kl=1e-30),))
+    operands = shared_directions(spread, rank, distance)
+    truth = gradients([t.double() if t.is_floating_point() else t for t in operands])
+    got = gradients(operands, precision=5e-3)
+    assert max(error(m, t) for m, t in zip(got[:3], truth[:3])) <= got[3].error_estimate
+    assert got[3].plan == ("screened" if SCREENS else "filtered")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("segment", [64, 192])
+def test_feedback_takes_the_screens_error_off_the_heads_directions(segment: int, dtype: torch.dtype) -> None:
+    hidden, weight, *_ = (t.to(dtype) for t in shared_directions(4.0, 4, 1e-2)[:2])
+    if not SCREENS:
+        pytest.skip("this processor has neither AVX2 nor AVX512-VNNI")
+    backend = CpuBackend()
+    exact = hidden.double() @ weight.double().T
+    rounding = sparse.Rounding(sparse.Directions.of(weight))
+
+    def noise(rounding: sparse.Rounding | None) -> tuple[float, float]:
+        out = torch.empty(exact.shape)
+        backend.project_screened(hidden, weight, out, segment, rounding)
+        e = out.double() - exact
+        return float(e.norm() / exact.norm()), float((e @ weight.double()).norm())
+
+    (plain, along), (fed, fed_along) = noise(None), noise(rounding)
+    assert fed_along < 0.2 * along
+    assert fed < 1.1 * plain
+    # Directions that are none: every element stays within 1.5 steps of its place, and no accumulator overflows.
+    rounding.absorb.fill_(1e6)
+    assert noise(rounding)[0] < 4 * plain
+
+
 def test_the_estimate_knows_what_was_refined(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the KL leaves room, fewer logits are computed again in fp32: with far fewer, the screen must be refused."""
-    monkeypatch.setattr(sparse, "SHORT_SEGMENT_KL", 1e-30)
-    monkeypatch.setattr(sparse, "LONG_SEGMENT_KL", 1e-30)
+    change_settings(monkeypatch, kl=1e-30)
     monkeypatch.setattr(sparse, "MOST_MASS", 0.1)
     monkeypatch.setattr(sparse, "GATE", 1.0)  # the sign's guard would refuse it as well
     for distance in (0.01, 0.003, 0.001):

@@ -1,0 +1,45 @@
+// Rounding to int16 with error feedback, for the instruction sets that screen (int16.h has the idea).
+#pragma once
+
+#include <cstring>
+
+#include "int16.h"
+
+namespace sgopd {
+namespace {
+
+inline float widened(float x) { return x; }
+inline float widened(uint16_t x) {  // bf16
+  const uint32_t bits = static_cast<uint32_t>(x) << 16;
+  float f;
+  std::memcpy(&f, &bits, sizeof f);
+  return f;
+}
+
+// Rounds row * factor into `out` [h]: each element within kFed of its place.
+template <typename T>
+void round_with_feedback(const T* row, int64_t h, float factor, const Feedback& feedback, int16_t* out) {
+  float residual[kDirections] = {};
+  for (int64_t k = 0; k < h; ++k) {
+    if (factor == 0.f) {  // the row is not finite; its step says so
+      out[k] = 0;
+      continue;
+    }
+    const float* along = feedback.along + k * kDirections;
+    const float* absorb = feedback.absorb + k * kDirections;
+    const float x = widened(row[k]) * factor;
+    float taken = 0;
+#pragma omp simd reduction(+ : taken)
+    for (int64_t i = 0; i < kDirections; ++i) taken += absorb[i] * residual[i];
+    // also where directions are not what they should be: no accumulator may overflow
+    taken = taken < kMostFeedback ? taken > -kMostFeedback ? taken : -kMostFeedback : kMostFeedback;
+    const auto q = static_cast<int32_t>(__builtin_lrintf(x - taken));
+    out[k] = static_cast<int16_t>(q);
+    const float moved = static_cast<float>(q) - x;
+#pragma omp simd
+    for (int64_t i = 0; i < kDirections; ++i) residual[i] += moved * along[i];
+  }
+}
+
+}  // namespace
+}  // namespace sgopd
