@@ -75,7 +75,7 @@ DEFECTS = [
     Defect("screen: the estimate of the usual share refined", "sgopd_kernels/sparse.py", "at_most = self.mass *", "at_most = MASS *"),
     Defect("pairs: a NaN asks for more pairs", "sgopd_kernels/sparse.py", " and math.isfinite(left):", ":"),
     Defect("screen: feedback with the wrong sign", "csrc/cpu/feedback.h", "x - taken", "x + taken"),
-    Defect("screen: feedback without a limit", "csrc/cpu/feedback.h", "taken = taken < kMostFeedback ?", "taken = taken < 1e9f ?"),
+    Defect("screen: feedback without a limit", "csrc/cpu/int16.h", "constexpr float kMostFeedback = 1.f;", "constexpr float kMostFeedback = 1e9f;"),
     Defect("screen: feedback left out", "sgopd_kernels/backends/cpu.py", "along=0 if rounding is None else rounding.along.data_ptr()", "along=0 if rounding is None else torch.zeros_like(rounding.along).data_ptr()"),
     Defect("screen: a NaN lost at a new maximum", "csrc/cpu/sparse.cpp", "sum *= std::exp(static_cast<double>(highest) - top);", "sum = sum > 0 ? sum * std::exp(static_cast<double>(highest) - top) : 0.0;"),
     Defect("triton: the sign test turned round", TRITON, "    signed = d *", "    signed = -d *"),

@@ -21,7 +21,7 @@ template <typename T>
 void round_with_feedback(const T* row, int64_t h, float factor, const Feedback& feedback, int16_t* out) {
   float residual[kDirections] = {};
   for (int64_t k = 0; k < h; ++k) {
-    if (factor == 0.f) {  // the row is not finite; its step says so
+    if (factor == 0.f) {  // a row of zeros, or not finite: its step says so
       out[k] = 0;
       continue;
     }
@@ -31,8 +31,9 @@ void round_with_feedback(const T* row, int64_t h, float factor, const Feedback& 
     float taken = 0;
 #pragma omp simd reduction(+ : taken)
     for (int64_t i = 0; i < kDirections; ++i) taken += absorb[i] * residual[i];
-    // also where directions are not what they should be: no accumulator may overflow
-    taken = taken < kMostFeedback ? taken > -kMostFeedback ? taken : -kMostFeedback : kMostFeedback;
+    // Whatever the directions are: no accumulator may overflow, a NaN is nothing, and a row of zeros stays one.
+    if (!(taken <= kMostFeedback)) taken = taken > kMostFeedback ? kMostFeedback : 0.f;
+    if (taken < -kMostFeedback) taken = -kMostFeedback;
     const auto q = static_cast<int32_t>(__builtin_lrintf(x - taken));
     out[k] = static_cast<int16_t>(q);
     const float moved = static_cast<float>(q) - x;

@@ -52,7 +52,7 @@ constexpr int64_t kRoom = 11;       // rows: a block of 6 that is not full, and 
 constexpr float kNorm = 46340.95f;  // sqrt(2^31)
 
 struct Steps {
-  float factor;  // multiplies an element; 0 where the row is not finite
+  float factor;  // multiplies an element; 0 where the row is not finite, or 0
   float step;    // value of one integer step; NaN where the row is not finite
 };
 
@@ -64,7 +64,8 @@ constexpr float kFed = kNearest + kMostFeedback;
 // may move an element, which add to the norm.
 inline Steps steps_of(float largest, float peak, int64_t depth, float moved) {
   const float room = kNorm - moved * std::sqrt(2.f * static_cast<float>(depth)) - 16.f;
-  const float scale = largest > 0 ? room / std::sqrt(largest) : 1.f;
+  if (largest == 0.f) return {0.f, 1.f};
+  const float scale = room / std::sqrt(largest);
   if (!(largest < 1e30f && scale < 1e30f)) return {0.f, std::numeric_limits<float>::quiet_NaN()};
   // An element is at most the norm, 46,341 steps, yet has to fit 16 bits; saturation would be an error of the screen.
   const float shrink = peak * scale > 32700.f ? 32700.f / (peak * scale) : 1.f;
