@@ -138,7 +138,9 @@ class Rounding:
         inverse = axes @ torch.diag(1 / (power / others - 1).clamp(1e-6, 1e6)) @ axes.T
         behind = torch.einsum("rk,sk->krs", basis, basis).flip(0).cumsum(0).flip(0)
         absorb = torch.linalg.solve(behind + inverse, basis.T)
-        self.along, self.absorb = (torch.nn.functional.pad(x, (0, RANK - r)).float().contiguous() for x in (basis.T, absorb))
+        self.along, self.absorb = (
+            torch.nn.functional.pad(x, (0, RANK - r)).float().contiguous() for x in (basis.T, absorb)
+        )
 
 
 class Pairs(Protocol):
