@@ -73,7 +73,6 @@ DEFECTS = [
     Defect("door: a stride shorter than the row accepted", "csrc/arguments.h", "if (stride < columns)", "if (false)"),
     Defect("pairs: squares of what is left in plain fp32", "csrc/cpu/sparse.cpp", "threshold > 1e-37f ? 1.f / threshold : 1e37f", "1.f"),
     Defect("screen: the estimate of the usual share refined", "sgopd_kernels/sparse.py", "at_most = self.mass *", "at_most = MASS *"),
-    Defect("pairs: a NaN asks for more pairs", "sgopd_kernels/sparse.py", " and math.isfinite(left):", ":"),
     Defect("screen: feedback with the wrong sign", "csrc/cpu/feedback.h", "x - taken", "x + taken"),
     Defect("screen: feedback without a limit", "csrc/cpu/int16.h", "constexpr float kMostFeedback = 1.f;", "constexpr float kMostFeedback = 1e9f;"),
     Defect("screen: feedback left out", "sgopd_kernels/backends/cpu.py", "along=0 if rounding is None else rounding.along.data_ptr()", "along=0 if rounding is None else torch.zeros_like(rounding.along).data_ptr()"),
@@ -145,7 +144,9 @@ DEFECTS += [
     Defect("signal: the status of a run that is done", "sgopd/cli.py", "return 128 + trainer.stopped_by", "return 0", "checkpoint::test_a_signal_gives_the_conventional_exit_status"),
 ]
 # fmt: on
-KERNEL_TESTS = [f"tests/kernels/test_{name}.py" for name in ("parity", "api", "ops", "options", "fuzz_native")]
+KERNEL_TESTS = [
+    f"tests/kernels/test_{name}.py" for name in ("parity", "api", "ops", "options", "sparse", "fuzz_native")
+]
 INTERPRETED = ["tests/triton/interpreted.py"]
 
 
