@@ -16,18 +16,18 @@ inline float widened(uint16_t x) {  // bf16
   return f;
 }
 
-// Rounds row * factor into `out` [h]: each element within kFed of its place.
+// Rounds row * steps.factor into `out` [h], each element within kFed of its place; returns the value of one step.
 template <typename T>
-void round_with_feedback(const T* row, int64_t h, float factor, const Feedback& feedback, int16_t* out) {
+float round_with_feedback(const T* row, int64_t h, const Steps& steps, const Feedback& feedback, int16_t* out) {
+  if (steps.factor == 0.f) {  // a row of zeros, or not finite: its step says so
+    for (int64_t k = 0; k < h; ++k) out[k] = 0;
+    return steps.step;
+  }
   float residual[kDirections] = {};
   for (int64_t k = 0; k < h; ++k) {
-    if (factor == 0.f) {  // a row of zeros, or not finite: its step says so
-      out[k] = 0;
-      continue;
-    }
     const float* along = feedback.along + k * kDirections;
     const float* absorb = feedback.absorb + k * kDirections;
-    const float x = widened(row[k]) * factor;
+    const float x = widened(row[k]) * steps.factor;
     float taken = 0;
 #pragma omp simd reduction(+ : taken)
     for (int64_t i = 0; i < kDirections; ++i) taken += absorb[i] * residual[i];
@@ -40,6 +40,7 @@ void round_with_feedback(const T* row, int64_t h, float factor, const Feedback& 
 #pragma omp simd
     for (int64_t i = 0; i < kDirections; ++i) residual[i] += moved * along[i];
   }
+  return steps.step;
 }
 
 }  // namespace

@@ -61,15 +61,6 @@ float quantise(const T* row, int64_t h, int64_t depth, int16_t* out) {
   return steps.step;
 }
 
-// A hidden state, with feedback where there is one.
-template <typename T>
-float quantise_hidden(const T* row, int64_t h, int64_t depth, const Feedback& feedback, int16_t* out) {
-  if (feedback.absorb == nullptr) return quantise(row, h, depth, out);
-  const Steps steps = scale_of(row, h, depth, kFed);
-  round_with_feedback(row, h, steps.factor, feedback, out);
-  return steps.step;
-}
-
 // One segment, pairs [first, last), of kRows tokens by a panel. Segments but the last add to `partial` [kRows, 64]; the
 // last one goes to out. (Straight to out, every segment would meet the cache sets that rows of 2^k elements share.)
 template <int kRows>
@@ -120,7 +111,10 @@ void quantise_rows(const T* hidden, int64_t n, int64_t hidden_stride, int64_t h,
                    const Feedback& feedback, int16_t* out, int64_t stride, float* step) {
   for (int64_t i = 0; i < n; ++i) {
     for (int64_t k = h; k < stride; ++k) out[i * stride + k] = 0;
-    step[i] = quantise_hidden(hidden + i * hidden_stride, h, depth, feedback, out + i * stride);
+    const T* row = hidden + i * hidden_stride;
+    int16_t* to = out + i * stride;
+    step[i] = feedback.absorb == nullptr ? quantise(row, h, depth, to)
+                                         : round_with_feedback(row, h, scale_of(row, h, depth, kFed), feedback, to);
   }
 }
 

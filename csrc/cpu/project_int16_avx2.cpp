@@ -62,15 +62,6 @@ float quantise(const T* row, int64_t h, int64_t depth, int16_t* out) {
   return steps.step;
 }
 
-// A hidden state, with feedback where there is one.
-template <typename T>
-float quantise_hidden(const T* row, int64_t h, int64_t depth, const Feedback& feedback, int16_t* out) {
-  if (feedback.absorb == nullptr) return quantise(row, h, depth, out);
-  const Steps steps = scale_of(row, h, depth, kFed);
-  round_with_feedback(row, h, steps.factor, feedback, out);
-  return steps.step;
-}
-
 // pack[k][j] = elements (2k, 2k + 1) of row j as one word: rows [16, width] of int16, `width` a multiple of 16.
 void pack_panel(const int16_t* rows, int64_t width, uint32_t* pack) {
   for (int64_t k = 0; k < width / 2; k += 8) {
@@ -156,8 +147,12 @@ void quantise_rows(const T* hidden, int64_t n, int64_t hidden_stride, int64_t h,
   int16_t* rows = out + end * stride;
   for (int64_t first = 0; first < end; first += kTokens) {
     for (int64_t k = 0; k < kTokens * stride; ++k) rows[k] = 0;
-    for (int64_t i = first; i < min64(first + kTokens, n); ++i)
-      step[i] = quantise_hidden(hidden + i * hidden_stride, h, depth, feedback, rows + (i - first) * stride);
+    for (int64_t i = first; i < min64(first + kTokens, n); ++i) {
+      const T* row = hidden + i * hidden_stride;
+      int16_t* to = rows + (i - first) * stride;
+      step[i] = feedback.absorb == nullptr ? quantise(row, h, depth, to)
+                                           : round_with_feedback(row, h, scale_of(row, h, depth, kFed), feedback, to);
+    }
     auto* words = reinterpret_cast<Word*>(out + first * stride);
     for (int64_t k = 0; k < stride / 2; ++k)
       for (int64_t r = 0; r < kTokens; ++r)
