@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
@@ -27,6 +28,36 @@ class Prompts:
 
     def __len__(self) -> int:
         return len(self.examples)
+
+    def digest(self) -> str:
+        """SHA-256 of the token ids, answers and all other columns, in order: the same in every process and run."""
+        sha = hashlib.sha256()
+        for ids, example in zip(self.ids, self.examples):
+            sha.update(ascii((ids, canonical(example))).encode())
+        return sha.hexdigest()
+
+
+def canonical(value: Any) -> Any:
+    """`value` in lists, tuples and scalars whose text does not depend on addresses, hashes or the order of keys."""
+    if value is None or type(value) in (str, bytes, bool, int, float):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [canonical(item) for item in value]
+    if isinstance(value, dict):
+        return "dict", sorted(([canonical(key), canonical(item)] for key, item in value.items()), key=ascii)
+    if isinstance(value, (set, frozenset)):
+        return "set", sorted((canonical(item) for item in value), key=ascii)
+    if isinstance(value, (type, FunctionType, BuiltinFunctionType)):
+        return "named", value.__module__, value.__qualname__
+    # Dates, decimals, arrays, images, …: what pickle would write of them, which is how a verifier gets them.
+    try:
+        reduced = value.__reduce_ex__(2)
+    except Exception:  # whatever a class says that cannot be pickled, such as one with an open file
+        return "object", canonical(type(value))
+    if isinstance(reduced, str):
+        return "named", reduced
+    parts = [list(part) if number in (3, 4) and part is not None else part for number, part in enumerate(reduced)]
+    return "object", canonical(parts[:5])
 
 
 def load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, split: str) -> Prompts:

@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+import dataclasses
+import datetime
 import json
+import threading
+from decimal import Decimal
 
+import numpy
 import pyarrow
 import pyarrow.parquet
 import pytest
 
 from sgopd.config import Config, UserError
-from sgopd.data import derive_seed, has_eval_data, load_prompts, take
+from sgopd.data import Prompts, derive_seed, has_eval_data, load_prompts, take
 
 REQUIRED = {"model_name_or_path": "s", "teacher_model_name_or_path": "t", "output_dir": "o"}
 
@@ -128,6 +133,37 @@ def test_prompts_that_do_not_fit_are_dropped_and_counted(tmp_path, load):
     assert data.dropped == {"empty": 1, "over-long": 1}
     with pytest.raises(UserError, match=r"\(1 over-long\).*max_prompt_length \(1\)"):
         load(dataset_name=write(tmp_path / "e.jsonl", [{"prompt": "123", "answer": "0"}]), max_prompt_length=1)
+
+
+def test_a_digest_of_what_is_trained_on(load, tmp_path):
+    def digest(*rows, **changes):
+        return load(dataset_name=write(tmp_path / "d.jsonl", rows), **changes).digest()
+
+    one, two = {"prompt": "1+1=", "answer": "2", "level": 1}, {"prompt": "2+2=", "answer": "4", "level": None}
+    assert digest(one, two) == digest(dict(reversed(one.items())), two)
+    assert digest(one, two).startswith("9e87edde1ef9")  # whatever the machine
+    others = [digest(two, one), digest(one), digest(one, {**two, "level": "None"}), digest(one, {**two, "answer": "5"})]
+    others.append(digest(one, two, apply_chat_template=True))
+    assert len({digest(one, two), *others}) == 6
+
+
+def test_a_digest_does_not_depend_on_addresses_or_hashes():
+    """Columns from parquet, `datasets` and reasoning_gym: dates, arrays, objects, sets, and what cannot be pickled."""
+
+    @dataclasses.dataclass
+    class Meta:
+        numbers: set[int]
+        note: str
+
+    def digest(numbers, **changes):
+        row = {"when": datetime.datetime(2026, 1, 2), "d": Decimal("1.50"), "array": numpy.arange(3.0), 1: b"x"}
+        row |= {"meta": Meta(numbers, "\ud800"), "lock": threading.Lock(), "function": len, **changes}
+        return Prompts([row], [[1, 2]]).digest()
+
+    assert list({0, 8}) != list({8, 0})
+    assert digest({0, 8}) == digest({8, 0})
+    other = [digest({0, 9}), digest({0, 8}, array=numpy.arange(3)), digest({0, 8}, d=Decimal("1.5"))]
+    assert len({digest({0, 8}), *other}) == 4
 
 
 def test_order_is_a_fresh_permutation_each_epoch_and_can_be_entered_anywhere():
