@@ -14,6 +14,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # A pinned torch keeps the environment the same for everyone; any torch >= 2.10 works: make TORCH=torch test
 TORCH ?= torch==2.13.0
+# The tests of a file stay together, in as many processes as there are cores, four at most.
+WORKERS ?= -n logical --maxprocesses 4 --dist loadfile
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
 # One virtual environment: pip must not work in it twice at once.
@@ -67,7 +69,7 @@ quickstart: $(VENV)/.installed
 	$(VENV)/bin/sgopd quickstart
 
 test: $(VENV)/.test
-	$(VENV)/bin/pytest tests
+	$(VENV)/bin/pytest tests $(WORKERS)
 
 lint: $(VENV)-lint/.installed
 	$(VENV)-lint/bin/ruff format --check .

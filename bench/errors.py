@@ -1,6 +1,6 @@
 """Every option of `gated_kl_loss` on every backend: its error against the float64 reference, as a Markdown table.
 
-    python bench/errors.py
+    python bench/errors.py [--page docs/kernels.md]
 
 Seeded inputs: 160 tokens, 20 % ignored, V 1,200, widths 48 and 64, logits of standard deviation 3, a teacher of its own
 (KL several nats); "near": the student perturbed (KL about 1e-3). Errors are Frobenius: the loss per token, dH, dW.
@@ -9,8 +9,11 @@ tests/kernels/test_options.py holds them to bounds.
 
 from __future__ import annotations
 
+import argparse
+from pathlib import Path
 from typing import Any
 
+import page
 import torch
 from torch import Tensor
 
@@ -112,11 +115,19 @@ def errors(given: Options, backend: str, device: str = "cpu") -> list[float]:
 
 
 def main() -> None:
-    print("| option | " + " | ".join(f"{b}: loss, dH, dW" for b in BACKENDS) + " |")
-    print("|---" * (1 + len(BACKENDS)) + "|")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--page", type=Path, help="write the table between its marks on this page")
+    arguments = parser.parse_args()
+    lines = [
+        "| option | " + " | ".join(f"{b}: loss, dH, dW" for b in BACKENDS) + " |",
+        "|---" * (1 + len(BACKENDS)) + "|",
+    ]
     for name, given in options().items():
         cells = (", ".join(f"{e:.0e}" for e in errors(given, backend)) for backend in BACKENDS)
-        print(f"| {name} | {' | '.join(cells)} |")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    print(*lines, sep="\n")
+    if arguments.page is not None:
+        page.write(arguments.page, "errors", "\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import page
+
 # Kernels launched for one chunk. Exact: four products and the row pass, which tests/triton count, and eight small ones
 # (indexing of hidden states and statistics, a cast). Sparse plans: assumed.
 LAUNCHES_EXACT, LAUNCHES_FORWARD, LAUNCHES_SPARSE = 13, 8, 40
@@ -319,15 +321,6 @@ def markdown(shape: Shape, chunks: Iterable[int]) -> str:
     return "\n".join(lines) + "\n"
 
 
-MARKS = "<!-- roofline -->", "<!-- /roofline -->"
-
-
-def on_page(page: str, text: str) -> str:
-    """The page with `text` between its marks."""
-    before, rest = page.split(MARKS[0])
-    return f"{before}{MARKS[0]}\n\n{text}\n{MARKS[1]}{rest.split(MARKS[1])[1]}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("tokens", "vocabulary", "student", "teacher", "chunk"):
@@ -338,7 +331,7 @@ def main() -> None:
     args = parser.parse_args()
     text = markdown(Shape(args.tokens, args.vocabulary, args.student, args.teacher, args.chunk), args.chunks)
     if args.page is not None:
-        args.page.write_text(on_page(args.page.read_text(encoding="utf-8"), text), encoding="utf-8")
+        page.write(args.page, "roofline", text)
     elif args.output is None:
         print(text, end="")
     else:

@@ -140,8 +140,9 @@ def gated_kl_loss(
             throughout). "auto": 1.5e-3, what rounding a gradient to bf16 costs. "bf16": 2^-8. Or a number. A budget:
             each chunk of tokens takes the cheapest plan whose error, estimated from what was measured on that chunk,
             keeps within it (docs/kernels.md); `Stats.plan` and `Stats.error_estimate` say what came of it. The CPU
-            backend has such plans for calls of 2^31.5 multiply-adds a projection or more (105 tokens of SmolLM2), the
-            Triton backend products of a bf16 gradient from 2^33; all else is exact.
+            backend has such plans for calls of 2^31.5 multiply-adds a projection or more (105 tokens of SmolLM2). The
+            Triton backend, from 2^33, filters columns where few matter, and rounds a bf16 head's gradient to bf16 for
+            its products (docs/gpu.md). All else is exact.
         backend: "auto", "cpu" (native), "triton" (CUDA devices), "torch" (any device), "reference" (plain autograd in
             float64, O(N V) memory, twice differentiable).
         generator: of the gate's controls ("random", "shuffled"). None: torch's default generator.

@@ -19,6 +19,7 @@ FROM_SOURCE = os.environ.get("SGOPD_TEST_SOURCE") == "1"
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
 if FROM_SOURCE:
     sys.path.insert(0, str(ROOT))
+sys.path.append(str(ROOT / "bench"))  # scripts that tests import by name
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

@@ -2,16 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
+import errors as table
 import pytest
-
-_path = Path(__file__).resolve().parents[2] / "bench" / "errors.py"
-_spec = importlib.util.spec_from_file_location("errors", _path)
-assert _spec is not None and _spec.loader is not None
-table = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(table)
 
 OPTIONS = table.options()
 
