@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import ast
-import os
 import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -136,8 +135,7 @@ def spans(start: str) -> Iterator[tuple[str, str]]:
 def commands() -> list[Any]:
     """Every command on a page, without comments, loops and line ends that go on."""
     found = []
-    for parameter in blocks("bash"):
-        page, line, code = parameter.values
+    for page, _, code in (parameter.values for parameter in blocks("bash")):
         for command in re.sub(r"\\\n", " ", code).splitlines():
             command = re.sub(r"\s#.*", "", command).strip()
             for one in re.split(r";\s*(?:do\s+)?", command):
@@ -196,7 +194,7 @@ def check_sgopd(words: list[str]) -> None:
         return
     words = [re.sub(r"\$\w+", "0", word) if word.startswith("runs/") else word for word in words]
     words = ["sg-opd" if word == "$gate" else "0" if word == "$seed" else word for word in words]
-    command, path, settings = parse(words)
+    _, path, settings = parse(words)
     if path is not None and path.suffix == ".yaml" and path.name != "config.yaml":
         Config.load(path, settings)
 
