@@ -8,6 +8,7 @@ The names are TRL's and transformers' where the meaning is the same. The resolve
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import math
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+
+from sgopd.grading import THOUGHT_TAGS
 
 
 class UserError(Exception):
@@ -30,8 +33,8 @@ class LostProcess(UserError):
 
 def field(help: str, default: Any = MISSING) -> Any:
     """A dataclass field with the text that `--help` prints."""
-    if isinstance(default, dict):
-        return dataclasses.field(default_factory=lambda: dict(default), metadata={"help": help})
+    if isinstance(default, (dict, list)):
+        return dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata={"help": help})
     return dataclasses.field(default=default, metadata={"help": help})
 
 
@@ -88,6 +91,11 @@ class Config:
     verifier_timeout: float = field("seconds a single answer may take before its worker is killed", 3.0)
     verifier_memory_mb: int = field("MiB of memory a verifier process may use", 2048)
     truncated_is_incorrect: bool = field("a rollout that ran out of tokens is incorrect without being read", True)
+    thought_tags: list[list[str]] = field(
+        "[open, close] pairs: what stands between is not read for an answer; the tags that are special tokens are kept "
+        "in a rollout's text",
+        [list(pair) for pair in THOUGHT_TAGS],
+    )
 
     # --- loss (sgopd_kernels.gated_kl_loss) ---
     gate: str = field("sg-opd, opd, opdvr, protect, inverse, verified-only, failure-only, random, shuffled", "sg-opd")
@@ -181,6 +189,8 @@ class Config:
         for name in ("temperature", "learning_rate", "verifier_timeout"):
             self._expect(name, getattr(self, name) > 0, "> 0")
         self._expect("adam_epsilon", self.adam_epsilon > 0, "> 0: a weight without a gradient would become 0 / 0")
+        pairs = all(len(pair) == len({*pair} - {""}) == 2 for pair in self.thought_tags)
+        self._expect("thought_tags", pairs, "pairs of two different texts: [[<think>, </think>], …]")
         for name in ("top_p", "teacher_share"):
             self._expect(name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
         self._expect("top_p", self.top_p > 0, "> 0")

@@ -3,13 +3,14 @@ r"""From a response to an answer, and everything about an answer that can be tol
 All of it is string work in linear time on capped input, so the trainer's own process does it: most rollouts
 are decided here, and only a real question of mathematics reaches a worker process (`sgopd.math_equality`).
 
-The answer of a response is its last balanced `\boxed{}` outside `<think>…</think>`.
+The answer of a response is its last balanced `\boxed{}` outside thoughts (`THOUGHT_TAGS`).
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any
@@ -26,19 +27,59 @@ MAX_FACTORIAL = 5_000
 
 # --- extraction ---
 
-_THOUGHT = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
+# What opens a thought, and what closes it. In order of the models that came with them: DeepSeek-R1 and Qwen 3, Magistral,
+# Sky-T1, Seed-OSS, Kimi, Command A, MedGemma, gpt-oss (twice), and what prompts ask for.
+THOUGHT_TAGS: tuple[tuple[str, str], ...] = (
+    ("<think>", "</think>"),
+    ("[THINK]", "[/THINK]"),
+    ("<|begin_of_thought|>", "<|end_of_thought|>"),
+    ("<seed:think>", "</seed:think>"),
+    ("◁think▷", "◁/think▷"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<unused94>", "<unused95>"),
+    ("<|channel|>analysis", "<|channel|>final"),
+    ("<|channel|>commentary", "<|channel|>final"),
+    ("<thinking>", "</thinking>"),
+    ("<thought>", "</thought>"),
+    ("<thoughts>", "</thoughts>"),
+    ("<reasoning>", "</reasoning>"),
+    ("<reflection>", "</reflection>"),
+    ("<scratchpad>", "</scratchpad>"),
+    ("<analysis>", "</analysis>"),
+)
+Tags = Sequence[Sequence[str]]
 # The bounded repeats keep this linear: an unbounded one rescans a run of backslashes or blanks from every start.
 _BRACE = re.compile(r"(?P<box>\\{1,3}(?:boxed|fbox)\s{0,9}\{)|\\\\|\\[{}]|(?P<open>\{)|(?P<close>\})")
 _ANSWER_TAG = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL)
 _WRAPPED = re.compile(r"\\(?:text|textbf|textit|texttt|textrm|mathrm|mathbf|mathit|mbox|operatorname)\s?\{([^{}]*)\}")
 
 
-def visible_text(response: str) -> str:
+@lru_cache(maxsize=16)
+def _tag_pattern(tags: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, sorted(tags, key=len, reverse=True))), re.IGNORECASE)
+
+
+def visible_text(response: str, tags: Tags = THOUGHT_TAGS) -> str:
     """The last `TAIL_CHARS` characters of `response` outside thoughts.
 
-    A lone `</think>` closes a thought that the chat template opened; an unclosed `<think>` runs to the end.
+    A lone closing tag closes a thought that the chat template opened; an unclosed thought runs to the end. Inside a
+    thought only its own closing tag counts: whatever else stands there is what the model thought about.
     """
-    return _THOUGHT.sub("", response).rpartition("</think>")[2][-TAIL_CHARS:]
+    if not tags:
+        return response[-TAIL_CHARS:]
+    closes = {start.casefold(): end.casefold() for start, end in tags}
+    kept, position, awaited = [], 0, ""
+    for match in _tag_pattern(tuple(tag for pair in tags for tag in pair)).finditer(response):
+        tag = match[0].casefold()
+        if awaited:
+            if tag == awaited:
+                awaited, position = "", match.end()
+        elif tag in closes:
+            kept.append(response[position : match.start()])
+            awaited = closes[tag]
+        else:
+            kept, position = [], match.end()
+    return "".join([*kept, "" if awaited else response[position:]])[-TAIL_CHARS:]
 
 
 def last_box(text: str) -> str | None:
@@ -55,20 +96,20 @@ def last_box(text: str) -> str | None:
     return box
 
 
-def boxed_answer(response: str) -> str | None:
+def boxed_answer(response: str, tags: Tags = THOUGHT_TAGS) -> str | None:
     """The boxed answer, stripped; None where there is none or it is empty."""
-    return (last_box(visible_text(response)) or "").strip() or None
+    return (last_box(visible_text(response, tags)) or "").strip() or None
 
 
-def stated_answer(response: str) -> str | None:
+def stated_answer(response: str, tags: Tags = THOUGHT_TAGS) -> str | None:
     r"""The answer of a task that is not mathematics: box, else `<answer>…</answer>`, else the last line with text.
 
     `\text{…}` around the whole is typography and taken off. None if nothing is said outside thoughts.
     """
-    text = visible_text(response)
-    tags = _ANSWER_TAG.findall(text)
+    text = visible_text(response, tags)
+    tagged = _ANSWER_TAG.findall(text)
     lines = text.strip().splitlines()
-    answer = last_box(text) or (tags and tags[-1]) or (lines and lines[-1]) or ""
+    answer = last_box(text) or (tagged and tagged[-1]) or (lines and lines[-1]) or ""
     wrapped = _WRAPPED.fullmatch(answer.strip())
     return (wrapped[1] if wrapped else answer).strip() or None
 
@@ -433,13 +474,13 @@ def _without_letter(gold: str, answer: str) -> tuple[str, str]:
     return first, second
 
 
-def decide_math(response: str, example: Example) -> str | Work:
+def decide_math(response: str, example: Example, tags: Tags = THOUGHT_TAGS) -> str | Work:
     r"""Grades by spelling and by plain-number value; the rest, (gold, answer) in cleaned LaTeX, is for a worker.
 
     An answer that must not reach sympy is correct if spelled like the gold, else incorrect: a final
     answer is a value written out, not a tower of powers. Against such a gold any other answer is "bad_gold".
     """
-    answer = boxed_answer(response)
+    answer = boxed_answer(response, tags)
     if answer is None:
         return "no_answer"
     gold = reference_answer(example)
@@ -480,9 +521,9 @@ def decide_gold(example: Example) -> str | Work:
     return "" if value else (text, None)
 
 
-def decide_exact(response: str, example: Example) -> str:
+def decide_exact(response: str, example: Example, tags: Tags = THOUGHT_TAGS) -> str:
     """Grades `stated_answer` by string equality with `example["answer"]`, both stripped."""
-    answer = stated_answer(response)
+    answer = stated_answer(response, tags)
     gold = str(example.get("answer") or "").strip()
     if answer is None:
         return "no_answer"
@@ -506,14 +547,14 @@ _FORMULA = re.compile(
 )
 
 
-def decide_reasoning_gym(response: str, example: Example) -> str | Work:
+def decide_reasoning_gym(response: str, example: Example, tags: Tags = THOUGHT_TAGS) -> str | Work:
     """Extracts `stated_answer`; the dataset's scorer, in a worker, decides.
 
     Raises:
         ValueError: the example does not say its dataset, or its scorer would execute the model's answer.
     """
     dataset, entry = reasoning_gym_entry(example)
-    answer = stated_answer(response)
+    answer = stated_answer(response, tags)
     if answer is None:
         return "no_answer"
     if dataset in PARSING_DATASETS and (not _FORMULA.fullmatch(answer) or refusal(answer.replace("**", "^"))):

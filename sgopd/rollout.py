@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from sgopd.config import Config, UserError
+from sgopd.grading import THOUGHT_TAGS, Tags
 
 
 @dataclass
@@ -28,6 +29,7 @@ class Sampling:
         top_k, top_p: filters on the tempered distribution; 0 and 1 are off.
         batch_size: completions sampled at once; None is all of them.
         bf16: autocast the forward to bfloat16.
+        thought_tags: (open, close) pairs that a completion's text keeps, also where they are special tokens.
     """
 
     max_completion_length: int
@@ -38,6 +40,7 @@ class Sampling:
     top_p: float = 1.0
     batch_size: int | None = None
     bf16: bool = False
+    thought_tags: Tags = THOUGHT_TAGS
 
 
 @dataclass
@@ -47,7 +50,7 @@ class Completion:
     ids: Tensor  # [T] int64 on the CPU, with the end-of-sequence token if there is one
     logprobs: Tensor  # [T] float32: log-probability of each token, at the temperature, before top-k and top-p
     truncated: bool  # ran out of tokens
-    text: str  # without special tokens
+    text: str  # without special tokens but those of thoughts; it begins with the thought that the prompt opened
 
 
 @dataclass
@@ -79,6 +82,7 @@ def sampling_of(config: Config, eos_ids: tuple[int, ...], vocabulary: int) -> Sa
         top_p=config.top_p,
         batch_size=config.generation_batch_size,
         bf16=config.bf16,
+        thought_tags=config.thought_tags,
     )
 
 
@@ -172,8 +176,28 @@ def _generate_batch(
     lengths, ended = length_B.tolist(), ended_B.tolist()
     ids = [row[:length] for row, length in zip(ids_BT.cpu(), lengths)]
     logprobs = [row[:length] for row, length in zip(logprobs_BT.cpu(), lengths)]
-    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    texts = texts_of(tokenizer, prompts, ids, sampling.thought_tags)
     return [Completion(*parts) for parts in zip(ids, logprobs, (not end for end in ended), texts)]
+
+
+def texts_of(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], completions: Sequence[Tensor], tags: Tags
+) -> list[str]:
+    """The completions as text, in which a verifier can tell thoughts from the answer.
+
+    Special tokens are left out, but not those that open or close a thought. Where a chat template opened one at the end
+    of the prompt, the text begins with that tag: the completion alone doesn't show that it is a thought until it ends.
+    """
+    added = {id: token.content for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    kept = {id for id, text in added.items() if any(text in tag for pair in tags for tag in pair)}
+    left_out = torch.tensor(sorted(added.keys() - kept), dtype=torch.long)
+    if kept:
+        texts = tokenizer.batch_decode([ids[~torch.isin(ids, left_out)] for ids in completions])
+    else:
+        texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+    ends = [end.rstrip() for end in tokenizer.batch_decode([prompt[-16:] for prompt in prompts])]
+    opened = [next((start for start, _ in tags if end.endswith(start)), "") for end in ends]
+    return [start + text for start, text in zip(opened, texts)]
 
 
 def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -276,6 +276,7 @@ def start_verifier(config: Config) -> VerifierPool:
             timeout=config.verifier_timeout,
             memory_mb=config.verifier_memory_mb,
             truncated_is_incorrect=config.truncated_is_incorrect,
+            thought_tags=config.thought_tags,
         )
     except ValueError as error:
         raise UserError(f"verifier: {error}") from error

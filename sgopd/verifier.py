@@ -99,7 +99,7 @@ class VerifierPool:
 
     Args:
         kind: how a response is compared with `example["answer"]`.
-            "math": the last balanced `\boxed{}` outside `<think>…</think>`, by spelling, by value if both are plain
+            "math": the last balanced `\boxed{}` outside thoughts, by spelling, by value if both are plain
             numbers, else by math-verify. Gold: LaTeX, or a solution that ends in `\boxed{}` or `#### 72`.
             "exact": string equality of the box, else of `<answer>…</answer>`, else of the last line. Needs no workers.
             "reasoning-gym": the scorer of `example["source_dataset"]` on that same answer, full score only.
@@ -109,6 +109,7 @@ class VerifierPool:
         timeout: seconds for one response, from dispatch to a ready worker. Past it the worker is killed.
         memory_mb: MiB of address space of a worker, its imports included (sympy 60, reasoning_gym 200).
         truncated_is_incorrect: call a truncated response incorrect without reading it; otherwise grade it like any.
+        thought_tags: (open, close) pairs; what stands between is not read for an answer. A custom verifier gets it all.
 
     Raises:
         ValueError: an argument out of range, or an unknown kind.
@@ -123,6 +124,7 @@ class VerifierPool:
         timeout: float = 3.0,
         memory_mb: int = 2048,
         truncated_is_incorrect: bool = True,
+        thought_tags: grading.Tags = grading.THOUGHT_TAGS,
     ) -> None:
         if kind not in KINDS and not re.fullmatch(r"[\w.]+:[\w.]+", kind):
             near = difflib.get_close_matches(kind, KINDS, n=1)
@@ -138,6 +140,7 @@ class VerifierPool:
         self.timeout = timeout
         self.memory_mb = memory_mb
         self.truncated_is_incorrect = truncated_is_incorrect
+        self.thought_tags = thought_tags
         self._worker_count = 0 if kind == "exact" else workers
         self._search_path = "\n".join(os.path.abspath(entry) for entry in sys.path)
         self._workers: list[_Worker] = []
@@ -234,16 +237,16 @@ class VerifierPool:
     def _decide(self, response: str, example: Example) -> str | Work:
         if self.kind == "math":
             try:
-                return grading.decide_math(response, example)
+                return grading.decide_math(response, example, self.thought_tags)
             except Exception:  # whatever a model may write, it does not end a run
                 level = logging.DEBUG if "deciding" in self._logged else logging.WARNING
                 self._logged.add("deciding")
                 logger.log(level, "verifier: error while reading %.300r", response[-2_000:], exc_info=True)
                 return "error"
         if self.kind == "exact":
-            return grading.decide_exact(response, example)
+            return grading.decide_exact(response, example, self.thought_tags)
         if self.kind == "reasoning-gym":
-            return grading.decide_reasoning_gym(response, example)
+            return grading.decide_reasoning_gym(response, example, self.thought_tags)
         return response, example
 
     def _decide_gold(self, example: Example) -> str | Work:

@@ -20,8 +20,10 @@ from torch import Tensor
 from torch.nn import functional
 from trl import DistillationTrainer
 
+from sgopd.grading import THOUGHT_TAGS
 from sgopd.integrations.common import GATE_METRICS, gate_sums, log_ratios
 from sgopd.phases import Phases
+from sgopd.rollout import texts_of
 from sgopd.teacher import head_arguments, head_of
 from sgopd.verifier import CORRECT, INCORRECT, UNKNOWN, VerifierPool
 from sgopd_kernels import Gate, gated_kl_loss
@@ -90,16 +92,16 @@ class SGOPDTrainer(DistillationTrainer):
         taught: list[int] = []
         if self.model.training and self.phases.share(self.state.global_step) > 0:
             taught = self._offer_slots(output, inputs)
-        verdict = self._judge(output["completion_ids"], output["completion_mask"], inputs)
+        prompts = [row[on.bool()].tolist() for row, on in zip(output["prompt_ids"], output["prompt_mask"])]
+        verdict = self._judge(prompts, output["completion_ids"], output["completion_mask"], inputs)
         verdict[taught] = CORRECT
         output["verdict"] = verdict
         return output
 
-    def _judge(self, ids: Tensor, mask: Tensor, examples: list[dict[str, Any]]) -> Tensor:
+    def _judge(self, prompts: list[list[int]], ids: Tensor, mask: Tensor, examples: list[dict[str, Any]]) -> Tensor:
         lengths = mask.sum(1)
-        responses = self.processing_class.batch_decode(
-            [row[:n] for row, n in zip(ids.tolist(), lengths.tolist())], skip_special_tokens=True
-        )
+        completions = [row[:n] for row, n in zip(ids.cpu(), lengths.tolist())]
+        responses = texts_of(self.processing_class, prompts, completions, THOUGHT_TAGS)
         # A completion that was cut off ends with a token that is no end of sequence.
         last = ids.gather(1, (lengths - 1).clamp(min=0).unsqueeze(1)).squeeze(1)
         cut = ~torch.isin(last, torch.tensor(self.eos_token_ids, device=ids.device))
@@ -121,7 +123,8 @@ class SGOPDTrainer(DistillationTrainer):
             ids = whole[:, prompts.shape[1] :]
             ended = torch.isin(ids, torch.tensor(self.eos_token_ids, device=ids.device)).int()
             mask = (ended.cumsum(1) - ended == 0).to(output["completion_mask"].dtype)  # up to the first end, with it
-            endorsed = self._judge(ids, mask, [inputs[row] for row in rows]) == CORRECT
+            told = [prompt[on.bool()].tolist() for prompt, on in zip(prompts, attention)]
+            endorsed = self._judge(told, ids, mask, [inputs[row] for row in rows]) == CORRECT
             taught = [row for row, right in zip(rows, endorsed.tolist()) if right]
             if taught:
                 ids, mask = ids[endorsed], mask[endorsed]

@@ -14,7 +14,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from sgopd.rollout import Rollout, Sampling, collate, filtered, generate, sample
+from sgopd.grading import THOUGHT_TAGS
+from sgopd.rollout import Rollout, Sampling, collate, filtered, generate, sample, texts_of
 from sgopd.teacher import head_of, hidden_states
 
 PROMPTS = ["1+2=", "12345+6=", "7", "0+0+0+0+0="]
@@ -201,3 +202,18 @@ def test_collate_marks_what_predicts_the_completion(model, tokenizer):
     assert predicts[0].nonzero().squeeze(-1).tolist() == list(range(2, 2 + n))
     assert predicts[1].nonzero().squeeze(-1).tolist() == list(range(4, 4 + n))
     assert ids[:, 1:][predicts].tolist() == completion.ids.tolist() * 2
+
+
+def test_the_tags_of_thoughts_stay_in_the_text_where_they_are_special_tokens(tokenizer):
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>", "<tool>"]})
+    thought, end, tool = tokenizer.convert_tokens_to_ids(["<think>", "</think>", "<tool>"])
+    eight, nine = tokenizer("8")["input_ids"][-1], tokenizer("9")["input_ids"][-1]
+    completions = [
+        torch.tensor(ids)
+        for ids in ([thought, eight, end, nine, tokenizer.eos_token_id], [eight, tool, end, nine], [eight])
+    ]
+    prompts = [[eight, nine], [nine, thought], [nine, thought]]
+    texts = [text.replace(" ", "") for text in texts_of(tokenizer, prompts, completions, THOUGHT_TAGS)]
+    assert texts == ["<think>8</think>9", "<think>8</think>9", "<think>8"]
+    texts = [text.replace(" ", "") for text in texts_of(tokenizer, prompts, completions, [])]
+    assert texts == ["89", "89", "8"]

@@ -131,6 +131,24 @@ def test_extraction(response: str, expected: str | None) -> None:
     assert grading.boxed_answer(response) == expected
 
 
+@pytest.mark.parametrize(("start", "end"), grading.THOUGHT_TAGS)
+def test_what_is_inside_a_thought_is_no_answer(start: str, end: str) -> None:
+    for response, expected in [
+        (rf"{start}\boxed{{7}}{end}9", None),
+        (rf"{start}\boxed{{7}}", None),
+        (rf"\boxed{{7}}{end}9", None),
+        (rf"{start.upper()}\boxed{{7}}{end.upper()}\boxed{{9}}", "9"),
+        (rf"{start}a {start}b{end} \boxed{{7}}{end} c", None),
+        (rf"{start}is <think> or </think> a tag? \boxed{{7}}{end}\boxed{{9}}", "9"),
+        (rf"\boxed{{9}}{start}\boxed{{7}}{end}", "9"),
+    ]:
+        if end == "</think>" and "is <think>" in response:
+            continue
+        assert grading.boxed_answer(response) == expected, response
+    assert grading.boxed_answer(rf"{start}\boxed{{7}}{end}9", [("<mine>", "</mine>")]) == "7"
+    assert grading.boxed_answer(r"<mine>\boxed{7}</mine>9", [("<mine>", "</mine>")]) is None
+
+
 @pytest.mark.parametrize(
     ("response", "expected"),
     [
