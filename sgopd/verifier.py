@@ -39,6 +39,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import weakref
 from collections import Counter, deque
 from collections.abc import Sequence
@@ -83,12 +84,16 @@ class Verdict(NamedTuple):
     value: int  # CORRECT, INCORRECT or UNKNOWN
     reason: str  # a key of VALUES
     seconds: float  # from dispatch to the answer; 0 if no worker was needed
+    detail: str = ""  # of timeout, crashed and error: one line that says what happened, such as the exception's last
 
 
 class _Outcome(NamedTuple):
     reason: str
-    detail: str
-    seconds: float
+    detail: str = ""  # the last line is the verdict's; those before it are a traceback
+    seconds: float = 0.0
+
+    def last_line(self) -> str:
+        return (self.detail.strip().splitlines() or [""])[-1]
 
 
 class VerifierPool:
@@ -177,16 +182,16 @@ class VerifierPool:
                 f"verify got {len(responses)} responses, {len(examples)} examples and {len(flags)} truncated flags; "
                 "expected as many of each"
             )
-        decisions: list[str | Work] = []
+        decisions: list[_Outcome | Work] = []
         for response, example, cut in zip(responses, examples, flags):
             skip = cut and self.truncated_is_incorrect
-            decisions.append("truncated" if skip else self._decide(response, example))
-        works = [decision for decision in decisions if not isinstance(decision, str)]
+            decisions.append(_Outcome("truncated") if skip else self._decide(response, example))
+        works = [decision for decision in decisions if not isinstance(decision, _Outcome)]
         outcomes = iter(self._run(works))
         verdicts = []
         for decision in decisions:
-            reason, _, seconds = _Outcome(decision, "", 0.0) if isinstance(decision, str) else next(outcomes)
-            verdicts.append(Verdict(VALUES[reason], reason, seconds))
+            outcome = decision if isinstance(decision, _Outcome) else next(outcomes)
+            verdicts.append(Verdict(VALUES[outcome.reason], outcome.reason, outcome.seconds, outcome.last_line()))
         with self._lock:
             self._counts.update(verdict.reason for verdict in verdicts)
         return verdicts
@@ -234,20 +239,21 @@ class VerifierPool:
 
     # --- per kind: what is decided here, what a worker gets, what it means for a gold ---
 
-    def _decide(self, response: str, example: Example) -> str | Work:
+    def _decide(self, response: str, example: Example) -> _Outcome | Work:
+        decision: str | Work = response, example
         if self.kind == "math":
             try:
-                return grading.decide_math(response, example, self.thought_tags)
+                decision = grading.decide_math(response, example, self.thought_tags)
             except Exception:  # whatever a model may write, it does not end a run
                 level = logging.DEBUG if "deciding" in self._logged else logging.WARNING
                 self._logged.add("deciding")
                 logger.log(level, "verifier: error while reading %.300r", response[-2_000:], exc_info=True)
-                return "error"
-        if self.kind == "exact":
-            return grading.decide_exact(response, example, self.thought_tags)
-        if self.kind == "reasoning-gym":
-            return grading.decide_reasoning_gym(response, example, self.thought_tags)
-        return response, example
+                return _Outcome("error", traceback.format_exc())
+        elif self.kind == "exact":
+            decision = grading.decide_exact(response, example, self.thought_tags)
+        elif self.kind == "reasoning-gym":
+            decision = grading.decide_reasoning_gym(response, example, self.thought_tags)
+        return _Outcome(decision) if isinstance(decision, str) else decision
 
     def _decide_gold(self, example: Example) -> str | Work:
         """A complaint ("" if there is none), or the work that will tell."""
@@ -267,7 +273,7 @@ class VerifierPool:
         if outcome.reason == "incorrect" and self.kind == "reasoning-gym":
             return "the dataset's own scorer does not give it full score"
         if outcome.reason in ("timeout", "crashed", "error"):
-            return f"checking it ended with {outcome.reason}: {outcome.detail.strip().splitlines()[-1]}"
+            return f"checking it ended with {outcome.reason}: {outcome.last_line()}"
         return ""
 
     # --- the pool ---

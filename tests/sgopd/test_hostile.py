@@ -97,6 +97,7 @@ def test_an_error_while_reading_an_answer_is_a_verdict(
         verdicts = pool.verify([rf"\boxed{{{a}}}" for a in answers], [{"answer": "x+1"}] * 6)
         assert [v.reason for v in verdicts] == ["correct", "error", "correct", "error", "incorrect", "incorrect"]
         assert [v.value for v in verdicts] == [CORRECT, UNKNOWN, CORRECT, UNKNOWN, INCORRECT, INCORRECT]
+        assert verdicts[1].detail == "ValueError: cannot read this digit"
         assert pool.counts()["error"] == 2 and pool.counts()["correct"] == 2
     logged = [record for record in caplog.records if "error while reading" in record.getMessage()]
     assert len(logged) == 1 and "⑤" in logged[0].getMessage() and logged[0].exc_info

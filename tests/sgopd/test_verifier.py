@@ -351,7 +351,8 @@ def test_a_bad_response_harms_only_itself(custom: object, bad: str) -> None:
 
 def test_the_first_failure_of_a_kind_is_logged_with_its_cause(custom: object, caplog: pytest.LogCaptureFixture) -> None:
     with VerifierPool("customs:verify", workers=1) as pool:
-        pool.verify(["raise"] * 5, [{"answer": "a"}] * 5)
+        verdicts = pool.verify(["raise"] * 5 + ["a"], [{"answer": "a"}] * 6)
+        assert [verdict.detail for verdict in verdicts] == ["RuntimeError: sensor on fire"] * 5 + [""]
     warnings = [record for record in caplog.records if record.levelname == "WARNING"]
     assert len(warnings) == 1 and "sensor on fire" in warnings[0].getMessage()
 
