@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -86,10 +87,10 @@ def test_an_error_while_reading_an_answer_is_a_verdict(
     """The backstop: whatever bug is left, it costs one verdict, is counted, and is logged with its cause once."""
     decide = grading.decide_math
 
-    def faulty(response: str, example: grading.Example) -> str | grading.Work:
+    def faulty(response: str, *arguments: Any) -> str | grading.Work:
         if "⑤" in response:
             raise ValueError("cannot read this digit")
-        return decide(response, example)
+        return decide(response, *arguments)
 
     monkeypatch.setattr(grading, "decide_math", faulty)
     answers = ["x+1", "⑤", "1+x", "⑤x", "2+x", "7"]
