@@ -8,10 +8,12 @@ The names are TRL's and transformers' where the meaning is the same. The resolve
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from dataclasses import MISSING, dataclass
@@ -21,6 +23,29 @@ from typing import Any, Literal
 import yaml
 
 from sgopd.grading import THOUGHT_TAGS
+
+MAX_DEPTH = 64  # of lists and mappings in each other; Python's own limit ends some readers and writers at a few hundred
+# What a mapping of arguments may not hold, and what to do instead.
+RESERVED = {
+    "chat_template_kwargs": {
+        "chat_template": "save the template with the student's tokenizer (chat_template.jinja)",
+        **dict.fromkeys(
+            (
+                *("conversation", "conversations", "messages", "add_generation_prompt", "continue_final_message"),
+                *("tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+                *("return_assistant_tokens_mask", "tokenizer_kwargs"),
+            ),
+            "transformers' apply_chat_template takes it for itself, and training needs its own value. Leave it out",
+        ),
+    },
+    "dataset_kwargs": {
+        "path": "use dataset_name",
+        "name": "use dataset_config",
+        "split": "use dataset_train_split and dataset_test_split",
+        "size": "use dataset_size and eval_dataset_size",
+        "streaming": "data sets are read whole. Leave it out",
+    },
+}
 
 
 class UserError(Exception):
@@ -175,6 +200,9 @@ class Config:
         for name, value in vars(self).items():
             for number in value if isinstance(value, list) else [value]:
                 self._expect(name, not isinstance(number, float) or math.isfinite(number), "a finite number")
+        for name, remedies in RESERVED.items():
+            for key in getattr(self, name).keys() & remedies:
+                raise UserError(f"{name}: got {key!r}, which is no argument here: {remedies[key]}")
         at_least = {
             0: "top_k cold_start_steps teacher_probes warmup_steps weight_decay max_grad_norm eval_temperature "
             "num_completions_to_log",
@@ -261,15 +289,90 @@ class Config:
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """A YAML mapping of settings."""
+    text = read_text(path)
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read the config file {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        values = load_yaml(text, f"{path}")
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
         raise UserError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected `key: value` lines, got {type(values).__name__}")
     return values
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's takes the last of two equal keys without a word."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode) and key.value in lines:
+                raise UserError(
+                    f"{self.name}: the key {key.value!r} is there twice, in line {lines[key.value]} and line {line}: "
+                    "leave one out"
+                )
+            if isinstance(key, yaml.ScalarNode):
+                lines[key.value] = line
+        return node
+
+
+def load_yaml(text: str, source: str) -> Any:
+    """What YAML `text` says; `source` names it in messages."""
+    loader = _Loader(text)
+    loader.name = source
+    try:
+        value = loader.get_single_data()
+        if nested_deeper(value):
+            raise RecursionError
+    except RecursionError as error:
+        raise UserError(f"{source}: lists and mappings are nested more than {MAX_DEPTH} deep") from error
+    finally:
+        loader.dispose()
+    return value
+
+
+def nested_deeper(value: Any) -> bool:
+    """Whether lists and mappings lie more than MAX_DEPTH deep in each other, or in themselves."""
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        level = [one for one in level if isinstance(one, (list, dict))]
+        level = [item for one in level for item in (one.values() if isinstance(one, dict) else one)]
+    return bool(level)
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a UTF-8 file, without a byte order mark."""
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    try:
+        text = data.decode("utf-8-sig")
+        if "\0" not in text:
+            return text
+        start = data.index(0)  # ASCII in two or four bytes a character is valid UTF-8
+    except UnicodeDecodeError as error:
+        start = error.start
+    readings = {}
+    for encoding in (
+        ("utf-32", "utf-16", "utf-16-be") if b"\0" in data else ("cp1252", "gb18030", "shift_jis", "euc_kr")
+    ):
+        with contextlib.suppress(UnicodeDecodeError):
+            text = data.decode(encoding)
+            if ":" in text and not re.search(r"[\x00-\x08\x0e-\x1f\x7f-\x9f]", text):
+                readings[encoding] = re.sub(r"(?s)^\ufeff?[\x00-\x7f]*?([\x00-\x7f]{0,12}[^\x00-\x7f])", r"\1", text)[
+                    :24
+                ]
+    line = data.count(b"\n", 0, start) + 1
+    problem = f"{path}, line {line}: not UTF-8"
+    if not readings:
+        raise UserError(f"{problem}, nor text in another encoding that was tried. Is the file compressed, or no text?")
+    says = ", as ".join(f"{encoding} {reading!r}" for encoding, reading in readings.items())
+    raise UserError(
+        f"{problem}. As {says}. Save it in UTF-8 from the encoding that reads right: "
+        f"iconv -f {next(iter(readings))} -t UTF-8 {path} > NEW_FILE"
+    )
 
 
 def unknown(what: str, name: object, known: typing.Iterable[str]) -> str:
@@ -297,11 +400,32 @@ def convert(name: str, value: Any, hint: Any) -> Any:
         elif kind is float and not isinstance(value, bool):
             try:
                 return float(value)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 continue
         elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+            if kind is dict:
+                check_plain(name, value)
             return value
-    raise UserError(f"{name}: got {value!r} ({type(value).__name__}), expected {describe(hint)}")
+    raise UserError(f"{name}: got {value!r:.200} ({type(value).__name__}), expected {describe(hint)}")
+
+
+def check_plain(name: str, value: Any) -> None:
+    """Refuses what config.yaml and metrics.jsonl cannot give back: YAML's dates, sets, bytes, keys that are no text."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise UserError(f"{name}: the key {key!r:.80} is no text. Put it in quotes")
+            check_plain(f"{name}: {key}", item)
+    elif isinstance(value, list):
+        for item in value:
+            check_plain(name, item)
+    elif (
+        not (value is None or isinstance(value, (str, int, float))) or value in (math.inf, -math.inf) or value != value
+    ):
+        raise UserError(
+            f"{name}: got {value!r:.80} ({type(value).__name__}), expected text, a finite number, true, false, null, a "
+            "list or a mapping. Put it in quotes to have it as text"
+        )
 
 
 def describe(hint: Any) -> str:
@@ -323,6 +447,6 @@ def parse_flag(name: str, text: str) -> Any:
     if all(kind is str or kind is types.NoneType or typing.get_origin(kind) is Literal for kind in kinds):
         return None if text == "null" and types.NoneType in kinds else text
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
+        return load_yaml(text, f"--{name}")
+    except (yaml.YAMLError, ValueError):
         return text

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from sgopd.chat import Message, encode_conversation
 from sgopd.config import Config, UserError
+from sgopd.rows import Example, Row, is_file, load_rows, texts_of
 
-Example = dict[str, Any]  # {"prompt": text or messages, "answer": text, … the data set's own columns}
+# What may have to be said of prompts.
+ENDED = "are closed by the tokenizer with an end of sequence, which is left out: the student is to go on"
+BEGUN = "have a beginning of sequence in their text, so that the tokenizer's own is left out"
+LISTED = "have a list as answer, all of which belongs to it"
+SPECIAL = "hold special tokens as text in a message; they become the tokens themselves"
+SEEN_TO = ENDED, BEGUN, LISTED
 
 
 @dataclass
@@ -25,6 +32,7 @@ class Prompts:
     examples: list[Example]
     ids: list[list[int]]
     dropped: dict[str, int] = field(default_factory=dict)  # reason -> count
+    remarks: list[str] = field(default_factory=list)  # what a person should know of them
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -64,10 +72,9 @@ def load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, split: str)
     """Prompts of the "train" or the "eval" side of `config`.
 
     Raises:
-        UserError: the data cannot be read, a column is missing, or every prompt is empty or over-long.
+        UserError: the data cannot be read, a row is of no use (it says which), or every prompt is empty or over-long.
     """
-    examples = load_examples(config, split)
-    prompts = encode(examples, tokenizer, config)
+    prompts = encode(load_rows(config, split), tokenizer, config, "evaluation" if split == "eval" else "training")
     if not prompts.examples:
         reasons = ", ".join(f"{count} {reason}" for reason, count in prompts.dropped.items()) or "it has no rows"
         raise UserError(
@@ -84,126 +91,75 @@ def has_eval_data(config: Config) -> bool:
     return config.eval_dataset_name is not None or not is_file(config.dataset_name)
 
 
-def is_file(name: str) -> bool:
-    return name.endswith((".jsonl", ".json", ".parquet"))
+def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: Config, name: str = "training") -> Prompts:
+    """Token ids of each prompt: conversations through the chat template, text as it is (or as a user message).
 
-
-def load_examples(config: Config, split: str) -> list[Example]:
-    """Rows as {"prompt", "answer", …}; see `load_prompts`."""
-    evaluating = split == "eval"
-    name = (config.eval_dataset_name if evaluating else None) or config.dataset_name
-    size = config.eval_dataset_size if evaluating else config.dataset_size
-    part = (config.dataset_test_split if evaluating else None) or config.dataset_train_split
-
-    if name.startswith("task:"):
-        from sgopd.tasks import load_task
-
-        # The questions do not follow the run's seed: runs with different seeds are compared on the same ones.
-        seed = 0 if evaluating else config.seed
+    Raises:
+        UserError: a conversation that the template does not take; the message says in which row.
+    """
+    prompts = Prompts([], [])
+    dropped = {"empty": 0, "over-long": 0}
+    first: dict[str, str] = {}  # what is to be said of prompts -> the row that it is true of first …
+    remarks = Counter[str]()  # … and how often
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    special = re.compile("|".join(map(re.escape, {*tokenizer.all_special_tokens, *added})) or "(?!)")
+    for place, columns, several in rows:
+        prompt = columns["prompt"]
+        if isinstance(prompt, str) and config.apply_chat_template:
+            prompt = [{"role": "user", "content": prompt}]
+        said: list[str] = [LISTED] if several else []
+        ids: list[int] = []
         try:
-            return load_task(
-                name.removeprefix("task:"), **{"split": part, "size": size, "seed": seed, **config.dataset_kwargs}
-            )
-        except (ValueError, TypeError, ImportError) as error:
-            raise UserError(f"dataset_name {name!r}: {error}") from error
-
-    rows = read_file(name) if is_file(name) else read_hub(name, part, config)
-    if evaluating:
-        rows = rows[:size]
-    for number, row in enumerate(rows):
-        for setting in ("prompt_column", "answer_column"):
-            column = getattr(config, setting)
-            if column not in row:
-                raise UserError(
-                    f"{name}: row {number} has no column {column!r}; its columns are {', '.join(row) or 'none'}. "
-                    f"Name the right one with {setting}"
-                )
-    return [{**row, "prompt": row[config.prompt_column], "answer": str(row[config.answer_column])} for row in rows]
-
-
-def read_file(name: str) -> list[Example]:
-    """Rows of a JSON Lines or parquet file."""
-    path = Path(name)
-    if not path.is_file():
-        raise UserError(f"there is no data file {name} (looked from {Path.cwd()})")
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        try:
-            return pyarrow.parquet.read_table(path).to_pylist()
-        except (OSError, ValueError) as error:
-            raise UserError(f"{name} is not a readable parquet file: {error}") from error
-    rows = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{name}, line {number}: not JSON ({error}); expected one object a line") from error
-            if not isinstance(row, dict):
-                raise UserError(f"{name}, line {number}: expected a JSON object, got {type(row).__name__}")
-            rows.append(row)
-    return rows
-
-
-def read_hub(name: str, split: str, config: Config) -> list[Example]:
-    """Rows of a split of a `datasets` name or folder."""
-    import datasets
-
-    if name == "pandas":  # datasets' reader of .pkl files, in versions that still have it
-        raise UserError(
-            "dataset_name: 'pandas' reads pickles, which can run code. Save the data as parquet or JSON Lines"
-        )
-    try:
-        data = datasets.load_dataset(name, config.dataset_config, split=split, **config.dataset_kwargs)
-    except Exception as error:  # datasets raises its own, the hub's, pyarrow's and fsspec's
-        raise UserError(
-            f"datasets cannot load {name!r} (split {split!r}): {error}. Expected a .jsonl or .parquet file, a name "
-            "or folder that datasets.load_dataset takes, or task:<name>. Where there is no evaluation split, set "
-            "dataset_test_split to null"
-        ) from error
-    return data.to_list()
-
-
-def encode(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, config: Config) -> Prompts:
-    """Token ids of each prompt: conversations through the chat template, text as it is (or as a user message)."""
-    kept, ids, dropped = [], [], {"empty": 0, "over-long": 0}
-    for example in examples:
-        prompt_ids = encode_one(example["prompt"], tokenizer, config)
-        if not prompt_ids:
+            if is_empty(prompt):
+                pass
+            elif isinstance(prompt, str):
+                ids = encode_text(prompt, tokenizer, said)
+            else:
+                ids = encode_conversation(prompt, tokenizer, config, said)
+                if any(special.search(text) for message in prompt for text in texts_of(message["content"])):
+                    said.append(SPECIAL)
+        except UserError as error:
+            raise UserError(f"{place}: {error}") from error
+        if not ids:
             dropped["empty"] += 1
-        elif config.max_prompt_length is not None and len(prompt_ids) > config.max_prompt_length:
+        elif config.max_prompt_length is not None and len(ids) > config.max_prompt_length:
             dropped["over-long"] += 1
         else:
-            kept.append(example)
-            ids.append(prompt_ids)
-    return Prompts(kept, ids, {reason: count for reason, count in dropped.items() if count})
+            prompts.examples.append(columns)
+            prompts.ids.append(ids)
+            remarks.update(said)
+            for remark in said:
+                first.setdefault(remark, place)
+    prompts.dropped = {reason: count for reason, count in dropped.items() if count}
+    if prompts.dropped:
+        reasons = " and ".join(f"{count} {reason}" for reason, count in prompts.dropped.items())
+        prompts.remarks.append(f"warning: dropped {reasons} prompts, {len(prompts)} are left")
+    for remark, count in remarks.items():
+        sign = "" if remark in SEEN_TO else "warning: "
+        prompts.remarks.append(f"{sign}{count} of {len(prompts)} {name} prompts {remark} (first: {first[remark]})")
+    return prompts
 
 
-def encode_one(prompt: Any, tokenizer: PreTrainedTokenizerBase, config: Config) -> list[int]:
-    """Token ids of one prompt; empty for an empty one."""
-    if not prompt:
-        return []
+def is_empty(prompt: str | list[Message]) -> bool:
+    """Whether nothing is asked."""
     if isinstance(prompt, str):
-        if not config.apply_chat_template:
-            return list(tokenizer(prompt)["input_ids"])
-        prompt = [{"role": "user", "content": prompt}]
-    elif not (
-        isinstance(prompt, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt)
-    ):
-        raise UserError(f"a prompt must be text or a list of {{role, content}} messages, got {prompt!r:.200}")
-    if config.system_prompt is not None:
-        prompt = [{"role": "system", "content": config.system_prompt}, *prompt]
-    if tokenizer.chat_template is None:
-        raise UserError(
-            "the prompts are conversations, but the student's tokenizer has no chat template. Save one with the "
-            "tokenizer (chat_template.jinja), or give the prompts as plain text"
-        )
-    options = {"add_generation_prompt": True, "return_dict": True, **config.chat_template_kwargs}
-    encoded: Any = tokenizer.apply_chat_template(prompt, tokenize=True, **options)
-    return list(encoded["input_ids"])
+        return not prompt.strip()
+    return not any(
+        text.strip() for message in prompt if message["role"] != "system" for text in texts_of(message["content"])
+    )
+
+
+def encode_text(text: str, tokenizer: PreTrainedTokenizerBase, said: list[str]) -> list[int]:
+    """Token ids of plain text, without an end of sequence behind it or a second beginning before it."""
+    encoded = tokenizer(text, return_special_tokens_mask=True)
+    ids, added = list(encoded["input_ids"]), encoded["special_tokens_mask"]
+    if len(ids) > 1 and added[-1] and ids[-1] == tokenizer.eos_token_id:
+        ids.pop()
+        said.append(ENDED)
+    if added[:1] == [1] and ids[:2] == [tokenizer.bos_token_id] * 2:
+        del ids[0]
+        said.append(BEGUN)
+    return ids
 
 
 def take(position: int, count: int, size: int, seed: int) -> list[int]:

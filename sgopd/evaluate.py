@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from sgopd.data import Prompts, derive_seed, has_eval_data, load_prompts
 from sgopd.metrics import finite
 from sgopd.processes import Processes
 from sgopd.rollout import generate, sampling_of
-from sgopd.startup import start_verifier
+from sgopd.startup import check_prompt_ends, start_verifier
 from sgopd.teacher import eos_ids_of, head_of, load_model, load_tokenizer, move
 from sgopd.verifier import CORRECT, VerifierPool
 
@@ -86,6 +87,9 @@ def evaluate_models(config: Config) -> list[dict[str, Any]]:
             model = move(load_model(path, config, setting, dtype), processes.device).eval()
             questions = load_prompts(config, tokenizer, "eval")
             eos_ids, vocabulary = eos_ids_of(model, tokenizer), head_of(model).weight.shape[0]
+            if processes.main:  # standard output is for the records
+                for line in [*questions.remarks, *check_prompt_ends(questions, tokenizer, eos_ids)]:
+                    print(line, file=sys.stderr)
             result = evaluate(
                 model, tokenizer, questions, pool, config, processes, eos_ids=eos_ids, vocabulary=vocabulary
             )

@@ -7,6 +7,7 @@ ask for action begin with "warning".
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from sgopd.config import Config, UserError, read_yaml
 from sgopd.data import Prompts
 from sgopd.files import FolderLock, make_folder
 from sgopd.metrics import lost_records
+from sgopd.rows import texts_of
 from sgopd.teacher import LOGIT_DIVISORS, LOGIT_FACTORS, eos_ids_of, head_of, hidden_states, load_tokenizer
 from sgopd.verifier import VerifierPool
 
@@ -130,7 +132,8 @@ def check_models(
 ) -> list[str]:
     """All checks on `models`: the "student" and, compared with it, the "teacher" and perhaps the "reference"."""
     check_head(models["student"], "model_name_or_path")
-    texts = [prompt if isinstance(prompt := e["prompt"], str) else prompt[-1]["content"] for e in prompts.examples[:8]]
+    asked = (example["prompt"] for example in prompts.examples[:8])
+    texts = [prompt if isinstance(prompt, str) else texts_of(prompt[-1]["content"])[0] for prompt in asked]
     findings = []
     for whose, model in models.items():
         if whose == "student":
@@ -239,9 +242,9 @@ def check_prompts(
     findings = [f"data: {len(prompts)} prompts"]
     findings[0] += f", {len(questions)} evaluation questions" if questions else ", no evaluation questions"
     for data in (prompts, questions):
-        if data is not None and data.dropped:
-            dropped = " and ".join(f"{count} {reason}" for reason, count in data.dropped.items())
-            findings.append(f"warning: dropped {dropped} prompts, {len(data)} are left")
+        if data is not None:
+            findings += data.remarks + check_prompt_ends(data, tokenizer, eos_ids_of(models["student"], tokenizer))
+    findings += unused_settings(config, prompts, questions, tokenizer)
     plain = isinstance(prompts.examples[0]["prompt"], str)
     if plain and tokenizer.chat_template is not None and not config.apply_chat_template:
         findings.append("prompts are plain text: the chat template is not used (apply_chat_template: true would)")
@@ -259,6 +262,38 @@ def check_prompts(
                 )
             findings.append(f"warning: {said}")
     return findings
+
+
+def unused_settings(
+    config: Config, prompts: Prompts, questions: Prompts | None, tokenizer: PreTrainedTokenizerBase
+) -> list[str]:
+    """Settings of the chat template that change nothing."""
+    examples = [*prompts.examples, *(questions.examples if questions else [])]
+    if not config.apply_chat_template and all(isinstance(example["prompt"], str) for example in examples):
+        unused = [name for name in ("system_prompt", "chat_template_kwargs") if getattr(config, name)]
+        return [f"warning: {name} changes nothing: the prompts are plain text (apply_chat_template)" for name in unused]
+    known = inspect.signature(tokenizer.apply_chat_template).parameters.keys()
+    return [
+        f"warning: chat_template_kwargs: {name!r} changes nothing: the chat template does not read it"
+        for name in config.chat_template_kwargs
+        if name not in known and name not in str(tokenizer.chat_template)
+    ]
+
+
+def check_prompt_ends(prompts: Prompts, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int]) -> list[str]:
+    """Prompts that end where the answer should begin."""
+    ended = [
+        ids
+        for ids in prompts.ids
+        if ids[-1] in eos_ids or (len(ids) > 1 and ids[-2] in eos_ids and tokenizer.decode(ids[-1:]).isspace())
+    ]
+    if not ended:
+        return []
+    return [
+        f"warning: {len(ended)} of {len(prompts)} prompts, such as {tokenizer.decode(ended[0])[-40:]!r}, end with an "
+        "end-of-sequence token: the student is asked to go on where texts end. A chat template should write the header "
+        "of the assistant's turn (add_generation_prompt)"
+    ]
 
 
 def has_position_table(model: PreTrainedModel, room: int) -> bool:

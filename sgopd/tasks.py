@@ -42,9 +42,10 @@ def load_task(name: str, split: str = "train", size: int = 1000, seed: int = 0, 
             `reasoning-gym:<dataset>`: the fields of that dataset's config. `three-sums` has none.
 
     Returns:
-        Dicts with "prompt" (a list of messages), "answer" (the reference answer, a string) and the task's own
-        columns. `three-sums`: "misconceived" (bool), whether the quickstart's teacher mostly gets it wrong.
-        `reasoning-gym:<dataset>`: "source_dataset", "question" and "metadata", which its scorers read.
+        Dicts with "prompt" (a list of messages), "answer" (the reference answer, a string; None where a dataset of
+        reasoning_gym has none) and the task's own columns. `three-sums`: "misconceived" (bool), whether the
+        quickstart's teacher mostly gets it wrong. `reasoning-gym:<dataset>`: "source_dataset", "question" and
+        "metadata", which its scorers read.
 
     Raises:
         ValueError: an unknown task, dataset, split or option, or a value out of range.
@@ -130,7 +131,7 @@ def _reasoning_gym(name: str, split: str, size: int, seed: int, options: dict[st
     return [
         {
             "prompt": _user(f"{entry['question']}\n{INSTRUCTION}"),
-            "answer": str(entry["answer"]),
+            "answer": None if entry["answer"] is None else str(entry["answer"]),  # a few puzzles have a scorer only
             "question": entry["question"],
             "metadata": entry["metadata"],
             "source_dataset": name,

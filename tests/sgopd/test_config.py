@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
+import gzip
 
 import pytest
 import yaml
@@ -56,6 +58,14 @@ def test_numbers_that_yaml_reads_as_text(tmp_path):
         ({"estimator": "half"}, "expected one of full, sampled"),
         ({"gate_conflict": [1, "x"]}, "expected a number"),
         ({"chat_template_kwargs": "x"}, "expected a mapping"),
+        ({"chat_template_kwargs": {"tokenize": False}}, "got 'tokenize', which is no argument here"),
+        ({"chat_template_kwargs": {"messages": []}}, "got 'messages', which is no argument here"),
+        ({"chat_template_kwargs": {"chat_template": "x"}}, "(chat_template.jinja)"),
+        ({"chat_template_kwargs": {1: 2}}, "the key 1 is no text"),
+        ({"chat_template_kwargs": {"day": datetime.date(2026, 1, 2)}}, "chat_template_kwargs: day: got datetime.date"),
+        ({"dataset_kwargs": {"a": [{"b": float("nan")}]}}, "dataset_kwargs: a: b: got nan (float)"),
+        ({"dataset_kwargs": {"split": "train"}}, "use dataset_train_split and dataset_test_split"),
+        ({"learning_rate": 10**400}, "expected a number"),
         ({"model_name_or_path": 3}, "expected text"),
         ({"max_steps": 0}, "max_steps: got 0, expected >= 1"),
         ({"temperature": 0}, "temperature: got 0.0, expected > 0"),
@@ -78,12 +88,35 @@ def test_missing_settings_are_named():
         Config.load(None, {"model_name_or_path": "a", "teacher_model_name_or_path": "b"})
 
 
-@pytest.mark.parametrize(("text", "said"), [("a: [", "not valid YAML"), ("- 1", "`key: value` lines")])
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a: [", "not valid YAML"),
+        ("- 1", "`key: value` lines"),
+        ("seed: 1\nmax_steps: 2\nseed: 3\n", "the key 'seed' is there twice, in line 1 and line 3"),
+        ("dataset_kwargs:\n  a: 1\n  'a': 2\n", "the key 'a' is there twice, in line 2 and line 3"),
+        ("dataset_kwargs: {a: 1, a: 2}\n", "the key 'a' is there twice, in line 1 and line 1"),
+        ("a: " + 20_000 * "[", "nested more than 64 deep"),
+        ("a: " + 70 * "[" + 70 * "]", "nested more than 64 deep"),
+        ("a: &a [*a]", "nested more than 64 deep"),
+        ("seed: 2026-99-99", "not valid YAML: month must be in 1..12"),
+        ("seed: " + 5000 * "9", "not valid YAML: Exceeds the limit"),
+        ("system_prompt: Résumé: 5 €".encode("cp1252"), "line 1: not UTF-8. As cp1252 'em_prompt: R"),
+        (
+            "a: 1\nsystem_prompt: 用中文回答。".encode("gb18030"),
+            "line 2: not UTF-8. .*as gb18030 'tem_prompt: 用中文回答",
+        ),
+        ("a: 1\n".encode("utf-16"), "line 1: not UTF-8. As utf-16 'a: 1"),
+        ("a: 1\n".encode("utf-16-be"), "line 1: not UTF-8. As utf-16-be 'a: 1"),
+        (gzip.compress(b"a: 1\n"), "line 1: not UTF-8, nor text in another encoding that was tried"),
+    ],
+)
 def test_unusable_files(tmp_path, text, said):
     path = tmp_path / "c.yaml"
-    path.write_text(text)
-    with pytest.raises(UserError, match=said):
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match=said) as error:
         Config.load(path)
+    assert str(path) in str(error.value)
     with pytest.raises(UserError, match="cannot read"):
         Config.load(tmp_path / "none.yaml")
 
@@ -100,10 +133,24 @@ def test_unusable_files(tmp_path, text, said):
         ("output_dir", "null", "null"),
         ("save_steps", "null", None),
         ("bf16", "true", True),
+        ("max_steps", "2026-99-99", "2026-99-99"),
+        ("max_steps", 5000 * "9", 5000 * "9"),
     ],
 )
 def test_flags_are_read_as_yaml_but_text_stays_text(name, text, value):
     assert parse_flag(name, text) == value
+
+
+@pytest.mark.parametrize(("text", "said"), [("{a: 1, a: 2}", "'a' is there twice"), (2_000 * "[", "nested more than")])
+def test_flags_that_say_two_things_or_have_no_end(text, said):
+    with pytest.raises(UserError, match=f"--dataset_kwargs: .*{said}"):
+        parse_flag("dataset_kwargs", text)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_setting(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("\ufeff" + yaml.safe_dump(REQUIRED))
+    assert Config.load(path) == load()
 
 
 def test_every_setting_has_help_and_a_valid_default():

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import math
 import threading
 from decimal import Decimal
 
@@ -78,9 +79,9 @@ def test_evaluation_data(settings):
     [
         ([{"prompt": "1", "gold": "2"}], "no column 'answer'; its columns are prompt, gold"),
         ([{"answer": "1"}], "no column 'prompt'; its columns are answer"),
-        ([{"prompt": "1", "answer": "2"}, {"prompt": "1"}], "row 1 has no column 'answer'"),
-        ([{"prompt": 7, "answer": "2"}], "a prompt must be text or a list"),
-        ([{"prompt": [{"text": "x"}], "answer": "2"}], "a prompt must be text or a list"),
+        ([{"prompt": "1", "answer": "2"}, {"prompt": "1"}], "d.jsonl, line 2 has no column 'answer'"),
+        ([{"prompt": 7, "answer": "2"}], "expected text or a list of {role, content} messages"),
+        ([{"prompt": [{"text": "x"}], "answer": "2"}], "message 0 has the keys text; expected role and content"),
         ([], "it has no rows"),
         ([{"prompt": "", "answer": "2"}], "1 empty"),
     ],
@@ -98,13 +99,178 @@ def test_unreadable_files(tmp_path, load):
     broken.write_text('{"prompt": "1", "answer": "2"}\n\n{"prompt"\n')
     with pytest.raises(UserError, match="line 3: not JSON"):
         load(dataset_name=str(broken))
-    broken.write_text("[1]\n")
-    with pytest.raises(UserError, match="line 1: expected a JSON object"):
-        load(dataset_name=str(broken))
+    for text, said in (
+        ("[1]", "expected a JSON object, got list"),
+        ('{"prompt": "1", "answer": "2", "prompt": "3"}', 'the key "prompt" is there twice'),
+        ('{"prompt": "1", "answer": "2", "more": {"a": 1, "a": 1}}', 'the key "a" is there twice'),
+        ('{"prompt": "1", "answer": ' + 5000 * "9" + "}", "a number has more digits"),
+        ('{"prompt": "1", "answer": "2", "more": ' + 100_000 * "[", "lists and objects are nested more than 64 deep"),
+        (
+            '{"prompt": "1", "answer": "2", "more": ' + 70 * "[" + 70 * "]" + "}",
+            "lists and objects are nested more than 64 deep",
+        ),
+        ('{"prompt": "caf\xe9", "answer": "2"}'.encode("latin-1"), 'not UTF-8. As cp1252 \'rompt": "café'),
+        ('{"prompt": "1", "answer": "2"}'.encode("utf-16"), 'not UTF-8. As utf-16 \'{"prompt": "1'),
+    ):
+        first = b"" if isinstance(text, bytes) and text[:1] == b"\xff" else b'{"prompt": "1", "answer": "2"}\n'
+        broken.write_bytes(first + (text if isinstance(text, bytes) else text.encode()))
+        with pytest.raises(UserError) as error:
+            load(dataset_name=str(broken))
+        assert f"{broken}, line {2 if first else 1}: {said}" in str(error.value)
     parquet = tmp_path / "d.parquet"
     parquet.write_text("no parquet")
     with pytest.raises(UserError, match="not a readable parquet file"):
         load(dataset_name=str(parquet))
+    table = pyarrow.table([["1"], ["2"], ["3"]], names=["prompt", "answer", "answer"])
+    pyarrow.parquet.write_table(table, parquet)
+    with pytest.raises(UserError, match=r"not a readable parquet file: .*answer"):
+        load(dataset_name=str(parquet))
+    latin = pyarrow.array([b"1", b"caf\xe9"]).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["1", "2"], "answer": latin}), parquet)
+    with pytest.raises(UserError, match=r"row 1 .*column 'answer'"):
+        load(dataset_name=str(parquet))
+
+
+def test_line_ends_and_a_byte_order_mark(tmp_path, load):
+    data = tmp_path / "d.jsonl"
+    for end in ("\n", "\r\n", "\r"):
+        rows = ['{"prompt": "1\u2028", "answer": "2"}', "", '{"prompt": "3", "answer": "4"}']
+        data.write_bytes(b"\xef\xbb\xbf" + (end.join(rows)).encode())
+        assert [example["prompt"] for example in load(dataset_name=str(data)).examples] == ["1\u2028", "3"]
+
+
+ANSWERS = [  # in JSON, and what is said of it
+    ("null", "got null"),
+    ("NaN", "got NaN"),
+    ("1e999", "got Infinity"),
+    ("true", "got true"),
+    ('""', 'got ""'),
+    ('" \\n"', 'got " \\n"'),
+    ('{"value": 3}', 'got {"value": 3}'),
+    ("[]", "got []"),
+    ('["3", null]', "got null"),
+    ("[[3], [4]]", "got [[3], [4]]"),
+    ("[true]", "got true"),
+    ('"3\\ud800"', "lone surrogate"),
+]
+
+
+@pytest.mark.parametrize(("answer", "said"), ANSWERS)
+def test_answers_that_are_none(tmp_path, load, answer, said):
+    data = tmp_path / "d.jsonl"
+    data.write_text('{"prompt": "1+2=", "gold": "3"}\n\n' + '{"prompt": "1+2=", "gold": ' + answer + "}\n")
+    for split, name in (("train", "dataset_name"), ("eval", "eval_dataset_name")):
+        with pytest.raises(UserError) as error:
+            load(split, answer_column="gold", **{name: str(data)})
+        assert f"{data}, line 3, column 'gold': " in str(error.value) and said in str(error.value)
+        assert "leave the row out" in str(error.value)
+
+
+TABLE_ANSWERS = [
+    (None, "got null"),
+    (math.nan, "got NaN"),
+    (datetime.date(2026, 1, 2), "got datetime.date(2026, 1, 2) (date)"),
+    (b"3", "got b'3' (bytes)"),
+    ([["3"]], 'got [["3"]]'),
+    ({"value": "3"}, 'got {"value": "3"}'),
+    (True, "got true"),
+]
+
+
+@pytest.mark.parametrize(("answer", "said"), TABLE_ANSWERS)
+def test_answers_that_are_none_in_tables(tmp_path, load, answer, said):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist([{"prompt": "1+2=", "answer": answer}]), folder / "train.parquet"
+    )
+    kwargs = {"dataset_kwargs": {"cache_dir": str(tmp_path / "cache")}}
+    for name, options in ((folder / "train.parquet", {}), (folder, kwargs)):
+        with pytest.raises(UserError) as error:
+            load(dataset_name=str(name), **options)
+        assert "row 0 (the first is 0), column 'answer': " + said in str(error.value)
+
+
+def test_answers_as_text(tmp_path, load):
+    answers = [72, -5, 10**40, 0.5, 3.0, 1e-7, 1e22, ["3", "4"], [1e-7, 2], ["x=1"], " 7 "]
+    rows = [{"prompt": "1", "answer": answer} for answer in answers]
+    data = load(dataset_name=write(tmp_path / "d.jsonl", rows), answer_column="answer")
+    assert [example["answer"] for example in data.examples] == (
+        ["72", "-5", "1" + 40 * "0", "0.5", "3.0", "0.0000001", "1" + 22 * "0", "3, 4", "0.0000001, 2", "x=1", " 7 "]
+    )
+    (remark,) = data.remarks
+    assert remark.startswith("3 of 11 training prompts have a list as answer") and remark.endswith("d.jsonl, line 8)")
+
+
+def test_what_the_numbers_of_a_table_stand_for(tmp_path, load):
+    """float32 has no 0.1, a decimal column pads with zeros, and a class has a name."""
+    import datasets
+
+    columns = {
+        "single": pyarrow.array([0.1, 2.5], pyarrow.float32()),
+        "half": pyarrow.array([0.1, 2.5], pyarrow.float16()),
+        "singles": pyarrow.array([[0.1], [2.5, 1]], pyarrow.list_(pyarrow.float32())),
+        "decimal": pyarrow.array([Decimal("1.50"), Decimal("200")], pyarrow.decimal128(20, 10)),
+        "choice": pyarrow.array([1, 0]),
+    }
+    table = pyarrow.table({"prompt": ["1", "2"], **columns})
+    features = datasets.Features.from_arrow_schema(table.schema)
+    features["choice"] = datasets.ClassLabel(names=["A", "B"])
+    folder = tmp_path / "data"
+    folder.mkdir()
+    datasets.Dataset(table).cast(features).to_parquet(folder / "train.parquet")
+    expected = {
+        "single": ["0.1", "2.5"],
+        "half": ["0.1", "2.5"],
+        "singles": ["0.1", "2.5, 1.0"],
+        "decimal": ["1.5", "200"],
+        "choice": ["B", "A"],
+    }
+    kwargs = {"dataset_kwargs": {"cache_dir": str(tmp_path / "cache")}}
+    for name, options in ((folder / "train.parquet", {}), (folder, kwargs)):
+        for column, answers in expected.items():
+            data = load(dataset_name=str(name), answer_column=column, **options)
+            assert [example["answer"] for example in data.examples] == answers
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        (None, "got null; expected text or a list"),
+        (math.nan, "got NaN; expected text or a list"),
+        (["1", "2"], 'got ["1", "2"]; expected text or a list'),
+        ([], "a conversation without messages"),
+        ("1\ud800", "lone surrogate"),
+        ([{"role": None, "content": "1"}], "the role of message 0 is null"),
+        ([{"role": 3, "content": "1"}], "the role of message 0 is 3"),
+        ([{"role": "human", "content": "1"}], "the role 'human' is unknown to the chat template"),
+        ([{"role": "user\ud800", "content": "1"}], "lone surrogate"),
+        ([{"role": "user", "content": None}], "the content of message 0 is null"),
+        ([{"role": "user", "content": 3}], "the content of message 0 is 3"),
+        ([{"role": "user", "content": []}], "the content of message 0 is []"),
+        ([{"role": "user", "content": "\udfff"}], "lone surrogate"),
+        ([{"role": "user", "content": ["1"]}], 'the content of message 0 has "1"'),
+        ([{"role": "user", "content": [{"type": "text", "text": None}]}], 'has {"type": "text", "text": null}'),
+        ([{"role": "user", "content": [{"type": "image", "url": "x"}]}], 'a part of type "image"'),
+        ([{"from": "human", "value": "1"}], "message 0 has the keys from, value"),
+        ([{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}], "ends with the assistant's turn"),
+    ],
+)
+def test_prompts_that_are_none(tmp_path, load, prompt, said):
+    rows = [{"prompt": "1", "answer": "2"}, {"prompt": prompt, "answer": "2"}]
+    with pytest.raises(UserError) as error:
+        load(dataset_name=write(tmp_path / "d.jsonl", rows))
+    assert str(error.value).startswith(f"{tmp_path}/d.jsonl, line 2") and said in str(error.value)
+    str(error.value).encode()  # it can be printed
+
+
+def test_empty_prompts(tmp_path, load):
+    def talk(*contents):
+        return [{"role": role, "content": content} for role, content in zip(("system", "user"), contents)]
+
+    prompts = ["", " \n", talk("1"), talk("1", ""), talk("1", [{"type": "text", "text": " "}]), talk("", "2"), "1"]
+    data = load(dataset_name=write(tmp_path / "d.jsonl", [{"prompt": p, "answer": "0"} for p in prompts]))
+    assert len(data) == 2 and data.dropped == {"empty": 5}
 
 
 def test_conversations_and_text(tmp_path, load, tiny):
