@@ -289,7 +289,7 @@ class Config:
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """A YAML mapping of settings."""
-    text = read_text(path)
+    text = read_text(path, "config file")
     try:
         values = load_yaml(text, f"{path}")
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
@@ -341,12 +341,12 @@ def nested_deeper(value: Any) -> bool:
     return bool(level)
 
 
-def read_text(path: str | Path) -> str:
+def read_text(path: str | Path, what: str) -> str:
     """The text of a UTF-8 file, without a byte order mark."""
     try:
         data = Path(path).read_bytes()
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+        raise UserError(f"cannot read the {what} {path}: {error.strerror}") from error
     try:
         text = data.decode("utf-8-sig")
         if "\0" not in text:

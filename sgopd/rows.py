@@ -108,8 +108,7 @@ def check_prompt(value: Any) -> None:
         return
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         raise ValueError(f"got {shown(value)}; expected text or a list of {{role, content}} messages")
-    if not value:
-        raise ValueError("got a conversation without messages")
+    role = None
     for number, message in enumerate(value):
         role, content = message.get("role"), message.get("content")
         if not {"role", "content"} <= message.keys():
@@ -205,7 +204,7 @@ def read_json_lines(path: Path) -> Iterable[Row]:
             raise UserError(f"{place}: the key {shown(key)} is there twice. Leave one of them out")
         return row
 
-    for number, line in enumerate(io.StringIO(read_text(path), newline=None), start=1):
+    for number, line in enumerate(io.StringIO(read_text(path, "data file"), newline=None), start=1):
         if not line.strip():
             continue
         place = f"{path}, line {number}"
