@@ -24,6 +24,7 @@ TEMPLATE_SECONDS = 5.0  # for one conversation: templates take a few millisecond
 ROLES = ("system", "user", "assistant")  # templates write these into their headers without naming them
 
 
+TWICE = "have a system message of their own behind system_prompt"
 LOST = "lose something in the chat template that system or user say"
 
 
@@ -39,6 +40,8 @@ def encode_conversation(
         UserError: the tokenizer has no template, or it does not take the conversation.
     """
     if config.system_prompt is not None:
+        if messages[0]["role"] == "system":
+            said.append(TWICE)
         messages = [{"role": "system", "content": config.system_prompt}, *messages]
     if tokenizer.chat_template is None:
         raise UserError(

@@ -403,25 +403,26 @@ def convert(name: str, value: Any, hint: Any) -> Any:
             except (TypeError, ValueError, OverflowError):
                 continue
         elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
-            if kind is dict:
+            if kind in (dict, str):
                 check_plain(name, value)
             return value
     raise UserError(f"{name}: got {value!r:.200} ({type(value).__name__}), expected {describe(hint)}")
 
 
 def check_plain(name: str, value: Any) -> None:
-    """Refuses what config.yaml and metrics.jsonl cannot give back: YAML's dates, sets, bytes, keys that are no text."""
+    """Refuses what config.yaml and metrics.jsonl cannot give back: dates, sets, bytes, keys that are no text, …"""
     if isinstance(value, dict):
         for key, item in value.items():
             if not isinstance(key, str):
                 raise UserError(f"{name}: the key {key!r:.80} is no text. Put it in quotes")
-            check_plain(f"{name}: {key}", item)
+            check_plain(f"{name}: {key}", [key, item])
     elif isinstance(value, list):
         for item in value:
             check_plain(name, item)
-    elif (
-        not (value is None or isinstance(value, (str, int, float))) or value in (math.inf, -math.inf) or value != value
-    ):
+    elif isinstance(value, str):
+        if re.search(r"[\ud800-\udfff]", value):  # bytes of the command line, or an escape in the file
+            raise UserError(f"{name}: got {value!a:.80}, which UTF-8 cannot write. Use Unicode text")
+    elif not (value is None or (isinstance(value, (int, float)) and math.isfinite(value))):
         raise UserError(
             f"{name}: got {value!r:.80} ({type(value).__name__}), expected text, a finite number, true, false, null, a "
             "list or a mapping. Put it in quotes to have it as text"

@@ -22,6 +22,9 @@ ENDED = "are closed by the tokenizer with an end of sequence, which is left out:
 BEGUN = "have a beginning of sequence in their text, so that the tokenizer's own is left out"
 LISTED = "have a list as answer, all of which belongs to it"
 SPECIAL = "hold special tokens as text in a message; they become the tokens themselves"
+WRITTEN = "are conversations written out as text, and are read as text: give them as lists of {role, content}"
+MISSING = "have an answer that reads like a missing value: 'None', 'null' or 'nan'"
+UNKNOWN = "hold what the tokenizer does not know"
 SEEN_TO = ENDED, BEGUN, LISTED
 
 
@@ -103,6 +106,8 @@ def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: Conf
     remarks = Counter[str]()  # … and how often
     added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     special = re.compile("|".join(map(re.escape, {*tokenizer.all_special_tokens, *added})) or "(?!)")
+    others = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    unknown_id = None if tokenizer.unk_token_id in others else tokenizer.unk_token_id
     for place, columns, several in rows:
         prompt = columns["prompt"]
         if isinstance(prompt, str) and config.apply_chat_template:
@@ -120,6 +125,12 @@ def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: Conf
                     said.append(SPECIAL)
         except UserError as error:
             raise UserError(f"{place}: {error}") from error
+        except Exception as error:  # tokenizers raises no other kind
+            raise UserError(f"{place}: the tokenizer cannot take the prompt: {error}") from error
+        if unknown_id in ids:
+            said.append(UNKNOWN)
+        if str(columns["answer"]).strip().lower() in ("none", "null", "nan", "<na>"):
+            said.append(MISSING)
         if not ids:
             dropped["empty"] += 1
         elif config.max_prompt_length is not None and len(ids) > config.max_prompt_length:
@@ -151,6 +162,8 @@ def is_empty(prompt: str | list[Message]) -> bool:
 
 def encode_text(text: str, tokenizer: PreTrainedTokenizerBase, said: list[str]) -> list[int]:
     """Token ids of plain text, without an end of sequence behind it or a second beginning before it."""
+    if re.match(r"""\s*\[?\s*\{\s*["'](role|content)["']\s*:""", text):
+        said.append(WRITTEN)
     encoded = tokenizer(text, return_special_tokens_mask=True)
     ids, added = list(encoded["input_ids"]), encoded["special_tokens_mask"]
     if len(ids) > 1 and added[-1] and ids[-1] == tokenizer.eos_token_id:

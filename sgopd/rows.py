@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from decimal import Decimal
@@ -18,6 +19,8 @@ import pyarrow.parquet
 from sgopd.config import MAX_DEPTH, Config, UserError, nested_deeper, read_text
 
 Example = dict[str, Any]  # {"prompt": text or messages, "answer": text, … the data set's own columns}
+# More than MAX_DEPTH brackets opened in a row: pyarrow, which reads JSON for `datasets`, crashes on a hundred thousand.
+DEEP = re.compile(rb"""(?:[\[{]\s*(?:"[^"]{0,99}"\s*:\s*)?){%d}""" % (MAX_DEPTH + 1))
 
 
 class Row(NamedTuple):
@@ -233,14 +236,21 @@ def read_hub(name: str, split: str, config: Config) -> list[Row]:
         raise UserError(
             "dataset_name: 'pandas' reads pickles, which can run code. Save the data as parquet or JSON Lines"
         )
+    for path in sorted(Path(name).rglob("*.json*")) if Path(name).is_dir() else ():
+        if opened := DEEP.search(path.read_bytes()):
+            line = path.read_bytes().count(b"\n", 0, opened.start()) + 1
+            raise UserError(f"{path}, line {line}: lists and objects are nested more than {MAX_DEPTH} deep")
     try:
         data = datasets.load_dataset(name, config.dataset_config, split=split, **config.dataset_kwargs)
         rows, schema = data.to_list(), data.with_format("arrow")[:0].schema
     except Exception as error:  # datasets raises its own, the hub's, pyarrow's and fsspec's
+        causes = [str(error)]
+        while (error := error.__cause__) is not None:
+            causes.append(str(error))
         raise UserError(
-            f"datasets cannot load {name!r} (split {split!r}): {error}. Expected a .jsonl or .parquet file, a name "
-            "or folder that datasets.load_dataset takes, or task:<name>. Where there is no evaluation split, set "
-            "dataset_test_split to null"
+            f"datasets cannot load {name!r} (split {split!r}): {': '.join(dict.fromkeys(causes))}. Expected a .jsonl "
+            "or .parquet file, a name or folder that datasets.load_dataset takes, or task:<name>. Where there is no "
+            "evaluation split, set dataset_test_split to null"
         ) from error
     return numbered(f"{name} ({split})", as_meant(rows, schema, config.answer_column))
 

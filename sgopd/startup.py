@@ -19,7 +19,7 @@ from sgopd.config import Config, UserError, read_yaml
 from sgopd.data import Prompts
 from sgopd.files import FolderLock, make_folder
 from sgopd.metrics import lost_records
-from sgopd.rows import texts_of
+from sgopd.rows import is_file, texts_of
 from sgopd.teacher import LOGIT_DIVISORS, LOGIT_FACTORS, eos_ids_of, head_of, hidden_states, load_tokenizer
 from sgopd.verifier import VerifierPool
 
@@ -267,17 +267,24 @@ def check_prompts(
 def unused_settings(
     config: Config, prompts: Prompts, questions: Prompts | None, tokenizer: PreTrainedTokenizerBase
 ) -> list[str]:
-    """Settings of the chat template that change nothing."""
+    """Settings of the data that change nothing."""
+    names = [name for name in (config.dataset_name, config.eval_dataset_name) if name is not None]
+    unused = []
+    if config.dataset_kwargs and all(map(is_file, names)):
+        unused.append("dataset_kwargs changes nothing: a file takes none")
+    if config.dataset_config is not None and all(is_file(name) or name.startswith("task:") for name in names):
+        unused.append("dataset_config changes nothing: it is for a `datasets` name")
     examples = [*prompts.examples, *(questions.examples if questions else [])]
     if not config.apply_chat_template and all(isinstance(example["prompt"], str) for example in examples):
-        unused = [name for name in ("system_prompt", "chat_template_kwargs") if getattr(config, name)]
-        return [f"warning: {name} changes nothing: the prompts are plain text (apply_chat_template)" for name in unused]
-    known = inspect.signature(tokenizer.apply_chat_template).parameters.keys()
-    return [
-        f"warning: chat_template_kwargs: {name!r} changes nothing: the chat template does not read it"
-        for name in config.chat_template_kwargs
-        if name not in known and name not in str(tokenizer.chat_template)
-    ]
+        for setting in ("system_prompt", "chat_template_kwargs"):
+            if getattr(config, setting):
+                unused.append(f"{setting} changes nothing: the prompts are plain text (apply_chat_template)")
+    else:
+        known = inspect.signature(tokenizer.apply_chat_template).parameters.keys()
+        for name in config.chat_template_kwargs:
+            if name not in known and name not in str(tokenizer.chat_template):
+                unused.append(f"chat_template_kwargs: {name!r} changes nothing: the chat template does not read it")
+    return [f"warning: {line}" for line in unused]
 
 
 def check_prompt_ends(prompts: Prompts, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int]) -> list[str]:

@@ -95,10 +95,12 @@ def _three_sums(rng: random.Random, split: str) -> Example:
 
 
 def _arithmetic(rng: random.Random, split: str, operations: str = "+-", max_operand: int = 20) -> Example:
-    if not operations or set(operations) - set("+-*"):
+    if not isinstance(operations, str) or not operations or set(operations) - set("+-*"):
         raise ValueError(f"operations is {operations!r}; expected one or more of '+-*'")
-    if max_operand < 10:  # fewer than a hundred problems an operation: the held-out tenth could be empty
-        raise ValueError(f"max_operand is {max_operand}; expected 10 or more")
+    if (
+        not isinstance(max_operand, int) or max_operand < 10
+    ):  # fewer than a hundred problems an operation: the held-out tenth could be empty
+        raise ValueError(f"max_operand is {max_operand}; expected a whole number, 10 or more")
     while True:
         operation = rng.choice(operations)
         left, right = rng.randint(1, max_operand), rng.randint(1, max_operand)

@@ -8,12 +8,13 @@ import time
 
 import pyarrow.parquet
 import pytest
+from tokenizers.models import WordLevel
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
 from sgopd import chat, cli
 from sgopd.config import Config, UserError
-from sgopd.data import load_prompts
+from sgopd.data import MISSING, UNKNOWN, WRITTEN, load_prompts
 from sgopd.startup import check_prompt_ends, unused_settings
 
 TEXT = "{% for m in messages %}{{ m.content }}{% endfor %}="
@@ -39,7 +40,7 @@ def load(settings, tiny, tmp_path):
         if tokenizer is None:
             tokenizer = tiny.make_tokenizer()
             tokenizer.chat_template = template
-        loaded = load_prompts(Config.load(None, settings(dataset_name=str(data), **changes)), tokenizer, "train")
+        loaded = load_prompts(Config.load(None, settings(**{"dataset_name": str(data), **changes})), tokenizer, "train")
         return loaded, [tokenizer.decode(ids) for ids in loaded.ids]
 
     return make
@@ -187,6 +188,27 @@ def test_prompts_that_end_with_an_end_of_sequence(load, tiny, ending):
     assert warning.startswith("warning: 1 of 2 prompts, such as '1+2<eos>") and "add_generation_prompt" in warning
 
 
+def test_what_else_is_said_of_prompts(load, tiny, tmp_path):
+    def said(*prompts, **changes):
+        return [
+            remark.partition(" prompts ")[2].partition(" (first")[0] for remark in load(*prompts, **changes)[0].remarks
+        ]
+
+    talk = [{"role": "system", "content": "0"}, *user("1")]
+    assert said(talk) == [] and said(talk, system_prompt="0") == [chat.TWICE]
+    assert said(json.dumps(talk)) == said(str(talk)) == [WRITTEN, UNKNOWN]
+    assert said("1 é", user("é")) == [UNKNOWN]
+    data = tmp_path / "e.jsonl"
+    data.write_text(
+        "".join(json.dumps({"prompt": "1", "answer": answer}) + "\n" for answer in ("None", "nan", "none of it"))
+    )
+    assert said("1", dataset_name=str(data)) == [MISSING]
+    strict = tiny.make_tokenizer("1")
+    strict.backend_tokenizer.model = WordLevel({"1": 0}, unk_token="none")
+    with pytest.raises(UserError, match="line 2: the tokenizer cannot take the prompt: "):
+        load("1", "2", tokenizer=strict)
+
+
 def test_settings_that_change_nothing_are_said(load, settings, tiny):
     def unused(*prompts, **changes):
         config = Config.load(None, settings(**changes))
@@ -196,6 +218,9 @@ def test_settings_that_change_nothing_are_said(load, settings, tiny):
     assert warning.startswith("warning: system_prompt changes nothing: the prompts are plain text")
     assert not unused("1", system_prompt="0", apply_chat_template=True) and not unused(
         "1", user("1"), system_prompt="0"
+    )
+    assert [line.split()[1] for line in unused("1", dataset_config="x", dataset_kwargs={"a": 1})] == (
+        ["dataset_kwargs", "dataset_config"]
     )
     (warning,) = unused(user("1"), chat_template_kwargs={"enable_thinkin": False, "tools": []})
     assert "'enable_thinkin' changes nothing: the chat template does not read it" in warning

@@ -65,6 +65,8 @@ def test_numbers_that_yaml_reads_as_text(tmp_path):
         ({"chat_template_kwargs": {"day": datetime.date(2026, 1, 2)}}, "chat_template_kwargs: day: got datetime.date"),
         ({"dataset_kwargs": {"a": [{"b": float("nan")}]}}, "dataset_kwargs: a: b: got nan (float)"),
         ({"dataset_kwargs": {"split": "train"}}, "use dataset_train_split and dataset_test_split"),
+        ({"system_prompt": "\udcff"}, "got '\\udcff', which UTF-8 cannot write"),
+        ({"chat_template_kwargs": {"a": ["\ud800"]}}, "chat_template_kwargs: a: got '\\ud800'"),
         ({"learning_rate": 10**400}, "expected a number"),
         ({"model_name_or_path": 3}, "expected text"),
         ({"max_steps": 0}, "max_steps: got 0, expected >= 1"),

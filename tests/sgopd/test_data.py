@@ -55,6 +55,26 @@ def test_a_datasets_folder(tmp_path, load):
         load("eval", dataset_name=str(folder), dataset_test_split="validation", **kwargs)
 
 
+def test_data_sets_that_datasets_cannot_read(tmp_path, load):
+    """What it says lies two causes deep; and on deep nesting its reader ends the process."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for row, said in (
+        ('{"prompt": "1", "answer": "\\ud800"}', "The surrogate pair in string is invalid"),
+        (
+            '{"prompt": "1", "answer": "2", "more": ' + 100_000 * "[",
+            "train.jsonl, line 2: lists and objects are nested",
+        ),
+        (
+            '{"prompt": "1", "answer": "2", "more": ' + 100_000 * '{"a": [ ',
+            "train.jsonl, line 2: lists and objects are",
+        ),
+    ):
+        (folder / "train.jsonl").write_text('{"prompt": "1", "answer": "2"}\n' + row)
+        with pytest.raises(UserError, match=said):
+            load(dataset_name=str(folder), dataset_kwargs={"cache_dir": str(tmp_path / "cache")})
+
+
 def test_a_procedural_task_is_the_same_every_time_and_its_questions_ignore_the_seed(load):
     task = {"dataset_name": "task:three-sums", "dataset_size": 20, "eval_dataset_size": 5}
     assert load(**task).examples == load(**task).examples
@@ -62,6 +82,18 @@ def test_a_procedural_task_is_the_same_every_time_and_its_questions_ignore_the_s
     assert load("eval", **task).examples == load("eval", seed=4, **task).examples
     with pytest.raises(UserError, match="three-sums"):
         load(dataset_name="task:three-sum")
+    for options, said in (({"operations": {"+": 1}}, "operations is"), ({"max_operand": 20.5}, "a whole number")):
+        with pytest.raises(UserError, match=f"task:arithmetic.*{said}"):
+            load(dataset_name="task:arithmetic", dataset_kwargs=options)
+
+
+def test_a_puzzle_without_an_answer_is_for_its_scorer_alone(load):
+    """Its answer was the text None, and every rollout incorrect."""
+    pytest.importorskip("reasoning_gym")
+    puzzles = {"dataset_name": "task:reasoning-gym:rubiks_cube", "dataset_size": 2}
+    assert load(**puzzles, verifier="reasoning-gym").examples[0]["answer"] is None
+    with pytest.raises(UserError, match=r"rubiks_cube, row 0 .*column 'answer': got null"):
+        load(**puzzles, verifier="math")
 
 
 def test_evaluation_data(settings):
