@@ -574,6 +574,13 @@ KILLERS = {
     "forged reply": '[os.write(fd, b\'["correct", ""]\\n\') for fd in (0, 1)]',
     "forged print": 'print(\'["correct", ""]\', flush=True)',
     "MemoryError": "raise MemoryError",
+    "foreign descriptors": "for fd in range(2000, 2, -1):\n"
+    "    if os.path.exists(f'/proc/self/fd/{fd}'): os.write(fd, b'garbage')",
+    "descriptors replaced": "f = os.open(os.devnull, os.O_RDWR)\n"
+    "[os.dup2(f, fd) for fd in range(3, 2000) if os.path.exists(f'/proc/self/fd/{fd}')]",
+    "returns twice": "os.fork()",
+    "a session of its own": "import subprocess; subprocess.Popen(['sleep', '3600'], start_new_session=True)",
+    "double fork": "if os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0: time.sleep(3600)\n    os._exit(0)",
     "no streams": "sys.stdout = sys.stderr = None\nraise RuntimeError",
     "atexit": "import atexit; atexit.register(time.sleep, 3600); os.kill(os.getpid(), signal.SIGTERM)",
 }
@@ -657,7 +664,7 @@ class Watch:
 
     def _run(self) -> None:
         while not self._stop.wait(0.01):
-            for pid in children():
+            for pid in itertools.chain.from_iterable(map(children, children())):  # below their keepers
                 with contextlib.suppress(OSError, ValueError, IndexError):
                     if b"verifier_worker" not in Path(f"/proc/{pid}/cmdline").read_bytes():
                         continue  # between fork and exec it is this process's memory
@@ -667,11 +674,21 @@ class Watch:
                     self.resident = max(self.resident, high)
 
 
-def children() -> set[int]:
+def children(parent: int | str = "self") -> set[int]:
     found = set()
-    for task in Path("/proc/self/task").iterdir():
-        with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):
+        for task in Path(f"/proc/{parent}/task").iterdir():
             found |= {int(pid) for pid in (task / "children").read_text().split()}
+    return found
+
+
+def marked(mark: str) -> set[int]:
+    """Processes that were started with the environment variable HOSTILE_MARK=mark."""
+    found = set()
+    for entry in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if f"HOSTILE_MARK={mark}".encode() in entry.read_bytes().split(b"\0"):
+                found.add(int(entry.parent.name))
     return found
 
 
@@ -702,12 +719,13 @@ def attack(
     """Grades `attackers`, sixteen at a time with as many neighbours among them."""
     from sgopd.verifier import VerifierPool
 
-    before, memory_before = children(), resident_mb()
+    mark, memory_before = f"{os.getpid()}-{time.monotonic_ns()}", resident_mb()
     verdicts: dict[int, Any] = {}
     overrun, deciding, wrong, beside = -timeout, 0.0, 0, 0
     with Watch() as watch:
         for kind in dict.fromkeys(case.kind for case in attackers):
             mine = [(index, case) for index, case in enumerate(attackers) if case.kind == kind]
+            os.environ["HOSTILE_MARK"] = mark  # what the pool's processes start inherits it, wherever it goes
             with VerifierPool(kind, workers=workers, timeout=timeout, memory_mb=memory_mb) as pool:
                 pool.check_golds([])
                 for start in range(0, len(mine), 16):
@@ -739,7 +757,7 @@ def attack(
         caller_growth=resident_mb() - memory_before,
         neighbours=beside,
         wrong_neighbours=wrong,
-        left_behind=len(children() - before),
+        left_behind=len(marked(mark)),
         executed=trace.exists(),
         verdicts=[verdict[:2] for verdict in ordered],
     )

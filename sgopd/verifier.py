@@ -6,7 +6,8 @@ r"""Verdicts on rollouts, from worker processes that can be killed.
 Checking mathematics means running sympy on what a language model wrote, and `\boxed{10^{10^{10}}}` is enough
 to freeze a Python process for good. So the trainer's process only extracts answers and settles the plain
 ones (`sgopd.grading`); the rest goes to processes that import neither torch nor the caller's `__main__`,
-take one piece of work at a time, and are killed and replaced when it runs past its deadline.
+take one piece of work at a time, and are killed and replaced when it runs past its deadline. Nothing that such a
+process does, or that it writes to descriptors of ours, reaches the caller as anything but a verdict.
 
 What is not known is `UNKNOWN`, and an unknown verdict never pushes the gate:
 
@@ -17,21 +18,22 @@ What is not known is `UNKNOWN`, and an unknown verdict never pushes the gate:
 | truncated | −1 | the response was cut off, and was not read (`truncated_is_incorrect`) |
 | unknown | 0 | a custom verifier returned None |
 | timeout | 0 | grading ran past the deadline; the worker was killed |
-| crashed | 0 | the worker died: out of memory, a segmentation fault, `os._exit` |
+| crashed | 0 | the worker died (out of memory, a segmentation fault, `os._exit`), or its reply is none |
 | error | 0 | the grader raised |
 | bad_gold | 0 | the reference answer cannot be read, and the response is not spelled like it |
 """
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import json
 import logging
 import math
 import os
 import pickle
 import re
+import reprlib
+import secrets
+import select
 import selectors
 import signal
 import struct
@@ -39,16 +41,16 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
 import weakref
 from collections import Counter, deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sgopd import grading
 from sgopd.grading import Example, Work
+from sgopd.verifier_worker import describe
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +70,10 @@ KINDS = ("math", "exact", "reasoning-gym")
 
 _START_SECONDS = 120.0  # to import what a kind needs, on a busy machine
 _START_ATTEMPTS = 3
+_RETRY_SECONDS = 0.5
+_END_SECONDS = 10.0  # for a worker's keeper to kill all that it started
+_HEAD = struct.Struct("!16sI")  # of a reply: the nonce of its task, and the length of what follows
+_MAX_REPLY = 4_096
 # The caller's search path, not the folder it happens to run in; nothing but `sys` is imported before it is set.
 _WORKER = r"import sys; sys.path[:] = sys.argv[1].split('\n'); import sgopd.verifier_worker as w; w.main()"
 _WORKER_ENVIRONMENT = {
@@ -241,30 +247,35 @@ class VerifierPool:
 
     def _decide(self, response: str, example: Example) -> _Outcome | Work:
         decision: str | Work = response, example
-        if self.kind == "math":
-            try:
+        if self.kind == "reasoning-gym":
+            grading.reasoning_gym_entry(example)  # what it has to say of the data set is the caller's mistake
+        try:
+            if self.kind == "math":
                 decision = grading.decide_math(response, example, self.thought_tags)
-            except Exception:  # whatever a model may write, it does not end a run
-                level = logging.DEBUG if "deciding" in self._logged else logging.WARNING
-                self._logged.add("deciding")
-                logger.log(level, "verifier: error while reading %.300r", response[-2_000:], exc_info=True)
-                return _Outcome("error", traceback.format_exc())
-        elif self.kind == "exact":
-            decision = grading.decide_exact(response, example, self.thought_tags)
-        elif self.kind == "reasoning-gym":
-            decision = grading.decide_reasoning_gym(response, example, self.thought_tags)
+            elif self.kind == "exact":
+                decision = grading.decide_exact(response, example, self.thought_tags)
+            elif self.kind == "reasoning-gym":
+                decision = grading.decide_reasoning_gym(response, example, self.thought_tags)
+        except Exception as error:  # whatever a model may write, it does not end a run
+            level = logging.DEBUG if "deciding" in self._logged else logging.WARNING
+            self._logged.add("deciding")
+            logger.log(level, "verifier: error while reading %s", _short(response[-2_000:]), exc_info=True)
+            return _Outcome("error", describe(error))
         return _Outcome(decision) if isinstance(decision, str) else decision
 
     def _decide_gold(self, example: Example) -> str | Work:
         """A complaint ("" if there is none), or the work that will tell."""
-        if self.kind == "math":
-            return grading.decide_gold(example)
-        if self.kind == "exact":
-            return "" if str(example.get("answer") or "").strip() else "it is empty"
         if self.kind == "reasoning-gym":
             dataset, entry = grading.reasoning_gym_entry(example)
             has_answer = entry["answer"] not in (None, "None")  # some puzzles have a scorer only
             return (dataset, entry["answer"], entry) if has_answer else ""
+        try:
+            if self.kind == "math":
+                return grading.decide_gold(example)
+            if self.kind == "exact":
+                return "" if str(example.get("answer") or "").strip() else "it is empty"
+        except Exception as error:  # such as a number of 5,000 digits, which Python does not write out
+            return f"it cannot be read: {error}"
         return ""
 
     def _complaint(self, outcome: _Outcome) -> str:
@@ -280,7 +291,7 @@ class VerifierPool:
 
     def _run(self, works: Sequence[Work], wait_for_start: bool = False) -> list[_Outcome]:
         """Has the workers do `works`; outcomes in the same order. May wait for a first worker even without work."""
-        requests = deque(enumerate(_request(work) for work in works))
+        waiting = deque(enumerate(works))
         outcomes: dict[int, _Outcome] = {}
         with self._lock:
             if self._closed:
@@ -290,8 +301,10 @@ class VerifierPool:
                 while len(outcomes) < len(works) or (must_start and not self._started):
                     self._fill()
                     for worker in self._workers:
-                        if requests and worker.is_idle():
-                            worker.dispatch(*requests.popleft(), self.timeout)
+                        if waiting and worker.is_idle():
+                            task, work = waiting.popleft()
+                            # Pickled when its turn comes: a batch of wide rows is not held twice.
+                            worker.dispatch(task, _pickled(work), self.timeout)
                             self._send(worker)
                     outcomes.update(self._wait())
             finally:
@@ -303,28 +316,34 @@ class VerifierPool:
             if outcome.detail:
                 first = outcome.reason not in self._logged
                 self._logged.add(outcome.reason)
-                message = "verifier: %s (%s)\n  while grading %.300r%s"
+                message = "verifier: %s (%s)\n  while grading %s%s"
                 more = "; further ones are only counted" if first else ""
                 level = logging.WARNING if first else logging.DEBUG
-                logger.log(level, message, outcome.reason, outcome.detail.strip(), work, more)
+                logger.log(level, message, outcome.reason, outcome.detail.strip(), _short(work), more)
         return ordered
 
     def _fill(self) -> None:
         """Starts processes until all are there, without waiting for them to be ready."""
         while len(self._workers) < self._worker_count:
             arguments = self._search_path, self.kind, str(os.getpid()), str(self.timeout), str(self.memory_mb)
-            process = self._spawner.submit(
-                subprocess.Popen,
-                [sys.executable, "-c", _WORKER, *arguments],
-                bufsize=0,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                env={**os.environ, **_WORKER_ENVIRONMENT},
-                start_new_session=True,  # Ctrl-C is for the trainer; and a verifier's own children die with it
-            ).result()
+            try:
+                process = self._spawner.submit(
+                    subprocess.Popen,
+                    [sys.executable, "-c", _WORKER, *arguments],
+                    bufsize=0,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    env={**os.environ, **_WORKER_ENVIRONMENT},
+                    start_new_session=True,  # Ctrl-C is for the trainer
+                ).result()
+            except OSError as error:  # no process or no memory to be had: perhaps for what a verifier started
+                self._count_failed_start(f"it could not be started: {error}")
+                time.sleep(_RETRY_SECONDS)
+                return
             worker = _Worker(process)
             self._workers.append(worker)
             self._selector.register(worker.replies, selectors.EVENT_READ, worker)
+            self._send(worker)
 
     def _discard(self, worker: _Worker) -> int:
         """Ends a worker; returns its exit status. `_fill` makes the next one."""
@@ -351,6 +370,8 @@ class VerifierPool:
     def _wait(self) -> dict[int, _Outcome]:
         """Waits for the next reply or deadline; outcomes by index of the work."""
         outcomes: dict[int, _Outcome] = {}
+        if not self._workers:
+            return outcomes
         deadline = min(worker.deadline for worker in self._workers)
         pause = None if deadline == math.inf else max(0.0, deadline - time.monotonic())
         for key, events in self._selector.select(pause):
@@ -379,14 +400,23 @@ class VerifierPool:
         if not data:
             status = self._discard(worker)
             how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
+            if status == -signal.SIGKILL:
+                how += ": it ran out of memory, was killed, or closed the pipe on which it replies"
             if not worker.ready:
                 self._count_failed_start(f"it ended with {how}")
             reason = "timeout" if status == -signal.SIGXCPU else "crashed"
             return _Outcome(reason, f"the worker ended with {how}", worker.seconds())
-        if not worker.inbox.endswith(b"\n"):
+        try:
+            reply = worker.reply()
+        except ValueError as error:
+            self._discard(worker)
+            what = f"something that it ran wrote to the pipe on which it replies ({error})"
+            if not worker.ready:
+                self._count_failed_start(what)
+            return _Outcome("crashed", f"the worker was killed: {what}", worker.seconds())
+        if reply is None:
             return None
-        reason, detail = json.loads(worker.inbox)
-        worker.inbox.clear()
+        reason, detail = reply
         if reason == "failed":
             self._discard(worker)
             raise RuntimeError(
@@ -396,7 +426,7 @@ class VerifierPool:
         outcome = _Outcome(reason, detail, worker.seconds())
         worker.ready, worker.task, worker.deadline = True, None, math.inf
         self._started, self._failed_starts = True, 0
-        if reason == "crashed":  # out of memory: it says so and leaves
+        if reason == "crashed" or worker.inbox:  # out of memory, and it leaves; or more than a reply: it has a ghost
             self._discard(worker)
         return outcome
 
@@ -410,7 +440,10 @@ class VerifierPool:
 
 
 class _Worker:
-    """A process and what the pool knows of it. `task` is the index of its work, None while it has none."""
+    """A process and what the pool knows of it. `task` is the index of its work, None while it has none.
+
+    The process is a keeper; the one that grades is its child (see `sgopd.verifier_worker`).
+    """
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         assert process.stdin and process.stdout
@@ -422,26 +455,56 @@ class _Worker:
         self.task: int | None = None
         self.sent_at = time.monotonic()
         self.deadline = self.sent_at + _START_SECONDS
-        self.outbox = memoryview(b"")
+        self.nonce = secrets.token_bytes(16)  # of what it is to reply to next: at first, to being started
+        self.outbox = memoryview(self.nonce)
         self.inbox = bytearray()
+        self._poll = select.poll()
+        self._poll.register(self.replies, select.POLLIN)
 
     def end(self) -> int:
-        """Kills the process and all it started; returns its exit status, its own if it had ended by itself."""
-        self.process.poll()
-        with contextlib.suppress(ProcessLookupError, PermissionError):  # gone (macOS: a zombie)
-            os.killpg(self.process.pid, signal.SIGKILL)
-        status = self.process.wait()
+        """Kills the grader and all it started; returns its exit status, its own if it had ended by itself."""
+        self.process.terminate()  # the keeper, which kills before it goes
+        try:
+            status = self.process.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            status = self.process.wait()
         for pipe in self.pipes:
             pipe.close()
         return status
 
     def is_idle(self) -> bool:
-        return self.ready and self.task is None and self.process.poll() is None
+        """Whether it can take work. If not, and it has none either, then it has died or said what nobody asked for."""
+        return self.ready and self.task is None and not self._poll.poll(0)
 
-    def dispatch(self, task: int, request: bytes, timeout: float) -> None:
-        self.task, self.outbox = task, memoryview(request)
+    def dispatch(self, task: int, payload: bytes, timeout: float) -> None:
+        self.nonce = secrets.token_bytes(16)
+        self.task, self.outbox = task, memoryview(self.nonce + struct.pack("!Q", len(payload)) + payload)
         self.sent_at = time.monotonic()
         self.deadline = self.sent_at + timeout
+
+    def reply(self) -> tuple[str, str] | None:
+        """Takes the reply to what was asked, a reason and a detail, off the inbox; None while it is not whole.
+
+        Raises:
+            ValueError: what is there is no such reply.
+        """
+        asked = self.task is not None or not self.ready
+        if not asked or not self.nonce.startswith(self.inbox[: len(self.nonce)]):
+            raise ValueError(f"it begins with {bytes(self.inbox[:40])!r}")
+        if len(self.inbox) < _HEAD.size:
+            return None
+        _, length = _HEAD.unpack_from(self.inbox)
+        if length > _MAX_REPLY:
+            raise ValueError(f"it announces {length} bytes")
+        end = _HEAD.size + length
+        if len(self.inbox) < end:
+            return None
+        reason, _, detail = self.inbox[_HEAD.size : end].decode(errors="replace").partition("\n")
+        if reason not in (VALUES if self.ready else ("ready", "failed")):
+            raise ValueError(f"its verdict is {reason!r:.40}")
+        del self.inbox[:end]
+        return reason, detail
 
     def seconds(self) -> float:
         return time.monotonic() - self.sent_at
@@ -451,14 +514,27 @@ def _end_all(workers: list[_Worker], selector: selectors.BaseSelector, owner: in
     if os.getpid() == owner:  # not the exit of a forked child
         selector.close()
         for worker in workers:
+            worker.process.terminate()  # all at once, and only then each is waited for
+        for worker in workers:
             worker.end()
 
 
-def _request(work: Work) -> bytes:
+def _pickled(work: Work) -> bytes:
     try:
-        payload = pickle.dumps(work)
+        return pickle.dumps(work)
     except Exception as error:  # whatever a column's __reduce__ raises
         raise TypeError(
-            f"an example cannot be sent to a verifier process: {error}. Keep plain data in its columns: {work!r:.300}"
+            f"an example cannot be sent to a verifier process: {error}. Keep plain data in its columns: {_short(work)}"
         ) from error
-    return struct.pack("!Q", len(payload)) + payload
+
+
+def _short(value: Any) -> str:
+    """At most some hundred characters of a value, whatever it is: long, nested deep, with a `repr` that raises."""
+    try:
+        return _shortener.repr(value)
+    except Exception as error:
+        return f"a {type(value).__name__} that cannot be written out ({error})"
+
+
+_shortener = reprlib.Repr()
+_shortener.maxstring = _shortener.maxother = 200

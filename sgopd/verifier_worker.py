@@ -1,7 +1,14 @@
 """A verifier process: takes work from its standard input, grades it, answers on its standard output.
 
-Started by `sgopd.verifier.VerifierPool` alone. Requests are length-prefixed pickles (they come from the
-trainer); replies are JSON lines of [reason, detail], since what a grader touches is not to be unpickled there.
+Started by `sgopd.verifier.VerifierPool` alone. There are two processes: the grader, and its parent, the keeper. On
+Linux the keeper adopts whatever the grader starts and lets go of (a double fork, a session of its own), and when the
+grader ends, the pool says so, or the trainer dies, it kills all of it and ends as the grader did. Elsewhere the keeper
+can only kill the grader's process group.
+
+A request is a nonce of 16 bytes, a length and a pickle (it comes from the trainer); a reply is the same nonce, a length
+and the reason and a detail as text, since what a grader touches is not to be unpickled there. The first nonce stands
+alone, and is the one that "ready" or "failed" is said with.
+
 Imports what its kind needs and nothing else: never torch, never transformers.
 """
 
@@ -9,9 +16,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import functools
 import importlib
-import json
 import math
 import os
 import pickle
@@ -23,38 +30,79 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 from sgopd.grading import Example
+
+_KILL_SECONDS = 5.0  # for all that a grader started to be gone
+_PIPES_FROM = 1_000  # descriptors of the pipes: above those that `os.closerange(3, 256)` and the like close
+_MAX_DETAIL = 4_000  # bytes; a reply is written at once (PIPE_BUF), so that nothing gets in between
+_LOST_PIPE = 113  # exit status of a grader whose pipes were closed or replaced
 
 
 def main() -> None:
     kind, parent, timeout, memory_mb = sys.argv[2:6]
-    _die_with(int(parent))
+    signal.pthread_sigmask(signal.SIG_BLOCK, _KEEPER_SIGNALS)
+    _die_with(int(parent), signal.SIGTERM)
+    _adopt_orphans()
     _limit(resource.RLIMIT_CORE, 0)
     _limit(resource.RLIMIT_AS, int(memory_mb) * 2**20)
+    keeper, grader = os.getpid(), os.fork()
+    if grader:
+        _keep(grader)
+    os.setsid()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _KEEPER_SIGNALS)
+    _die_with(keeper, signal.SIGKILL)
     with contextlib.suppress(OSError):  # where memory runs out, this process goes before the trainer
         Path("/proc/self/oom_score_adj").write_text("1000")
+    _serve(kind, float(timeout), f"out of memory: the limit is {memory_mb} MiB")
+
+
+# --- the grader ---
+
+
+def _serve(kind: str, timeout: float, out_of_memory: str) -> None:
     requests, replies = _take_pipes()
+    me, pipes = os.getpid(), {fd: _identity(fd) for fd in (requests.fileno(), replies)}
+    # Bound now: a verifier that patches modules is not to turn one verdict into another.
+    getpid, leave, write, pack, load = os.getpid, os._exit, os.write, struct.pack, pickle.loads
 
-    def reply(reason: str, detail: str = "") -> None:
-        replies.write(json.dumps([reason, detail[-4000:]]).encode() + b"\n")
+    def reply(nonce: bytes, reason: str, detail: str = "") -> None:
+        if getpid() != me:  # a child that the grader forked, and that came back as well
+            leave(0)
+        if any(_identity(fd) != pipe for fd, pipe in pipes.items()):
+            leave(_LOST_PIPE)  # not a word into a file that took its place
+        body = reason.encode() + b"\n" + detail.encode(errors="backslashreplace")[-_MAX_DETAIL:]
+        write(replies, nonce + pack("!I", len(body)) + body)
 
+    nonce = requests.read(16)
     try:
         grade = load_grader(kind)
-    except BaseException:
-        return reply("failed", traceback.format_exc())
-    reply("ready")
-    while header := requests.read(8):
-        (length,) = struct.unpack("!Q", header)
+    except BaseException as error:
+        return reply(nonce, "failed", describe(error))
+    reply(nonce, "ready")
+    while nonce := requests.read(16):
+        (length,) = struct.unpack("!Q", requests.read(8))
         # The pool's own kill comes first; this one holds where the pool itself is stopped.
-        _limit(resource.RLIMIT_CPU, math.ceil(time.process_time() + float(timeout)) + 1)
+        _limit(resource.RLIMIT_CPU, math.ceil(time.process_time() + timeout) + 1)
+        signal.alarm(0)  # one that the last answer's grading forgot is not for this one
         try:
-            reply(grade(*pickle.loads(requests.read(length))))
+            reason, detail = grade(*load(requests.read(length))), ""
         except MemoryError:  # caches may hold the memory still: make room for a fresh process
-            return reply("crashed", f"out of memory: the limit is {memory_mb} MiB")
-        except BaseException:  # a SystemExit too is the grader's failure, not ours
-            reply("error", traceback.format_exc())
+            return reply(nonce, "crashed", out_of_memory)
+        except BaseException as error:  # a SystemExit too is the grader's failure, not ours
+            reason, detail = "error", describe(error)
+        reply(nonce, reason, detail)
+
+
+def describe(error: BaseException) -> str:
+    """A traceback, and on its last line the error alone."""
+    try:
+        *frames, _ = traceback.format_exception(type(error), error, error.__traceback__, limit=-10, chain=False)
+        last = "".join(traceback.format_exception_only(type(error), error))
+        return "".join(frames) + " ".join(last[:500].split())
+    except BaseException:  # of an error whose own methods raise, or for want of memory
+        return type(error).__name__
 
 
 def load_grader(kind: str) -> Callable[..., str]:
@@ -92,7 +140,9 @@ def _scorer(dataset: str) -> Callable[[str, dict[str, Any]], float]:
 def _grade_custom(function: Callable[[str, Example], bool | None], response: str, example: Example) -> str:
     verdict = function(response, example)
     if verdict is not None and not isinstance(verdict, bool):
-        raise TypeError(f"the verifier returned {verdict!r} ({type(verdict).__name__}); expected True, False or None")
+        raise TypeError(
+            f"the verifier returned {verdict!r:.200} ({type(verdict).__name__}); expected True, False or None"
+        )
     return {True: "correct", False: "incorrect", None: "unknown"}[verdict]
 
 
@@ -104,11 +154,77 @@ def _import_function(spec: str) -> Callable[..., Any]:
     return function
 
 
-def _die_with(parent: int) -> None:
-    """Has the kernel kill this process when the pool's process dies, even by SIGKILL and while the GIL is held."""
+# --- the keeper ---
+
+_KEEPER_SIGNALS = {signal.SIGTERM, signal.SIGCHLD}
+
+
+def _keep(grader: int) -> NoReturn:
+    """Waits for the grader's end or a SIGTERM, kills all that is left of it, and ends with the grader's status."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1):  # the pipes are the grader's: the pool is to see it when they close
+        os.dup2(null, descriptor)
+    status: int | None = None
+    while status is None and signal.sigwait(_KEEPER_SIGNALS) == signal.SIGCHLD:
+        while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+            if ended[0] == grader:
+                status = ended[1]
+                break
+    if status is None:
+        os.kill(grader, signal.SIGKILL)
+        _, status = os.waitpid(grader, 0)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(grader, signal.SIGKILL)
+    deadline = time.monotonic() + _KILL_SECONDS
+    while time.monotonic() < deadline and _has_children():
+        for pid in _descendants():
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.001)
+    if os.WIFSIGNALED(status):
+        number = os.WTERMSIG(status)
+        if number not in (signal.SIGKILL, signal.SIGSTOP):
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())
+        os.kill(os.getpid(), number)
+    os._exit(os.WEXITSTATUS(status))
+
+
+def _has_children() -> bool:
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        return False
+    return True
+
+
+def _descendants() -> list[int]:
+    """All processes below this one; none where there is no /proc."""
+    parents: dict[int, int] = {}
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            parents[int(entry.parent.name)] = int(entry.read_text().rpartition(")")[2].split()[1])
+    found = [os.getpid()]
+    for pid in found:  # grows meanwhile
+        found += [child for child, parent in parents.items() if parent == pid]
+    return found[1:]
+
+
+def _adopt_orphans() -> None:
+    if sys.platform == "linux":
+        PR_SET_CHILD_SUBREAPER = 36
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+# --- both ---
+
+
+def _die_with(parent: int, number: signal.Signals) -> None:
+    """Has the kernel send `number` when the parent dies, even by SIGKILL and while the GIL is held."""
     if sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, number)
     if os.getppid() != parent:  # it died before that call
         os._exit(1)
 
@@ -120,11 +236,22 @@ def _limit(kind: int, value: int) -> None:
         resource.setrlimit(kind, (soft, hard))
 
 
-def _take_pipes() -> tuple[BinaryIO, BinaryIO]:
+def _take_pipes() -> tuple[BinaryIO, int]:
     """Moves the protocol away from descriptors 0 and 1, so that a grader may print (to standard error)."""
-    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb", buffering=0)
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = min(_PIPES_FROM, max(soft - 8, 3))
+    # Closed in what it executes: a subprocess holds no end of them.
+    requests, replies = (fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, lowest) for fd in (0, 1))
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)
     os.dup2(2, 1)
-    return requests, replies
+    return os.fdopen(requests, "rb"), replies
+
+
+def _identity(descriptor: int) -> tuple[int, int] | None:
+    try:
+        status = os.fstat(descriptor)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino

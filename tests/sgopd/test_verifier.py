@@ -318,8 +318,120 @@ def custom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, st
         (tmp_path / f"{name}.py").write_text(source)
 
     write("customs", CUSTOM)
+    write("rude", RUDE)
     return write
 
+
+# What a verifier, or what it calls, may do to descriptors, limits, modules and processes that are not its own.
+RUDE = r"""
+import os, signal, struct, subprocess, sys, threading, time
+
+JUNK = b'["correct", ""]\n'
+ALL = range(3, 2048)
+
+def every(write):
+    for fd in ALL:
+        try:
+            write(fd)
+        except OSError:
+            pass
+
+def from_main(name):
+    frame = sys._getframe()
+    while name not in frame.f_locals or frame.f_code.co_name != "_serve":
+        frame = frame.f_back
+    return frame.f_locals[name]
+
+def detached(marker, how):
+    if how == "session":
+        subprocess.Popen(["sleep", marker], start_new_session=True)
+    elif os.fork() == 0:
+        os.setsid()
+        if os.fork():
+            os._exit(0)
+        os.execvp("sleep", ["sleep", marker])
+
+def verify(response, example):
+    action, _, argument = response.partition(":")
+    if action == "junk":
+        every(lambda fd: os.write(fd, JUNK))
+    elif action == "zeros":
+        every(lambda fd: os.write(fd, bytes(100_000)))
+    elif action == "frame of another task":
+        every(lambda fd: os.write(fd, bytes(16) + struct.pack("!I", 8) + b"correct\n"))
+    elif action == "huge length":
+        os.write(from_main("replies"), from_main("nonce") + b"\xff" * 4)
+        time.sleep(60)
+    elif action == "no reason":
+        os.write(from_main("replies"), from_main("nonce") + struct.pack("!I", 9) + b"certainly")
+        time.sleep(60)
+    elif action == "bytewise":
+        for byte in from_main("nonce"):
+            os.write(from_main("replies"), bytes([byte]))
+            time.sleep(0.2)
+    elif action == "close":
+        os.closerange(3, 65536)
+    elif action == "dup2":
+        file = os.open(example["file"], os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+        every(lambda fd: os.fstat(fd) and fd != file and os.dup2(file, fd))
+    elif action == "child writes":
+        subprocess.run(["sh", "-c", "for n in 3 4 5 6 7 8 9; do eval \"echo x >&$n\"; done"], close_fds=False)
+    elif action == "forked child writes":
+        if os.fork() == 0:
+            every(lambda fd: os.write(fd, JUNK))
+            os._exit(0)
+        os.wait()
+    elif action == "twice":
+        child = os.fork()
+        if child:
+            os.waitpid(child, 0)
+        return child != 0 and None
+    elif action == "twice, raising":
+        if os.fork() == 0:
+            raise RuntimeError("in the child")
+        os.wait()
+        return None
+    elif action == "late":
+        threading.Timer(0.2, every, [lambda fd: os.write(fd, JUNK)]).start()
+        return None
+    elif action == "patched":
+        import json, pickle, traceback
+        struct.pack = lambda *_: b"\0\0\0\x07correct"
+        json.dumps = pickle.dumps = traceback.format_exc = lambda *_: JUNK
+        os.write = os._exit = lambda *_: 0
+        for name in list(sys.modules):
+            if name not in ("sys", "builtins"):
+                del sys.modules[name]
+        sys.path.clear()
+        return None
+    elif action == "limits":
+        import resource
+        for kind in (resource.RLIMIT_NOFILE, resource.RLIMIT_FSIZE, resource.RLIMIT_NPROC):
+            resource.setrlimit(kind, (0, 0))
+        return None
+    elif action == "folder":
+        folder = example["file"] + ".d"
+        os.mkdir(folder); os.chdir(folder); os.rmdir(folder)
+        return None
+    elif action == "forgotten alarm":
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        return None
+    elif action == "slow":
+        time.sleep(0.4)
+        return None
+    elif action == "kill the parent":
+        os.kill(os.getppid(), signal.SIGTERM)
+        time.sleep(60)
+    elif action == "surrogate":
+        raise RuntimeError("\ud800" * 10_000)
+    elif action in ("session", "double fork"):
+        detached(argument, action)
+    elif action == "sleep":
+        time.sleep(60)
+    elif action == "exit":
+        os._exit(0)
+    return response == example["answer"]
+"""
 
 OUTCOMES = {
     "sleep": (UNKNOWN, "timeout"),
@@ -349,6 +461,143 @@ def test_a_bad_response_harms_only_itself(custom: object, bad: str) -> None:
         assert sum(pool.counts().values()) == 12
 
 
+NO_REPLY = "wrote to the pipe on which it replies"
+
+
+@pytest.mark.parametrize(
+    ("action", "reason", "detail"),
+    [
+        ("junk", "crashed", NO_REPLY),
+        ("zeros", "crashed", NO_REPLY),
+        ("frame of another task", "crashed", NO_REPLY),
+        ("huge length", "crashed", "announces 4294967295 bytes"),
+        ("no reason", "crashed", "its verdict is 'certainly'"),
+        ("bytewise", "timeout", "no answer after"),
+        ("close", "crashed", "closed the pipe"),
+        ("dup2", "crashed", "the worker ended"),
+        ("child writes", "incorrect", ""),  # it inherits no pipe of ours
+        ("forked child writes", "crashed", NO_REPLY),
+        ("twice", "unknown", ""),
+        ("twice, raising", "unknown", ""),
+        ("late", "unknown", ""),
+        ("patched", "unknown", ""),
+        ("limits", "unknown", ""),
+        ("folder", "unknown", ""),
+        ("forgotten alarm", "unknown", ""),
+        ("kill the parent", "crashed", "the worker ended"),
+        ("surrogate", "error", "RuntimeError"),
+    ],
+)
+def test_what_a_verifier_does_to_the_worker_is_a_verdict(
+    custom: object, tmp_path: Path, action: str, reason: str, detail: str
+) -> None:
+    file = tmp_path / "file"
+    example = {"answer": "a", "file": str(file)}
+    with VerifierPool("rude:verify", workers=1, timeout=1.0) as pool:
+        first, *others = pool.verify([action, "slow", "a", "b"], [example] * 4)
+        assert (first.reason, first.value) == (reason, INCORRECT if reason == "incorrect" else UNKNOWN)
+        assert detail in first.detail and bool(detail) == bool(first.detail) and len(first.detail.splitlines()) <= 1
+        assert first.seconds < 1.0 + SLACK
+        assert others[0].reason == ("crashed" if action == "late" else "unknown")
+        assert [verdict.reason for verdict in others[1:]] == ["correct", "incorrect"]
+    assert not file.exists() or file.read_bytes() == b""
+
+
+@pytest.mark.parametrize("kind", ["math", "exact", "rude:verify"])
+def test_no_column_or_response_ends_a_run(custom: object, kind: str) -> None:
+    deep: list[object] = []
+    for _ in range(100_000):
+        deep = [deep]
+    odd = ["\ud800", float("nan"), 10**5_000, "9" * 5_000, b"\xff", {"b": None}, "x" * 2_000_000]
+    with VerifierPool(kind, workers=1, timeout=5.0) as pool:
+        for value in odd:
+            verdicts = pool.verify([r"\boxed{a}", "\ud800", "a"], [{"answer": value, "other": value}] * 3)
+            assert all(verdict.value != CORRECT or value == "\ud800" for verdict in verdicts), value
+            pool.check_golds([{"answer": value}])
+        if kind == "rude:verify":
+            with pytest.raises(TypeError, match="Keep plain data"):
+                pool.verify(["a"], [{"answer": "a", "other": deep}])
+            assert pool.verify(["a"], [{"answer": "a"}])[0].reason == "correct"
+
+
+def test_wide_rows_are_not_all_pickled_at_once(custom: object) -> None:
+    import tracemalloc
+
+    wide = {"answer": "a", "blob": bytes(20_000_000)}
+    with VerifierPool("customs:verify", workers=1, timeout=20.0) as pool:
+        pool.check_golds([])
+        tracemalloc.start()
+        assert {v.reason for v in pool.verify(["a"] * 20, [wide] * 20)} == {"correct"}
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert peak < 100_000_000
+
+
+def sleepers(marker: str) -> list[int]:
+    """The processes `sleep marker`."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (entry / "cmdline").read_bytes().split(b"\0")[:2] == [b"sleep", marker.encode()]:
+                found.append(int(entry.name))
+    return found
+
+
+def appears(marker: str) -> bool:
+    deadline = time.monotonic() + 2.0
+    while not sleepers(marker) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return bool(sleepers(marker))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a subreaper")
+@pytest.mark.parametrize("how", ["session", "double fork"])
+def test_what_a_verifier_detached_ends_with_its_worker(custom: object, how: str) -> None:
+    marker = f"3600.{os.getpid()}"
+    bystander = subprocess.Popen(["sleep", f"{marker}1"], start_new_session=True)
+    example = {"answer": "a"}
+    try:
+        with VerifierPool("rude:verify", workers=1, timeout=1.0) as pool:
+            for end in ("sleep", "exit", "junk"):
+                assert pool.verify([f"{how}:{marker}"], [example])[0].reason == "incorrect"
+                assert appears(marker), "it may stay as long as its worker"
+                assert pool.verify([end], [example])[0].value == UNKNOWN
+                assert gone(sleepers(marker), seconds=1.0)
+            pool.verify([f"{how}:{marker}"], [example])
+            assert appears(marker)
+        assert sleepers(marker) == []
+        script = (
+            textwrap.dedent(PARENT).replace("customs", "rude").replace('["gil", "sleep"]', f'["{how}:{marker}"] * 2')
+        )
+        script += "\nimport time; time.sleep(60)"
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        with subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE) as trainer:
+            assert trainer.stdout and trainer.stdout.readline() == b"busy\n"
+            assert len(sleepers(marker)) == 2
+            trainer.kill()
+            trainer.wait()
+            assert gone(sleepers(marker))
+        assert bystander.poll() is None
+    finally:
+        bystander.kill()
+        bystander.wait()
+
+
+def test_no_process_to_be_had_is_an_error_that_says_so(custom: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    with VerifierPool("customs:verify", workers=1) as pool:
+        pool.check_golds([])
+        monkeypatch.setattr("sgopd.verifier._RETRY_SECONDS", 0.01)
+        with monkeypatch.context() as patch:
+            patch.setattr(subprocess, "Popen", refuse)
+            assert pool.verify(["exit"], [{"answer": "a"}])[0].reason == "crashed"
+            with pytest.raises(RuntimeError, match="temporarily unavailable"):
+                pool.verify(["a"], [{"answer": "a"}])
+        assert pool.verify(["a"], [{"answer": "a"}])[0].reason == "correct"
+
+
 def test_the_first_failure_of_a_kind_is_logged_with_its_cause(custom: object, caplog: pytest.LogCaptureFixture) -> None:
     with VerifierPool("customs:verify", workers=1) as pool:
         verdicts = pool.verify(["raise"] * 5 + ["a"], [{"answer": "a"}] * 6)
@@ -373,7 +622,7 @@ def test_a_worker_that_does_not_read_is_killed_too(custom: object) -> None:
     processes = children(os.getpid())
     with VerifierPool("customs:verify", workers=1, timeout=1.0) as pool:
         pool.check_golds([])
-        (worker,) = children(os.getpid()) - processes
+        (worker,) = graders(processes)
         os.kill(worker, signal.SIGSTOP)
         verdicts = pool.verify(["x" * 10_000_000, "a"], [{"answer": "a"}] * 2)
         assert [verdict.reason for verdict in verdicts] == ["timeout", "correct"]
@@ -384,7 +633,7 @@ def test_a_worker_is_limited_and_goes_before_the_trainer(custom: object) -> None
     processes = children(os.getpid())
     with VerifierPool("customs:verify", workers=1, memory_mb=512) as pool:
         pool.check_golds([])
-        (worker,) = children(os.getpid()) - processes
+        (worker,) = graders(processes)
         limits = dict(re.findall(r"^Max (.+?) {2,}(\S+)", Path(f"/proc/{worker}/limits").read_text(), re.MULTILINE))
         assert limits["address space"] == str(512 * 2**20) and limits["core file size"] == "0"
         assert Path(f"/proc/{worker}/oom_score_adj").read_text() == "1000\n"
@@ -501,6 +750,11 @@ def children(parent: int) -> set[int]:
     return found
 
 
+def graders(before: set[int], parent: int | None = None) -> set[int]:
+    """The processes that grade: children of the keepers, which are those that `parent` has now and not `before`."""
+    return set().union(*(children(keeper) for keeper in children(parent or os.getpid()) - before))
+
+
 def gone(pids: list[int], seconds: float = 5.0) -> bool:
     """Whether the processes end (or are zombies that nobody reaps) within `seconds`."""
 
@@ -557,6 +811,7 @@ def test_a_forgotten_pool_goes_away(custom: object, used: bool) -> None:
         assert pool.verify(["a"], [{"answer": "a"}])[0].value == CORRECT
     workers = children(os.getpid()) - processes
     assert len(workers) == 2
+    workers |= graders(processes)
     del pool
     assert gone(sorted(workers), seconds=0.5)
     assert descriptors() == before
@@ -578,8 +833,8 @@ def test_no_orphans_when_the_trainer_is_killed(custom: object) -> None:
         [sys.executable, "-c", textwrap.dedent(PARENT)], env=environment, stdout=subprocess.PIPE
     ) as trainer:
         assert trainer.stdout and trainer.stdout.readline() == b"busy\n"
-        workers = children(trainer.pid)
-        assert len(workers) == 2
+        workers = children(trainer.pid) | graders(set(), trainer.pid)
+        assert len(workers) == 4
         trainer.send_signal(signal.SIGKILL)
         trainer.wait()
         assert gone(sorted(workers))
@@ -592,7 +847,9 @@ def test_a_worker_of_a_stopped_trainer_runs_out_of_processor_time(custom: object
         assert trainer.stdout and trainer.stdout.readline() == b"busy\n"
         trainer.send_signal(signal.SIGSTOP)
         try:
-            ends = {pid: gone([pid], seconds=20.0 if busy else 0.0) for pid, busy in by_load(children(trainer.pid))}
+            ends = {
+                pid: gone([pid], seconds=20.0 if busy else 0.0) for pid, busy in by_load(graders(set(), trainer.pid))
+            }
         finally:
             trainer.kill()
     assert sorted(ends.values()) == [False, True]  # the one that sleeps uses none, and goes with the trainer
