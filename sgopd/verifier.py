@@ -50,7 +50,7 @@ from typing import Any, NamedTuple
 
 from sgopd import grading
 from sgopd.grading import Example, Work
-from sgopd.verifier_worker import describe
+from sgopd.verifier_worker import LOST_PIPE, describe
 
 logger = logging.getLogger(__name__)
 
@@ -400,8 +400,9 @@ class VerifierPool:
         if not data:
             status = self._discard(worker)
             how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
-            if status == -signal.SIGKILL:
-                how += ": it ran out of memory, was killed, or closed the pipe on which it replies"
+            if status in (-signal.SIGKILL, LOST_PIPE):
+                how += ": something closed or replaced the pipe on which it replies"
+                how += ", or killed it, as the kernel does when memory runs out" if status < 0 else ""
             if not worker.ready:
                 self._count_failed_start(f"it ended with {how}")
             reason = "timeout" if status == -signal.SIGXCPU else "crashed"

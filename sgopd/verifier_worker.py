@@ -37,7 +37,7 @@ from sgopd.grading import Example
 _KILL_SECONDS = 5.0  # for all that a grader started to be gone
 _PIPES_FROM = 1_000  # descriptors of the pipes: above those that `os.closerange(3, 256)` and the like close
 _MAX_DETAIL = 4_000  # bytes; a reply is written at once (PIPE_BUF), so that nothing gets in between
-_LOST_PIPE = 113  # exit status of a grader whose pipes were closed or replaced
+LOST_PIPE = 113  # exit status of a grader whose pipes were closed or replaced
 
 
 def main() -> None:
@@ -71,7 +71,7 @@ def _serve(kind: str, timeout: float, out_of_memory: str) -> None:
         if getpid() != me:  # a child that the grader forked, and that came back as well
             leave(0)
         if any(_identity(fd) != pipe for fd, pipe in pipes.items()):
-            leave(_LOST_PIPE)  # not a word into a file that took its place
+            leave(LOST_PIPE)  # not a word into a file that took its place
         body = reason.encode() + b"\n" + detail.encode(errors="backslashreplace")[-_MAX_DETAIL:]
         write(replies, nonce + pack("!I", len(body)) + body)
 
