@@ -65,25 +65,28 @@ def taken_form(
 ) -> tuple[list[Message], bool]:
     """`messages` with the contents that the template takes, and whether all that is said is in what it writes."""
     options = {name: value for name, value in options.items() if name != "sanitize_control_tokens"}  # of token ids
-    usable: list[list[Message]] = []
+    forms: list[tuple[int, list[Message]]] = []  # those that it takes, with the number of messages that it loses
     problems: list[Exception] = []
     for form in (messages, as_parts(messages), as_texts(messages)):
         try:
             with time_limit(TEMPLATE_SECONDS):
                 text = tokenizer.apply_chat_template(form, tokenize=False, **options)
-            if any(str(message["content"]) in text for message in form if not isinstance(message["content"], str)):
+            lost = [message["role"] for message in form if not says(text, message)]
+            parts = [content for message in form if not isinstance(content := message["content"], str)]
+            if any(str(content) in text for content in parts) or (parts and {*lost} - {"system"}):
                 raise TypeError("it takes a message's content as one text, not as parts")
         except Exception as error:  # whatever a template may do
             problems.append(error)
             if isinstance(error, TimeoutError):
                 break
         else:
-            if says_all(form, text):
-                return form, True
-            usable.append(form)
-    if not usable:
+            forms.append((len(lost), form))
+            if not lost:
+                break
+    if not forms:
         raise UserError(explained(problems[0])) from problems[0]
-    return usable[0], False
+    least, form = min(forms, key=lambda one: one[0])
+    return form, not least
 
 
 def as_parts(messages: list[Message]) -> list[Message]:
@@ -102,14 +105,11 @@ def as_texts(messages: list[Message]) -> list[Message]:
     ]
 
 
-def says_all(messages: list[Message], text: str) -> bool:
-    """Whether what system and user say is in `text`, whitespace aside; of answers templates may drop the thoughts."""
-    said = "".join(text.split())
-    return all(
-        "".join(part.split()) in said
-        for message in messages
-        if message["role"] != "assistant"
-        for part in texts_of(message["content"])
+def says(text: str, message: Message) -> bool:
+    """Whether a message's content is in `text`, whitespace aside; of answers templates may drop the thoughts."""
+    squeezed = "".join(text.split())
+    return message["role"] == "assistant" or all(
+        "".join(one.split()) in squeezed for one in texts_of(message["content"])
     )
 
 

@@ -244,9 +244,10 @@ def read_hub(name: str, split: str, config: Config) -> list[Row]:
         data = datasets.load_dataset(name, config.dataset_config, split=split, **config.dataset_kwargs)
         rows, schema = data.to_list(), data.with_format("arrow")[:0].schema
     except Exception as error:  # datasets raises its own, the hub's, pyarrow's and fsspec's
-        causes = [str(error)]
-        while (error := error.__cause__) is not None:
-            causes.append(str(error))
+        causes, cause = [str(error)], error.__cause__
+        while cause is not None:
+            causes.append(str(cause))
+            cause = cause.__cause__
         raise UserError(
             f"datasets cannot load {name!r} (split {split!r}): {': '.join(dict.fromkeys(causes))}. Expected a .jsonl "
             "or .parquet file, a name or folder that datasets.load_dataset takes, or task:<name>. Where there is no "

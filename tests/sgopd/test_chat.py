@@ -51,6 +51,9 @@ def test_content_as_text_and_as_parts(load, template):
     """Whatever the template takes; a system prompt and rows of both kinds are no reason to lose one."""
     prompts, texts = load(user("1+2"), parts("3+4"), template=template, system_prompt="0")
     assert texts == ["01+2=", "03+4="] and not prompts.remarks
+    only = "{% for m in messages if m.role == 'user' %}" + template.partition("%}")[2]
+    prompts, texts = load(user("1+2"), parts("3+4"), template=only, system_prompt="0")
+    assert texts == ["1+2=", "3+4="] and chat.LOST in prompts.remarks[0]
 
 
 @pytest.mark.parametrize("template", [TEXT, PARTS], ids=["text", "parts"])
@@ -73,7 +76,9 @@ def test_content_as_parts_in_the_command(settings, tiny, tmp_path, capsys, templ
 
 def test_several_parts(load):
     assert load(parts("1+", "2"), template=PARTS)[1] == ["1+2="]
-    for template in (TEXT, "{% for m in messages %}{{ m.content + '=' }}{% endfor %}"):
+    adding = "{% for m in messages %}{{ m.content + '=' }}{% endfor %}"
+    dropping = "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% endif %}{% endfor %}="  # Qwen 3
+    for template in (TEXT, adding, dropping):
         with pytest.raises(UserError, match=r"line 1: the chat template fails \(TypeError: .*"):
             load(parts("1+", "2"), template=template)
 
