@@ -74,7 +74,7 @@ def taken_form(
             lost = [message["role"] for message in form if not says(text, message)]
             parts = [content for message in form if not isinstance(content := message["content"], str)]
             if any(str(content) in text for content in parts) or (parts and {*lost} - {"system"}):
-                raise TypeError("it takes a message's content as one text, not as parts")
+                raise TypeError("a content in parts is not in what it writes")
         except Exception as error:  # whatever a template may do
             problems.append(error)
             if isinstance(error, TimeoutError):
@@ -84,6 +84,11 @@ def taken_form(
             if not lost:
                 break
     if not forms:
+        several = any(len(texts_of(message["content"])) > 1 for message in messages)
+        if several and not isinstance(problems[-1], TimeoutError):
+            raise UserError(
+                "a message has several parts, and the chat template takes one text. Join them in the data"
+            ) from problems[0]
         raise UserError(explained(problems[0])) from problems[0]
     least, form = min(forms, key=lambda one: one[0])
     return form, not least

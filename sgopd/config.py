@@ -95,8 +95,12 @@ class Config:
     eval_dataset_name: str | None = field("evaluation questions; a task's or a `datasets` name's own by default", None)
     dataset_test_split: str | None = field("split of the evaluation questions; null trains without evaluation", "test")
     eval_dataset_size: int = field("at most this many evaluation questions", 256)
-    prompt_column: str = field("column with the prompt: text, or a list of {role, content} messages", "prompt")
-    answer_column: str = field("column with the reference answer", "answer")
+    prompt_column: str = field(
+        "column with the prompt: text, or a list of {role, content} messages (docs/data.md)", "prompt"
+    )
+    answer_column: str = field(
+        "column with the reference answer: text, a number, or a list of these that all belong to it", "answer"
+    )
     system_prompt: str | None = field("system message put before a conversational prompt", None)
     apply_chat_template: bool = field("make a user message of a plain-text prompt; conversations always are", False)
     chat_template_kwargs: dict = field("arguments of the chat template, such as {enable_thinking: false}", {})

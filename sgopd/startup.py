@@ -324,7 +324,7 @@ def start_verifier(config: Config) -> VerifierPool:
         raise UserError(f"verifier: {error}") from error
 
 
-def check_golds(verifier: VerifierPool, prompts: Prompts, questions: Prompts | None) -> list[str]:
+def check_golds(verifier: VerifierPool, prompts: Prompts | None, questions: Prompts | None) -> list[str]:
     """Reference answers that the verifier cannot use: their rollouts' verdicts are unknown.
 
     Raises:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import statistics
 
@@ -73,3 +74,21 @@ def test_models_can_be_evaluated_without_training(settings, tiny):
     assert both[0]["eval/length_mean"] == student["eval/length_mean"]
     with pytest.raises(UserError, match="nothing to evaluate on"):
         evaluate_models(Config.load(None, settings()))
+
+
+def test_what_is_wrong_with_the_questions_is_said(settings, tiny, tmp_path, capsys):
+    """On standard error: standard output is for the records."""
+    data = tmp_path / "q.jsonl"
+    rows = [
+        {"prompt": "1+2=", "answer": ["3", "4"]},
+        {"prompt": "3+4=", "answer": r"\frac{"},
+        {"prompt": "", "answer": 1},
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = {"eval_dataset_name": str(data), "num_generations_eval": 2, "verifier": "math", "verifier_workers": 1}
+    (record,) = evaluate_models(Config.load(None, settings(**changes)))
+    assert record["eval/questions"] == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if "prompts" in line or "answers" in line]
+    assert said[0] == "warning: dropped 1 empty prompts, 2 are left"
+    assert said[1].startswith("1 of 2 evaluation prompts have a list as answer")
+    assert said[2].startswith("warning: the verifier cannot use 1 of 2 evaluation answers")
