@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import math
+import numbers
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,12 +12,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import backends, plan, sparse
+from .checks import FLOATS, INTEGERS, integer, number, one_of, positive, require, tensor
 from .gate import Gate, cell_weights, choose, draw_agreement, resolve_gate
-from .ops import TENSORS, fused_loss, problem_of, scale_of
+from .ops import TENSORS, fused_loss, problem_of, refuse_transforms, scale_of
+from .plan import check_logprob
 from .problem import Spec
 from .reference import TokenValues, token_values
 
 Divergence = str | tuple[str, float]
+# Tensors whose values the reference looks at on the host.
+_VALUES = ("token_ids", "verdict", "reliability", "teacher_logprob", "topk_ids", "topk_logprob", "behaviour_logprob")
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,14 @@ class Stats:
         backend: which backend computed it: "cpu", "triton", "torch", "cuda" or "reference".
         plan: the cheapest plan that ran on a part of the call: "screened", "filtered", "exact", or "reference".
         kept: share of the gradient's [tokens, vocabulary] entries that entered its products one by one; 1 for exact.
+            NaN where no gradient was made.
         error_estimate: estimated relative error of loss and gradients, of the worst chunk. 0 for exact, unless its
             products round the gradient to bf16 (Triton, where the precision allows it).
+
+    reduction="none" makes its gradients in the backward, by a plan of its own: until that has run, plan and
+    error_estimate are those of the losses, and kept is NaN; from then on they cover both (plan the cheaper,
+    error_estimate the larger). Not where the call is compiled, or its backward batched (`is_grads_batched`,
+    `vectorize`): there they stay those of the losses.
     """
 
     kl: Tensor
@@ -58,7 +68,7 @@ class Stats:
 
     @property
     def kept(self) -> float:
-        return 1.0 if self.report is None else float(self.report[1])
+        return 1.0 if self.report is None else float(self.report[sparse.KEPT])
 
     @property
     def error_estimate(self) -> float:
@@ -135,7 +145,8 @@ def gated_kl_loss(
         ignore_index: positions with this token id have loss, stats and gradient 0.
         reduction: "mean" divides the sum by the number of valid tokens, or by `num_items`; "sum"; "none" returns
             the loss per token, shaped like token_ids (its backward computes the logits again).
-        num_items: the mean's denominator: valid tokens of the whole optimizer step, over micro-batches and ranks.
+        num_items: the mean's denominator: valid tokens of the whole optimizer step, over micro-batches and ranks. A
+            number > 0 or a tensor of one, a constant for the gradient.
         precision: the relative error of loss and gradients that may be traded for speed. "exact": none (fp32 products
             throughout). "auto": 1.5e-3, what rounding a gradient to bf16 costs. "bf16": 2^-8. Or a number. A budget:
             each chunk of tokens takes the cheapest plan whose error, estimated from what was measured on that chunk,
@@ -163,6 +174,13 @@ def gated_kl_loss(
 
     A column where a target's logit is -inf is outside the shared vocabulary: it leaves the student's distribution
     too. A student's -inf logit has probability 0. Equal models give loss 0 and gradient 0.
+    A sampled token in a column that a target masks has both log-probabilities -inf and no log-ratio (NaN): its gate is
+    neutral, and its divergence counts. In a column that the student alone masks its log-ratio is +inf. The sampled
+    estimator refuses both, unless their gate is 0. A NaN in an operand makes the loss and its gradients NaN.
+    On a CUDA device values are asserted there, without a wait: torch reports a device-side assert.
+
+    Reverse-mode autograd, once. torch.func's derivatives, forward mode and second derivatives are refused:
+    backend="reference" has them. Under torch.func.vmap calls run one after the other.
     """
     call = _Call("gated_kl_loss", student_hidden, student_weight, student_bias, token_ids, verdict, reliability)
     teacher = call.head("teacher", teacher_hidden, teacher_weight, teacher_bias)
@@ -175,8 +193,7 @@ def gated_kl_loss(
     elif reference_bias is not None or reference_logit_scale != 1.0 or reference_softcap is not None:
         raise ValueError("reference_bias, reference_logit_scale, reference_softcap need reference_hidden and _weight")
     name, beta = _divergence(divergence)
-    if estimator not in ("full", "sampled"):
-        raise ValueError(f"estimator must be 'full' or 'sampled', got {estimator!r}")
+    one_of("estimator", estimator, ("full", "sampled"))
     if estimator == "sampled" and name != "reverse-kl":
         raise ValueError(
             f"divergence={divergence!r} belongs to estimator='full'; the sampled estimator is the policy gradient "
@@ -188,7 +205,7 @@ def gated_kl_loss(
             "estimator": estimator,
             "divergence": name,
             "beta": beta,
-            "temperature": _positive("temperature", temperature),
+            "temperature": positive("temperature", temperature),
             **_head("student", student_logit_scale, student_softcap),
             **_head("teacher", teacher_logit_scale, teacher_softcap),
             **_head("reference", reference_logit_scale, reference_softcap),
@@ -238,9 +255,12 @@ def gated_logprob_loss(
 
     Args:
         student_hidden: [..., Hs]; student_weight: [V, Hs]; token_ids: [...] int64, as in `gated_kl_loss`.
-        teacher_logprob: [...] log pi_T of token_ids, in nats, at the same temperature.
+        teacher_logprob: [...] log pi_T of token_ids, in nats, at the same temperature. A constant, as are all but the
+            student's. At most 0 (a rounding of 1e-3 is forgiven). -inf, a token that the teacher cannot produce, is
+            refused unless the token's gate is 0: its advantage would be infinite.
         verdict, gate, reliability: as in `gated_kl_loss`.
-        behaviour_logprob: [...] log-probabilities of the policy that sampled token_ids, for stale rollouts.
+        behaviour_logprob: [...] log-probabilities of the policy that sampled token_ids, for stale rollouts. Finite
+            (or NaN, which the loss shows), at most 0.
         ratio_clip: > 0, the importance ratio's upper bound. Used with behaviour_logprob.
         The others: as in `gated_kl_loss`.
 
@@ -257,9 +277,9 @@ def gated_logprob_loss(
         gate=gate,
         choices={
             "estimator": "sampled",
-            "temperature": _positive("temperature", temperature),
+            "temperature": positive("temperature", temperature),
             **_head("student", student_logit_scale, student_softcap),
-            "ratio_clip": _positive("ratio_clip", ratio_clip),
+            "ratio_clip": positive("ratio_clip", ratio_clip),
             "ignore_index": ignore_index,
         },
         tensors=tensors,
@@ -310,7 +330,9 @@ def gated_topk_kl_loss(
         topk_ids: [..., K] int64 columns in [0, V), distinct in a row. Put the sampled token among them where the
             teacher gives it: beyond the top k its d is the bucket's, log q_tail - log p_tail.
         topk_logprob: [..., K] the teacher's log-probabilities, in nats, normalised over its whole vocabulary, at the
-            same temperature. Their sum must not exceed 1 (a rounding of 1e-3 is forgiven).
+            same temperature. Their sum must not exceed 1 (a rounding of 1e-3 is forgiven, and divided out). -inf: the
+            teacher masks the column, which leaves the student's distribution too, as in `gated_kl_loss`; where the
+            rest of the mass is 0 (q_tail), so do all columns beyond the top k. It is no padding: cut K instead.
         The others: as in `gated_kl_loss`.
 
     Returns: as `gated_kl_loss`; `Stats.teacher_entropy` is NaN.
@@ -319,10 +341,12 @@ def gated_topk_kl_loss(
         ValueError: also for repeated ids in a row, probabilities that sum to more than 1.
     """
     call = _Call("gated_topk_kl_loss", student_hidden, student_weight, student_bias, token_ids, verdict, reliability)
-    if topk_ids.is_floating_point() or topk_ids.shape[:-1] != call.shape or topk_ids.ndim != len(call.shape) + 1:
-        raise ValueError(
-            f"topk_ids must be integers of shape {(*call.shape, 'K')}, got {topk_ids.dtype} {tuple(topk_ids.shape)}"
-        )
+    if isinstance(topk_ids, Tensor) and topk_ids.dtype not in INTEGERS:
+        raise ValueError(f"topk_ids must be integers of shape {(*call.shape, 'K')}, got {topk_ids.dtype}")
+    tensor("topk_ids", topk_ids, INTEGERS, call.device)
+    tensor("topk_logprob", topk_logprob, FLOATS, call.device)
+    if topk_ids.shape[:-1] != call.shape or topk_ids.ndim != len(call.shape) + 1 or topk_ids.shape[-1] < 1:
+        raise ValueError(f"topk_ids must be of shape {(*call.shape, 'K')}, K >= 1, got {tuple(topk_ids.shape)}")
     if topk_logprob.shape != topk_ids.shape:
         raise ValueError(
             f"topk_logprob must have topk_ids' shape {tuple(topk_ids.shape)}, got {tuple(topk_logprob.shape)}"
@@ -331,7 +355,7 @@ def gated_topk_kl_loss(
     return call.run(
         gate=gate,
         choices={
-            "temperature": _positive("temperature", temperature),
+            "temperature": positive("temperature", temperature),
             **_head("student", student_logit_scale, student_softcap),
             "ignore_index": ignore_index,
         },
@@ -362,7 +386,9 @@ def gated_advantage(
     """Elementwise: the gated advantage of each token, for trainers that own their policy-gradient loss.
 
     Args:
-        student_logprob, teacher_logprob: [...] log-probabilities of the sampled tokens, in nats.
+        student_logprob, teacher_logprob: [...] log-probabilities of the sampled tokens, in nats; at most 0 (a rounding
+            of 1e-3 is forgiven). A NaN gives a NaN. -inf on one side, a token that one model cannot produce, is an
+            infinite d: refused unless `clip` bounds it or its weight is 0. -inf on both: no sign, and NaN.
         verdict: 1, -1, 0; a number, or a tensor with as many dimensions that broadcasts ([B, 1] for [B, T]).
         gate, reliability, generator: as in `gated_kl_loss`.
         clip: bound on |w * d|, > 0. None: no bound.
@@ -372,19 +398,33 @@ def gated_advantage(
         to be maximised along log pi_S(y). Never whitened: the gate's ratio is the method.
     """
     chosen = resolve_gate(gate)
+    tensor("student_logprob", student_logprob, FLOATS)
+    tensor("teacher_logprob", teacher_logprob, FLOATS)
+    if student_logprob.device != teacher_logprob.device:
+        raise ValueError(
+            f"teacher_logprob is on {teacher_logprob.device}, student_logprob on {student_logprob.device}: move one"
+        )
+    _generator(generator)
     if student_logprob.shape != teacher_logprob.shape:
         raise ValueError(
             f"teacher_logprob must have student_logprob's shape {tuple(student_logprob.shape)}, "
             f"got {tuple(teacher_logprob.shape)}"
         )
     if clip is not None:
-        clip = _positive("clip", clip)
+        clip = positive("clip", clip)
+    check_logprob("student_logprob", student_logprob.detach())
+    check_logprob("teacher_logprob", teacher_logprob.detach())
     shape, device = student_logprob.shape, student_logprob.device
     d = (teacher_logprob.detach().double() - student_logprob.detach().double()).reshape(-1)
     verdict_N = _per_rollout("verdict", verdict, shape, device, chosen, generator).reshape(-1)
     reliability_N = None
     if reliability is not None:
         reliability_N = _per_rollout("reliability", reliability, shape, device, None, None).reshape(-1)
+        require((reliability_N >= 0) & (reliability_N <= 1), "reliability: values must lie in [0, 1]")
+    require(
+        (verdict_N == 1) | (verdict_N == 0) | (verdict_N == -1),
+        "verdict: values must be 1 (correct), -1 (incorrect) or 0 (unknown)",
+    )
     weights = cell_weights(
         verdict_N, reliability_N, chosen.agree_pair, chosen.conflict_pair, chosen.neutral, chosen.keep
     )
@@ -392,8 +432,14 @@ def gated_advantage(
     if chosen.control == "random":
         forced = draw_agreement(d, verdict_N, chosen.tolerance, _uniform(d.numel(), device, generator))
     weight, _ = choose(d, verdict_N, weights, chosen.tolerance, forced)
-    advantage = weight * d
-    if clip is not None:
+    advantage = torch.where(weight != 0, weight * d, 0.0)
+    if clip is None:
+        require(
+            ~advantage.isinf(),
+            "teacher_logprob, student_logprob: one of a token's is -inf, and its advantage infinite: pass clip, or "
+            "leave out tokens that the teacher cannot produce",
+        )
+    else:
         advantage = advantage.clamp(-clip, clip)
     return advantage.float().reshape(shape), weight.float().reshape(shape)
 
@@ -412,8 +458,7 @@ class _Call:
         reliability: Tensor | float | None,
     ) -> None:
         self.name = name
-        if not isinstance(token_ids, Tensor) or token_ids.is_floating_point() or token_ids.dtype == torch.bool:
-            raise TypeError("token_ids must be an integer tensor of sampled token ids")
+        tensor("token_ids", token_ids, INTEGERS)
         self.token_ids, self.shape, self.device = token_ids, token_ids.shape, token_ids.device
         self.verdict, self.reliability = verdict, reliability
         self.tensors: dict[str, Tensor | None] = dict.fromkeys(TENSORS)
@@ -422,23 +467,18 @@ class _Call:
     def head(
         self, side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, detach: bool = True
     ) -> dict[str, Tensor | None]:
-        for what, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-            if tensor is None and what == "bias":
+        for what, given in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+            if given is None and what == "bias":
                 continue
-            if not isinstance(tensor, Tensor):
-                raise TypeError(f"{side}_{what} must be a tensor, got {type(tensor).__name__}")
-            if type(tensor).__name__ == "DTensor" and tensor.requires_grad and not detach:
+            if type(given).__name__ == "DTensor" and given is not None and given.requires_grad and not detach:
                 raise NotImplementedError(
                     f"{side}_{what} is a DTensor that requires a gradient, and how that is reduced over ranks is its "
                     "wrapper's to say: call the loss inside the wrapper's forward (FSDP2 has gathered the head "
                     "there), or pass full_tensor(grad_placements=...)"
                 )
-            if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-                raise TypeError(f"{side}_{what} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
-            if tensor.device != self.device:
-                raise ValueError(f"{side}_{what} is on {tensor.device}, token_ids on {self.device}: move one")
-        if weight.ndim != 2 or weight.shape[0] < 1:
-            raise ValueError(f"{side}_weight must be [V, H], got {tuple(weight.shape)}")
+            tensor(f"{side}_{what}", given, FLOATS, self.device)
+        if weight.ndim != 2 or weight.numel() == 0:
+            raise ValueError(f"{side}_weight must be [V, H], not empty, got {tuple(weight.shape)}")
         if hidden.shape != (*self.shape, weight.shape[1]):
             raise ValueError(
                 f"{side}_hidden must be {(*self.shape, weight.shape[1])}: token_ids' shape {tuple(self.shape)} and "
@@ -456,12 +496,11 @@ class _Call:
         }
         return {k: t.detach() if detach and t is not None else t for k, t in tensors.items()}
 
-    def per_token(self, name: str, tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            raise TypeError(f"{name} must be a float tensor, got {type(tensor).__name__}")
-        if tensor.shape != self.shape:
-            raise ValueError(f"{name} must have token_ids' shape {tuple(self.shape)}, got {tuple(tensor.shape)}")
-        return tensor.detach().reshape(-1).float()
+    def per_token(self, name: str, given: Tensor) -> Tensor:
+        tensor(name, given, FLOATS, self.device)
+        if given.shape != self.shape:
+            raise ValueError(f"{name} must have token_ids' shape {tuple(self.shape)}, got {tuple(given.shape)}")
+        return given.detach().reshape(-1).float()
 
     def run(
         self,
@@ -479,19 +518,22 @@ class _Call:
         process_group: dist.ProcessGroup | None = None,
     ) -> Tensor | tuple[Tensor, Stats]:
         chosen = resolve_gate(gate)
-        if reduction not in ("mean", "sum", "none"):
-            raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+        one_of("reduction", reduction, ("mean", "sum", "none"))
         if num_items is not None and reduction != "mean":
             raise ValueError(f"num_items is the denominator of reduction='mean'; got reduction={reduction!r}")
-        if not (
-            precision in ("auto", "exact", "bf16")
-            or (isinstance(precision, (int, float)) and not isinstance(precision, bool) and precision > 0)
-        ):
-            raise ValueError(
-                f"precision must be 'auto', 'exact', 'bf16' or a relative error > 0 such as 1e-3, got {precision!r}"
+        if workspace is not None:
+            workspace = integer("workspace", workspace, "a whole number > 0 of bytes", 1)
+        if not isinstance(return_stats, bool):
+            raise TypeError(f"return_stats must be True or False, got {return_stats!r}")
+        _generator(generator)
+        if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
+            raise TypeError(
+                f"process_group must be a torch.distributed.ProcessGroup, got {type(process_group).__name__}; a rank "
+                "outside the group makes no call"
             )
-        if workspace is not None and (not isinstance(workspace, int) or workspace <= 0):
-            raise ValueError(f"workspace must be a positive number of bytes, got {workspace!r}")
+        choices["ignore_index"] = integer(
+            "ignore_index", choices["ignore_index"], "a whole number, at most 2^53 in size"
+        )
         spec = Spec(
             agree=chosen.agree_pair,
             conflict=chosen.conflict_pair,
@@ -514,9 +556,7 @@ class _Call:
         if chosen.control == "random":
             all_tensors["uniform"] = _uniform(self.token_ids.numel(), self.device, generator)
         if num_items is not None:
-            if not isinstance(num_items, Tensor) and not num_items > 0:
-                raise ValueError(f"num_items must be > 0 valid tokens, got {num_items!r}")
-            all_tensors["denominator"] = torch.as_tensor(num_items, dtype=torch.float64, device=self.device).reshape(())
+            all_tensors["denominator"] = _num_items(num_items, self.device)
 
         hidden, weight, bias = (all_tensors[k] for k in TENSORS[:3])
         assert hidden is not None and weight is not None
@@ -527,6 +567,7 @@ class _Call:
             name = self._sharded(backend, name, all_tensors)
         if name == "reference":
             return self._reference(spec, all_tensors, return_stats)
+        refuse_transforms(self.name)
         need = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
         group = process_group.group_name if process_group is not None else ""
         loss, stats, *_, report = fused_loss(*all_tensors.values(), *spec.encode(), name, group, need)
@@ -548,6 +589,11 @@ class _Call:
     def _reference(
         self, spec: Spec, tensors: dict[str, Tensor | None], return_stats: bool
     ) -> Tensor | tuple[Tensor, Stats]:
+        if any(t is not None and torch._C._functorch.is_batchedtensor(t) for k, t in tensors.items() if k in _VALUES):
+            raise NotImplementedError(
+                f"{self.name}: backend='reference' reads {', '.join(_VALUES)} on the host, and torch.func.vmap hides "
+                "them: pass the batch as leading dimensions, or use another backend"
+            )
         problem = problem_of(spec, tensors)
         rows = problem.valid_rows()
         plan.check_values(problem, rows, problem.vocabulary)
@@ -559,10 +605,11 @@ class _Call:
         else:
             loss = (loss * scale_of(problem, tensors["denominator"])).sum()
         loss = loss.to(torch.float64 if problem.student_hidden.dtype == torch.float64 else torch.float32)
+        table = torch.zeros(self.token_ids.numel(), plan.COLUMNS, dtype=torch.float64, device=self.device)
+        table = table.index_put((rows,), torch.stack([v.detach().double() for v in values], -1))
+        plan.check_sampled(problem, table)
         if not return_stats:
             return loss
-        table = torch.zeros(self.token_ids.numel(), plan.COLUMNS, dtype=torch.float64, device=self.device)
-        table[rows] = torch.stack([v.detach().double() for v in values], -1)
         return loss, self._stats(table, "reference", None)
 
     def _stats(self, table: Tensor, backend: str, report: Tensor | None) -> Stats:
@@ -582,6 +629,25 @@ def _gathered(tensor: Any) -> Tensor:
     return tensor.full_tensor() if type(tensor).__name__ == "DTensor" else tensor
 
 
+def _num_items(value: Tensor | float, device: torch.device) -> Tensor:
+    """The denominator, float64 []; a tensor's value is checked where the loss reads it (ops.scale_of)."""
+    expected = "a finite number > 0 of valid tokens"
+    if not isinstance(value, Tensor):
+        return torch.tensor(number("num_items", value, expected, 0.0), dtype=torch.float64, device=device)
+    tensor("num_items", value, FLOATS + INTEGERS)
+    if value.numel() != 1:
+        raise ValueError(f"num_items must be {expected}, got a tensor of shape {tuple(value.shape)}: pass its sum")
+    return value.detach().to(device=device, dtype=torch.float64).reshape(())
+
+
+def _generator(generator: torch.Generator | None) -> None:
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"generator must be a torch.Generator or None, got {type(generator).__name__}; for a seed pass "
+            "torch.Generator().manual_seed(seed)"
+        )
+
+
 def _per_rollout(
     name: str,
     value: Tensor | float,
@@ -592,11 +658,12 @@ def _per_rollout(
 ) -> Tensor:
     """A per-rollout quantity -> float32, shaped like token_ids; permuted over rollouts for gate.control "shuffled"."""
     if not isinstance(value, Tensor):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
             raise TypeError(f"{name} must be a tensor or a number, got {type(value).__name__}")
-        value = torch.full((1,) * len(shape), float(value), device=device)
+        value = torch.full((1,) * len(shape), number(name, value, "a tensor or a finite number"), device=device)
     if value.dtype == torch.bool:
         raise TypeError(f"{name} must be numeric, got bool; for a verdict use 2 * correct.int() - 1")
+    tensor(name, value, FLOATS + INTEGERS)
     if value.ndim == 0:
         value = value.reshape((1,) * len(shape))
     broadcasts = value.ndim == len(shape) and all(a in (1, b) for a, b in zip(value.shape, shape))
@@ -607,22 +674,25 @@ def _per_rollout(
         )
     value = value.detach().to(device=device, dtype=torch.float32)
     if gate is not None and gate.control == "shuffled" and value.ndim and value.shape[0] > 1:
-        where = generator.device if generator is not None else torch.device("cpu")
-        value = value[torch.randperm(value.shape[0], generator=generator, device=where).to(device)]
+        if generator is None:
+            order = torch.randperm(value.shape[0])
+        else:
+            order = torch.randperm(value.shape[0], generator=generator, device=generator.device)
+        value = value[order.to(device)]
     return value.expand(shape)
 
 
 def _uniform(count: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
-    where = generator.device if generator is not None else device
-    return torch.rand(count, generator=generator, device=where).to(device)
+    if generator is None:
+        return torch.rand(count, device=device)
+    return torch.rand(count, generator=generator, device=generator.device).to(device)
 
 
 def _divergence(divergence: Divergence) -> tuple[str, float]:
-    if divergence in ("reverse-kl", "forward-kl"):
-        assert isinstance(divergence, str)
+    if isinstance(divergence, str) and divergence in ("reverse-kl", "forward-kl"):
         return divergence, 0.5
     if isinstance(divergence, (tuple, list)) and len(divergence) == 2 and divergence[0] == "jsd":
-        beta = float(divergence[1])
+        beta = number("divergence: beta of ('jsd', beta)", divergence[1], "a number in [0, 1]")
         if 0 < beta < 1:
             return "jsd", beta
         # TRL's and GKD's end points
@@ -637,15 +707,9 @@ def _divergence(divergence: Divergence) -> tuple[str, float]:
     )
 
 
-def _positive(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (0 < value < math.inf):
-        raise ValueError(f"{name} must be a finite number > 0, got {value!r}")
-    return float(value)
-
-
 def _head(side: str, logit_scale: float, softcap: float | None) -> dict[str, float | None]:
     """A head's choices, as fields of `Spec`."""
     return {
-        f"{side}_scale": _positive(f"{side}_logit_scale", logit_scale),
-        f"{side}_softcap": None if softcap is None else _positive(f"{side}_softcap", softcap),
+        f"{side}_scale": positive(f"{side}_logit_scale", logit_scale),
+        f"{side}_softcap": None if softcap is None else positive(f"{side}_softcap", softcap),
     }

@@ -13,12 +13,13 @@ The weight is a constant for the gradient.
 from __future__ import annotations
 
 import difflib
-import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from .checks import number, one_of
 
 Pair = tuple[float, float]
 CORRECT, INCORRECT, UNKNOWN = 1, -1, 0
@@ -55,17 +56,16 @@ class Gate:
                     raise ValueError(
                         f"Gate.{name} must be a number or a pair (in correct, in incorrect rollouts), got {value!r}"
                     )
-                object.__setattr__(self, name, (_finite(name, value[0]), _finite(name, value[1])))
+                object.__setattr__(self, name, tuple(number(f"Gate.{name}", x) for x in value))
             else:
-                object.__setattr__(self, name, _finite(name, value))
-        object.__setattr__(self, "neutral", _finite("neutral", self.neutral))
-        object.__setattr__(self, "tolerance", _finite("tolerance", self.tolerance))
+                object.__setattr__(self, name, number(f"Gate.{name}", value))
+        for name in ("neutral", "tolerance"):
+            object.__setattr__(self, name, number(f"Gate.{name}", getattr(self, name)))
         if self.tolerance < 0:
             raise ValueError(f"Gate.tolerance must be >= 0 nats, got {self.tolerance}")
-        if self.keep not in ("all", "correct", "incorrect"):
-            raise ValueError(f"Gate.keep must be 'all', 'correct' or 'incorrect', got {self.keep!r}")
-        if self.control not in (None, "random", "shuffled"):
-            raise ValueError(f"Gate.control must be None, 'random' or 'shuffled', got {self.control!r}")
+        one_of("Gate.keep", self.keep, ("all", "correct", "incorrect"))
+        if self.control is not None:
+            one_of("Gate.control (if not None)", self.control, ("random", "shuffled"))
 
     @property
     def agree_pair(self) -> Pair:
@@ -74,12 +74,6 @@ class Gate:
     @property
     def conflict_pair(self) -> Pair:
         return self.conflict if isinstance(self.conflict, tuple) else (self.conflict, self.conflict)
-
-
-def _finite(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"Gate.{name} must be a finite number, got {value!r}")
-    return float(value)
 
 
 PRESETS: dict[str, Gate] = {
@@ -101,7 +95,7 @@ def resolve_gate(gate: str | Gate) -> Gate:
         return gate
     if isinstance(gate, str):
         if gate in PRESETS:
-            return replace(PRESETS[gate])
+            return PRESETS[gate]
         close = difflib.get_close_matches(gate, PRESETS, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"gate: no preset {gate!r}{hint} Presets: {', '.join(PRESETS)}")

@@ -12,10 +12,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import plan
 from .backends import get
+from .checks import require
 from .problem import Head, Problem, Spec
+from .sparse import KEPT
 
 # Order of the op's tensor arguments; the first three take gradients.
 TENSORS = (
@@ -91,12 +94,37 @@ def scale_of(problem: Problem, denominator: Tensor | None) -> Tensor:
         return torch.ones(n, dtype=torch.float64, device=device)
     if denominator is None:
         denominator = (problem.token_ids != problem.spec.ignore_index).sum().clamp(min=1)
+    else:
+        given = denominator
+        require(
+            (given > 0) & (given < torch.inf),
+            "num_items must be a finite number > 0 of valid tokens",
+            lambda: f"got a tensor of {float(given)}",
+        )
     return denominator.double().reciprocal().expand(n)
 
 
 def _makes_gradients(spec: Spec, row_scale: Tensor | None) -> bool:
     """Not the forward of a per-token loss: its gradients need the incoming one."""
     return spec.reduction != "none" or row_scale is not None
+
+
+@torch.compiler.assume_constant_result
+def _inside_derivative() -> bool:
+    """Whether a level of forward mode, or of a derivative by torch.func, is open."""
+    kinds = torch._C._functorch.TransformType
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    return forward_ad._current_level >= 0 or any(i.key() in (kinds.Grad, kinds.Jvp) for i in stack)
+
+
+def refuse_transforms(name: str) -> None:
+    """The op has no rule for tangents, and torch would take them for 0."""
+    if _inside_derivative():
+        raise NotImplementedError(
+            f"{name} has reverse mode alone, and was called inside torch.func (grad, vjp, jvp, jacrev, jacfwd, "
+            "hessian, ...) or forward_ad.dual_level: use loss.backward() or torch.autograd.grad, or "
+            "backend='reference', which has all of them"
+        )
 
 
 @torch.library.custom_op("sgopd::fused_loss", mutates_args=())
@@ -128,11 +156,15 @@ def fused_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, stats [N, 8] float64, d_hidden, d_weight, d_bias, report [3]); gradients not needed are empty."""
     arguments = locals()
+    refuse_transforms("the fused loss")  # of a graph that was compiled outside
     chosen = Spec.decode(words, numbers)
     problem = problem_of(chosen, {name: arguments[name] for name in TENSORS})
     wanted = plan.Need(*need) if _makes_gradients(chosen, row_scale) else plan.Need()
     scale = row_scale if row_scale is not None else scale_of(problem, denominator)
     result = plan.run(problem, get(backend), scale, wanted, group_of(group))
+    plan.check_sampled(problem, result.stats)
+    if not wanted:
+        result.report[KEPT] = torch.nan  # there is no gradient, or not yet
     losses = result.stats[:, plan.LOSS]
     if chosen.reduction == "none":
         loss = losses.float()
@@ -197,10 +229,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.words, ctx.numbers, ctx.backend, ctx.group, ctx.need = words, numbers, backend, group, need
     ctx.per_token = Spec.decode(words, numbers).reduction == "none"
     ctx.gradients = None
+    ctx.report = output[5].detach()
     ctx.dtypes = [None if t is None else t.dtype for t in tensors[:3]]
     if ctx.per_token:
-        ctx.present = [t is not None for t in tensors]
-        ctx.save_for_backward(*(t for t in tensors if t is not None))
+        # Inference tensors (a teacher's) can't be saved, and can't change under autograd's eyes either.
+        ctx.kept = [t if t is not None and t.is_inference() else None for t in tensors]
+        ctx.save_for_backward(*(None if k is not None else t for t, k in zip(tensors, ctx.kept)))
     else:
         # Not save_for_backward: the backward hands these over without a copy, which only their last owner may do.
         # Detached, they hold no reference to this node.
@@ -218,10 +252,16 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Te
     if grad_loss is None:
         return (None, None, None, *nothing)
     if ctx.per_token:
-        saved = iter(ctx.saved_tensors)
-        tensors = dict(zip(TENSORS, (next(saved) if present else None for present in ctx.present)))
+        tensors = {
+            name: saved if kept is None else kept for name, saved, kept in zip(TENSORS, ctx.saved_tensors, ctx.kept)
+        }
         tensors["row_scale"] = grad_loss.contiguous()
-        _, _, *gradients, _ = fused_loss(*tensors.values(), ctx.words, ctx.numbers, ctx.backend, ctx.group, ctx.need)
+        _, _, *gradients, report = fused_loss(
+            *tensors.values(), ctx.words, ctx.numbers, ctx.backend, ctx.group, ctx.need
+        )
+        # `Stats` reads the same memory; but what is written to a compiled graph's outputs is lost.
+        if not torch.compiler.is_compiling() and not _batched(report):
+            torch.fmax(ctx.report, report, out=ctx.report)
         return (*(g.to(d) if wanted else None for wanted, g, d in zip(ctx.need, gradients, ctx.dtypes)), *nothing)
     if ctx.gradients is None:
         raise RuntimeError(
@@ -229,10 +269,16 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Te
             "Call the loss again, or sum the losses before backward"
         )
     gradients, ctx.gradients = ctx.gradients, None
-    for g in gradients:
-        if g is not None and not _is_one(grad_loss):
-            g.mul_(grad_loss)
+    if _batched(grad_loss):
+        gradients = [None if g is None else g * grad_loss for g in gradients]
+    elif not _is_one(grad_loss):
+        gradients = [None if g is None else g.mul_(grad_loss) for g in gradients]
     return (*(None if g is None else g.to(d) for g, d in zip(gradients, ctx.dtypes)), *nothing)
+
+
+def _batched(tensor: Tensor) -> bool:
+    """By torch.func.vmap, or by autograd's `is_grads_batched`."""
+    return torch._C._functorch.is_batchedtensor(tensor) or torch._C._functorch.is_legacy_batchedtensor(tensor)
 
 
 def _is_one(grad: Tensor) -> bool:

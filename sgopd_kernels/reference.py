@@ -64,14 +64,30 @@ def _divergence(name: str, beta: float, log_p: Tensor, log_q: Tensor) -> Tensor:
 def _bucketed(log_p: Tensor, ids: Tensor, log_q: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """(reverse KL over the top k and a bucket for the rest, log q(y)); beyond the top k, q_y = p_y q_tail / p_tail."""
     top = log_p.gather(-1, ids)
-    log_p_tail = torch.logsumexp(log_p.scatter(-1, ids, -torch.inf), -1)
-    log_q_tail = torch.log1p(-log_q.exp().sum(-1).clamp(max=1.0))
-    tail = _xlogx_sum(log_p_tail.exp().unsqueeze(-1), (log_p_tail - log_q_tail).unsqueeze(-1))
+    log_q_tail = _tail(log_q)
+    none = log_q_tail == -torch.inf  # no tail: nothing of it is read, and -inf - -inf has no gradient
+    rest = log_p.scatter(-1, ids, -torch.inf)
+    log_p_tail = torch.logsumexp(rest.masked_fill(none.unsqueeze(-1), 0.0), -1)
+    total = torch.logaddexp(torch.logsumexp(log_q, -1), log_q_tail)  # 0, but where rounding took the sum above 1
+    log_q, log_q_tail = log_q - total.unsqueeze(-1), log_q_tail - total
+    tail = _xlogx_sum(log_p_tail.exp().unsqueeze(-1), (log_p_tail - log_q_tail.masked_fill(none, 0.0)).unsqueeze(-1))
+    tail = torch.where(none, 0.0, tail)
     kl = _xlogx_sum(top.exp(), top - log_q) + tail
     inside = ids == y
     q_inside = torch.where(inside, log_q, 0.0).sum(-1)
     q_outside = log_p.detach().gather(-1, y).squeeze(-1) + log_q_tail - log_p_tail.detach()
+    q_outside = q_outside.masked_fill(none, -torch.inf)
     return kl, torch.where(inside.any(-1), q_inside, q_outside)
+
+
+def _tail(log_q: Tensor) -> Tensor:
+    return torch.log1p(-log_q.exp().sum(-1).clamp(max=1.0))
+
+
+def _topk_support(z_student: Tensor, ids: Tensor, log_q: Tensor) -> Tensor:
+    """As `_support`, for a top k: its columns at -inf, and all beyond it where it leaves no mass."""
+    outside = (_tail(log_q) == -torch.inf).unsqueeze(-1).expand_as(z_student)
+    return z_student.masked_fill(outside.scatter(-1, ids, log_q == -torch.inf), -torch.inf)
 
 
 def _support(z_student: Tensor, *others: Tensor) -> Tensor:
@@ -91,8 +107,9 @@ def token_values(problem: Problem, hidden: Tensor, student: Head, dtype: torch.d
 
     if problem.topk_ids is not None:
         assert problem.topk_logprob is not None
-        log_p, log_q, log_r = torch.log_softmax(z_s, -1), None, None
-        kl, log_q_y = _bucketed(log_p, problem.topk_ids[rows], problem.topk_logprob[rows].to(dtype), y)
+        top_ids, top = problem.topk_ids[rows], problem.topk_logprob[rows].to(dtype)
+        log_p, log_q, log_r = torch.log_softmax(_topk_support(z_s, top_ids, top), -1), None, None
+        kl, log_q_y = _bucketed(log_p, top_ids, top, y)
         entropy_q = torch.full_like(log_q_y, torch.nan)
     elif problem.teacher is None:
         assert problem.teacher_logprob is not None
@@ -141,7 +158,7 @@ def token_values(problem: Problem, hidden: Tensor, student: Head, dtype: torch.d
     elif spec.estimator == "full":
         loss = torch.where(gate != 0, gate * kl, 0.0)
     else:
-        advantage = gate * d
+        advantage = torch.where(gate != 0, gate * d, 0.0)
         if problem.behaviour_logprob is not None:
             ratio = (log_p_y.detach() - problem.behaviour_logprob[rows].to(dtype)).exp()
             advantage = advantage * ratio.clamp(max=spec.ratio_clip)

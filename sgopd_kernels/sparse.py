@@ -27,6 +27,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .checks import number
 from .problem import Problem
 from .reference import TokenValues
 
@@ -67,7 +68,10 @@ PROBED_ROWS, PROBED_STRIDE = 16, 16
 def budget_of(precision: str | float) -> float:
     """The relative gradient error a call allows; 0: exact."""
     named = {"exact": 0.0, "auto": AUTO, "bf16": BF16}
-    return named[precision] if isinstance(precision, str) else float(precision)
+    if isinstance(precision, str) and precision in named:
+        return named[precision]
+    expected = "'auto', 'exact', 'bf16' or a relative error above 0 and below 1, such as 1e-3"
+    return number("precision", precision, expected, 0.0, 1.0)
 
 
 @dataclass
@@ -89,6 +93,7 @@ class Report:
 
 
 PLANS = ("exact", "filtered", "screened")
+KEPT = 1  # where Report.tensor has the share
 
 
 Product = Callable[[Tensor, Tensor, Tensor], None]  # hidden [n, H], weight [V, H], out [n, V] fp32

@@ -50,7 +50,12 @@ DEFECTS = [
     Defect("gate: rejected rollouts kept", "sgopd_kernels/gate.py", "neutral)]) * kept", "neutral)])"),
     Defect("mean over all tokens, ignored ones too", "sgopd_kernels/ops.py", "(problem.token_ids != problem.spec.ignore_index).sum()", "(problem.token_ids == problem.token_ids).sum()"),
     Defect("num_items ignored", "sgopd_kernels/ops.py", "    if denominator is None:", "    if True:"),
-    Defect("incoming gradient ignored", "sgopd_kernels/ops.py", "            g.mul_(grad_loss)", "            pass"),
+    Defect("incoming gradient ignored", "sgopd_kernels/ops.py", "elif not _is_one(grad_loss):", "elif False:"),
+    Defect("forward mode gives 0", "sgopd_kernels/ops.py", "    if _inside_derivative():", "    if False:"),
+    Defect("num_items as a tensor of 0, or NaN", "sgopd_kernels/ops.py", "(given > 0) & (given < torch.inf)", "given.ge(-1) | True"),
+    Defect("a backward that comes later is not reported", "sgopd_kernels/ops.py", "torch.fmax(ctx.report, report, out=ctx.report)", "pass"),
+    Defect("log-probabilities above 0", "sgopd_kernels/plan.py", "ok = ~(values > ROUNDING) | ignored", "ok = ~(values > values) | ignored"),
+    Defect("the sampled estimator of a masked token", "sgopd_kernels/plan.py", "(words != -torch.inf) |", "(words != torch.inf) |"),
     Defect("per-token incoming gradient ignored", "sgopd_kernels/ops.py", "= grad_loss.contiguous()", "= torch.ones_like(grad_loss)"),
     Defect("last chunk's weight gradient lost", "sgopd_kernels/plan.py", "if d_weight is not None:", "if d_weight is not None and chunk.stop < total:"),
     Defect("compacted rows not moved", TORCH, "            z[a].copy_(z[b])", "            pass"),
@@ -145,7 +150,7 @@ DEFECTS += [
 ]
 # fmt: on
 KERNEL_TESTS = [
-    f"tests/kernels/test_{name}.py" for name in ("parity", "api", "ops", "options", "sparse", "fuzz_native")
+    f"tests/kernels/test_{name}.py" for name in ("parity", "api", "ops", "options", "sparse", "fuzz_native", "door")
 ]
 INTERPRETED = ["tests/triton/interpreted.py"]
 

@@ -4,7 +4,8 @@
 // AVX512-BF16: vdpbf16ps adds two products to each of 16 fp32 lanes. Lanes run over 64 vocabulary rows at a time (a
 // panel, packed so that the pair of columns (2k, 2k + 1) of 64 rows is contiguous: h * 128 bytes, in L2), 6 tokens by
 // 4 vectors of accumulators stay in registers, and a pair of a token's hidden state is broadcast. Packing reads the
-// head once per token chunk. Threads take panels: no reduction crosses them, so their number changes no bit.
+// head once per token chunk. Threads take panels: no reduction crosses them, so their number changes no bit. The
+// instruction takes a denormal operand as 0.
 
 #if defined(__AVX512BF16__) && defined(__AVX512F__) && defined(__AVX512BW__)
 

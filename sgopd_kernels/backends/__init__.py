@@ -12,6 +12,7 @@ from torch import device as Device
 from torch import dtype as DType
 from torch import float64  # not `import torch`: that name is a submodule here
 
+from ..checks import one_of
 from .cpu import CpuBackend
 from .cuda import CudaBackend
 from .native import NativeBackend
@@ -26,8 +27,7 @@ NAMES = ("auto", "reference", *_INSTANCES)
 
 def resolve(name: str, device: Device, dtype: DType) -> str:
     """The backend a call takes. "auto" chooses by device; a name that can't serve the call is an error."""
-    if name not in NAMES:
-        raise ValueError(f"backend must be one of {', '.join(NAMES)}; got {name!r}")
+    one_of("backend", name, NAMES)
     if name == "auto":
         if dtype == float64:
             return "reference"

@@ -37,6 +37,7 @@ def load(name: str, path: Path) -> Any:
 
 kit = load("kernel_kit", HERE.parent / "kernels" / "conftest.py")
 table = load("errors", HERE.parents[1] / "bench" / "errors.py")
+door = load("door", HERE.parent / "kernels" / "test_door.py")
 table.N = 10
 OPTIONS = table.options()
 
@@ -369,3 +370,20 @@ def test_nan_is_not_filtered(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs.student_hidden[1] = math.nan
     loss, d_hidden, d_weight, stats = kit.call(inputs, backend="triton")
     assert loss.isnan() and d_hidden[1].isnan().all() and d_weight.isnan().any() and stats.plan == "exact"
+
+
+# What the doors say of masked columns, -inf and NaN, on this backend.
+
+
+@pytest.mark.parametrize("case", door.TOPK_ENDS)
+def test_topk_at_the_ends(case: str) -> None:
+    door.test_topk_at_the_ends(kit, case, "triton")
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_a_sampled_token_that_is_masked(side: str) -> None:
+    door.test_a_sampled_token_that_is_masked(kit, side, "triton")
+
+
+def test_words_at_the_ends() -> None:
+    door.test_words_at_the_ends(kit, "triton")
