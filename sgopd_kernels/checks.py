@@ -47,8 +47,7 @@ def integer(name: str, value: Any, expected: str, low: int = -WHOLE) -> int:
 
 def one_of(name: str, value: Any, choices: tuple[str, ...]) -> str:
     if not isinstance(value, str) or value not in choices:
-        *most, last = map(repr, choices)
-        raise ValueError(f"{name} must be {', '.join(most)} or {last}, got {_shown(value)}")
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {_shown(value)}")
     return value
 
 
