@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import backends, plan, sparse
-from .checks import FLOATS, INTEGERS, integer, number, one_of, positive, require, tensor
+from ._checks import FLOATS, INTEGERS, integer, number, one_of, positive, require, tensor
 from .gate import Gate, cell_weights, choose, draw_agreement, resolve_gate
 from .ops import TENSORS, fused_loss, problem_of, refuse_transforms, scale_of
 from .plan import check_logprob

@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .checks import number, one_of
+from ._checks import number, one_of
 
 Pair = tuple[float, float]
 CORRECT, INCORRECT, UNKNOWN = 1, -1, 0

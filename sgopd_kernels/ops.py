@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import plan
+from ._checks import require
 from .backends import get
-from .checks import require
 from .problem import Head, Problem, Spec
 from .sparse import KEPT
 

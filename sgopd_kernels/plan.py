@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ._checks import require
 from .backends.torch import ShardedColumns, TorchBackend
-from .checks import require
 from .gate import cell_weights, draw_agreement
 from .problem import Problem
 from .reference import TokenValues

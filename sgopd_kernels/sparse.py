@@ -27,7 +27,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .checks import number
+from ._checks import number
 from .problem import Problem
 from .reference import TokenValues
 

@@ -12,7 +12,7 @@ from torch import device as Device
 from torch import dtype as DType
 from torch import float64  # not `import torch`: that name is a submodule here
 
-from ..checks import one_of
+from .._checks import one_of
 from .cpu import CpuBackend
 from .cuda import CudaBackend
 from .native import NativeBackend
