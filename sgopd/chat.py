@@ -125,7 +125,7 @@ def explained(error: Exception) -> str:
     if isinstance(error, TimeoutError):
         return f"the chat template did not end in {TEMPLATE_SECONDS:g} s. {repair}"
     if isinstance(error, jinja2.TemplateSyntaxError):
-        return f"the chat template is not valid Jinja: {error.message}, in its line {error.lineno}. {repair}"
+        return f"the chat template is not valid Jinja: {error.message} In its line {error.lineno}. {repair}"
     if isinstance(error, jinja2.sandbox.SecurityError):
         return f"the sandbox stopped the chat template: {error}. {repair}"
     if type(error) is jinja2.TemplateError:  # its own raise_exception

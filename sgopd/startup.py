@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -245,6 +246,11 @@ def check_prompts(
         if data is not None:
             findings += data.remarks + check_prompt_ends(data, tokenizer, eos_ids_of(models["student"], tokenizer))
     findings += unused_settings(config, prompts, questions, tokenizer)
+    if "strftime_now" in str(tokenizer.chat_template) and f"{date.today().year}" in tokenizer.decode(prompts.ids[0]):
+        findings.append(
+            "warning: the chat template writes today's date, so tomorrow the same run has other prompts. If it takes "
+            "the date as a variable, set it in chat_template_kwargs, such as {date_string: 26 Jul 2024}"
+        )
     plain = isinstance(prompts.examples[0]["prompt"], str)
     if plain and tokenizer.chat_template is not None and not config.apply_chat_template:
         findings.append("prompts are plain text: the chat template is not used (apply_chat_template: true would)")

@@ -224,11 +224,11 @@ def test_answers_that_are_none_in_tables(tmp_path, load, answer, said):
 
 
 def test_answers_as_text(tmp_path, load):
-    answers = [72, -5, 10**40, 0.5, 3.0, 1e-7, 1e22, ["3", "4"], [1e-7, 2], ["x=1"], " 7 "]
+    answers = [72, -5, 10**400, 0.5, 3.0, 1e-7, 1e22, ["3", "4"], [1e-7, 2], ["x=1"], " 7 "]
     rows = [{"prompt": "1", "answer": answer} for answer in answers]
     data = load(dataset_name=write(tmp_path / "d.jsonl", rows), answer_column="answer")
     assert [example["answer"] for example in data.examples] == (
-        ["72", "-5", "1" + 40 * "0", "0.5", "3.0", "0.0000001", "1" + 22 * "0", "3, 4", "0.0000001, 2", "x=1", " 7 "]
+        ["72", "-5", "1" + 400 * "0", "0.5", "3.0", "0.0000001", "1" + 22 * "0", "3, 4", "0.0000001, 2", "x=1", " 7 "]
     )
     (remark,) = data.remarks
     assert remark.startswith("3 of 11 training prompts have a list as answer") and remark.endswith("d.jsonl, line 8)")
