@@ -1,4 +1,4 @@
-"""The short form of tests/fuzz_native.py: fixed seeds, a few seconds. `make fuzz` runs new ones for ten minutes."""
+"""The short form of tests/fuzz_native.py: fixed seeds, a few seconds. `make long ONLY=fuzz` runs new ones."""
 
 from __future__ import annotations
 
