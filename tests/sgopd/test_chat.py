@@ -223,7 +223,7 @@ def test_what_else_is_said_of_prompts(load, tiny, tmp_path):
     data.write_text(
         "".join(json.dumps({"prompt": "1", "answer": answer}) + "\n" for answer in ("None", "nan", "none of it"))
     )
-    assert said("1", dataset_name=str(data)) == [MISSING]
+    assert said("1", dataset_name=str(data)) == [MISSING] and said("NaN")[-1] == MISSING
     strict = tiny.make_tokenizer("1")
     strict.backend_tokenizer.model = WordLevel({"1": 0}, unk_token="none")
     with pytest.raises(UserError, match="line 2: the tokenizer cannot take the prompt: "):

@@ -91,7 +91,8 @@ def test_a_puzzle_without_an_answer_is_for_its_scorer_alone(load):
     """Its answer was the text None, and every rollout incorrect."""
     pytest.importorskip("reasoning_gym")
     puzzles = {"dataset_name": "task:reasoning-gym:rubiks_cube", "dataset_size": 2}
-    assert load(**puzzles, verifier="reasoning-gym").examples[0]["answer"] is None
+    data = load(**puzzles, verifier="reasoning-gym")
+    assert data.examples[0]["answer"] is None and not any("missing" in remark for remark in data.remarks)
     with pytest.raises(UserError, match=r"rubiks_cube, row 0 .*column 'answer': got null"):
         load(**puzzles, verifier="math")
 
