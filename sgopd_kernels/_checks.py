@@ -66,6 +66,14 @@ def tensor(name: str, value: Any, dtypes: tuple[torch.dtype, ...], device: torch
     return value
 
 
+def constant(name: str, value: Tensor, dtypes: tuple[torch.dtype, ...], device: torch.device) -> Tensor:
+    """A tensor of few values, from wherever it is: on `device`, detached."""
+    tensor(name, value, dtypes)
+    if value.is_meta and device.type != "meta":
+        raise ValueError(f"{name} is on meta, where there are no values; token_ids are on {device}")
+    return value.detach().to(device)
+
+
 def require(ok: Tensor, message: str, got: Callable[[], str] | None = None) -> None:
     """Raises ValueError unless all of `ok` hold. A CUDA device, which the host would wait for, asserts it itself."""
     if ok.device.type in ("cuda", "meta") or torch.compiler.is_compiling():

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import backends, plan, sparse
-from ._checks import FLOATS, INTEGERS, integer, number, one_of, positive, require, tensor
+from ._checks import FLOATS, INTEGERS, constant, integer, number, one_of, positive, require, tensor
 from .gate import Gate, cell_weights, choose, draw_agreement, resolve_gate
 from .ops import TENSORS, fused_loss, problem_of, refuse_transforms, scale_of
 from .plan import check_logprob
@@ -634,10 +634,10 @@ def _num_items(value: Tensor | float, device: torch.device) -> Tensor:
     expected = "a finite number > 0 of valid tokens"
     if not isinstance(value, Tensor):
         return torch.tensor(number("num_items", value, expected, 0.0), dtype=torch.float64, device=device)
-    tensor("num_items", value, FLOATS + INTEGERS)
+    value = constant("num_items", value, FLOATS + INTEGERS, device)
     if value.numel() != 1:
         raise ValueError(f"num_items must be {expected}, got a tensor of shape {tuple(value.shape)}: pass its sum")
-    return value.detach().to(device=device, dtype=torch.float64).reshape(())
+    return value.double().reshape(())
 
 
 def _generator(generator: torch.Generator | None) -> None:
@@ -663,7 +663,7 @@ def _per_rollout(
         value = torch.full((1,) * len(shape), number(name, value, "a tensor or a finite number"), device=device)
     if value.dtype == torch.bool:
         raise TypeError(f"{name} must be numeric, got bool; for a verdict use 2 * correct.int() - 1")
-    tensor(name, value, FLOATS + INTEGERS)
+    value = constant(name, value, FLOATS + INTEGERS, device).float()
     if value.ndim == 0:
         value = value.reshape((1,) * len(shape))
     broadcasts = value.ndim == len(shape) and all(a in (1, b) for a, b in zip(value.shape, shape))
@@ -672,7 +672,6 @@ def _per_rollout(
             f"{name} must broadcast to token_ids' shape {tuple(shape)} with as many dimensions; got "
             f"{tuple(value.shape)}. For one value a rollout pass [B, 1]: {name}[:, None]"
         )
-    value = value.detach().to(device=device, dtype=torch.float32)
     if gate is not None and gate.control == "shuffled" and value.ndim and value.shape[0] > 1:
         if generator is None:
             order = torch.randperm(value.shape[0])
