@@ -3,7 +3,8 @@ r"""From a response to an answer, and everything about an answer that can be tol
 All of it is string work in linear time on capped input, so the trainer's own process does it: most rollouts
 are decided here, and only a real question of mathematics reaches a worker process (`sgopd.math_equality`).
 
-The answer of a response is its last balanced `\boxed{}` outside thoughts (`THOUGHT_TAGS`).
+The answer of a response is its last balanced `\boxed{}` outside thoughts (`THOUGHT_TAGS`). What an answer is, and when
+two are equal, is in `sgopd.answers`.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from fractions import Fraction
 from functools import lru_cache
 from typing import Any
+
+from sgopd.answers import Comparer, NeedsWorker, clean, number, read, spelling
 
 Example = dict[str, Any]
 
@@ -27,8 +29,8 @@ MAX_FACTORIAL = 5_000
 
 # --- extraction ---
 
-# What opens a thought, and what closes it. In order of the models that came with them: DeepSeek-R1 and Qwen 3, Magistral,
-# Sky-T1, Seed-OSS, Kimi, Command A, MedGemma, gpt-oss (twice), and what prompts ask for.
+# What opens a thought, and what closes it. In the order of the models that came with them: DeepSeek-R1 and Qwen 3,
+# Magistral, Sky-T1, Seed-OSS, Kimi, Command A, MedGemma, gpt-oss (twice), and what prompts ask for.
 THOUGHT_TAGS: tuple[tuple[str, str], ...] = (
     ("<think>", "</think>"),
     ("[THINK]", "[/THINK]"),
@@ -48,10 +50,27 @@ THOUGHT_TAGS: tuple[tuple[str, str], ...] = (
     ("<analysis>", "</analysis>"),
 )
 Tags = Sequence[Sequence[str]]
+
 # The bounded repeats keep this linear: an unbounded one rescans a run of backslashes or blanks from every start.
-_BRACE = re.compile(r"(?P<box>\\{1,3}(?:boxed|fbox)\s{0,9}\{)|\\\\|\\[{}]|(?P<open>\{)|(?P<close>\})")
+_BRACE = re.compile(
+    r"(?P<box>\\{1,3}(?:boxed|fbox)\s{0,9}\{)|\\{1,3}boxed\s{0,9}(?P<bare>-?\d[\d.,/]{0,99}|[a-zA-Z](?![a-zA-Z]))"
+    r"|\\\\|\\[{}]|(?P<open>\{)|(?P<close>\})"
+)
 _ANSWER_TAG = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL)
 _WRAPPED = re.compile(r"\\(?:text|textbf|textit|texttt|textrm|mathrm|mathbf|mathit|mbox|operatorname)\s?\{([^{}]*)\}")
+_QUOTED = re.compile(r"'([^']*)'|\"([^\"]*)\"")
+_LISTED = re.compile(r"\[(?:(?:'[^']*'|\"[^\"]*\")(?:, ?|(?=\])))+\]")
+# Between two boxes that are one answer: x = \boxed{2} and y = \boxed{3}, \boxed{2} or \boxed{3}.
+_JOINT = re.compile(
+    r"[\s$.,]{0,5}(?P<word>and|or)[\s$]{1,5}(?:[a-zA-Z] ?= ?)?(?:[a-zA-Z] ?= ?)?|[\s$]{0,5},[\s$]{1,5}[a-zA-Z] ?= ?"
+)
+_NAMED = re.compile(r"(?<![a-zA-Z\\])([a-zA-Z]) ?= ?$")
+_DENIED = re.compile(r"(?:\bnot|n't|\bneither|\bnor)(?: be| equal to| equal)?[\s$]{1,3}(?:[a-zA-Z] ?= ?)?$")
+_DENIED_AFTER = re.compile(r"[\s$]{0,3}(?:is|was|would be) (?:not|wrong|incorrect|false)\b|[\s$]{0,3}isn't")
+# Where nothing is boxed, an answer that is marked as one in the last line: #### 17, **17**, Answer: 17.
+_MARKED = re.compile(
+    r"#{4} ?(.+)|.*\*\*([^*:]+)\*\*[.\s]*|[*#\s]*(?:final )?answer\s?[*\s]*:[*\s]*([^*]+?)[*\s]*", re.IGNORECASE
+)
 
 
 @lru_cache(maxsize=16)
@@ -82,23 +101,61 @@ def visible_text(response: str, tags: Tags = THOUGHT_TAGS) -> str:
     return "".join([*kept, "" if awaited else response[position:]])[-TAIL_CHARS:]
 
 
-def last_box(text: str) -> str | None:
-    r"""Content of the balanced `\boxed{}` (or `\fbox{}`) that opens last in `text`; None if there is none."""
-    openings: list[tuple[int, bool]] = []
-    box_start, box = -1, None
+def boxes(text: str) -> list[tuple[int, int, str]]:
+    r"""Where each balanced `\boxed{}` or `\fbox{}` opens and closes, and what it holds, in the order of opening."""
+    openings: list[tuple[int, int, bool]] = []
+    found = []
     for brace in _BRACE.finditer(text):
-        if brace["box"] or brace["open"]:
-            openings.append((brace.end(), bool(brace["box"])))
+        if brace["bare"]:
+            found.append((brace.start(), brace.end(), brace["bare"].rstrip(".,")))
+        elif brace["box"] or brace["open"]:
+            openings.append((brace.start(), brace.end(), bool(brace["box"])))
         elif brace["close"] and openings:
-            start, is_box = openings.pop()
-            if is_box and start > box_start:
-                box_start, box = start, text[start : brace.start()]
-    return box
+            command, start, is_box = openings.pop()
+            if is_box:
+                found.append((command, brace.end(), text[start : brace.start()]))
+    return sorted(found)
+
+
+def last_box(text: str) -> str | None:
+    r"""Content of the box that opens last in `text`; None if there is none."""
+    found = boxes(text)
+    return found[-1][2] if found else None
 
 
 def boxed_answer(response: str, tags: Tags = THOUGHT_TAGS) -> str | None:
-    """The boxed answer, stripped; None where there is none or it is empty."""
-    return (last_box(visible_text(response, tags)) or "").strip() or None
+    r"""The boxed answer, stripped; None where there is none, it is empty, or the text says that it is not the answer.
+
+    Boxes joined by a word (`x = \boxed{2}` and `y = \boxed{3}`) are one answer. Where nothing is boxed, an answer in
+    `<answer>…</answer>`, or one marked in the last line.
+    """
+    text = visible_text(response, tags)
+    found = boxes(text)
+    if not found:
+        return None if "boxed" in text else _marked(text)
+    start, end, answer = found[-1]
+    if _DENIED.search(text[max(0, start - 40) : start]) or _DENIED_AFTER.match(text[end : end + 40]):
+        return None
+    joined = [_named(text, start) + answer]
+    for (before, closes, content), (opens, _, _) in zip(found[-2::-1], found[:0:-1]):
+        joint = _JOINT.fullmatch(text[closes:opens]) if opens - closes < 40 else None
+        if joint is None or not content.strip() or len(joined) > 8:
+            break
+        joined += [r"\text{ or }" if joint["word"] == "or" else ", ", _named(text, before) + content]
+    return ("".join(joined[::-1]) if len(joined) > 1 else answer).strip() or None
+
+
+def _named(text: str, start: int) -> str:
+    match = _NAMED.search(text[max(0, start - 6) : start])
+    return f"{match[1]} = " if match else ""
+
+
+def _marked(text: str) -> str | None:
+    if tagged := _ANSWER_TAG.findall(text):
+        return tagged[-1].strip() or None
+    lines = text.strip().splitlines()
+    match = _MARKED.fullmatch(lines[-1].strip()) if lines and len(lines[-1]) < MAX_ANSWER_CHARS else None
+    return (match[1] or match[2] or match[3]).strip() or None if match else None
 
 
 def stated_answer(response: str, tags: Tags = THOUGHT_TAGS) -> str | None:
@@ -115,248 +172,15 @@ def stated_answer(response: str, tags: Tags = THOUGHT_TAGS) -> str | None:
 
 
 def reference_answer(example: Example) -> str | None:
-    r"""The gold of `example["answer"]`: its last box, or what follows `####` (GSM8K), or the whole; None if empty."""
+    r"""The gold of `example["answer"]`: its last box, or what follows `####` (GSM8K), or the whole; None if empty.
+
+    Several golds written as a list of texts are all of them in one answer.
+    """
     answer = example.get("answer")
     text = "" if answer is None else str(answer)
+    if listed := _LISTED.fullmatch(text.strip()):
+        text = ", ".join(single or double for single, double in _QUOTED.findall(listed[0]))
     return (last_box(text) or text.rpartition("####")[2]).strip() or None
-
-
-# --- one spelling for equal LaTeX ---
-
-_SYMBOLS = str.maketrans(
-    {"−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "÷": r"\div ", "π": r"\pi ", "∞": r"\infty ", "°": r"^\circ "}
-    | {
-        "√": "sqrt",
-        "½": r"\frac{1}{2}",
-        "≤": r"\le ",
-        "≥": r"\ge ",
-        "≠": r"\ne ",
-        "∪": r"\cup ",
-        "∅": r"\emptyset ",
-    }
-    | dict.fromkeys("€£¥", "")
-    | {"，": ",", "（": "(", "）": ")", "％": "%", "\u00a0": " ", "~": " "}
-)
-_SUPERSCRIPTS = re.compile("[⁻⁺]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+")
-_LOWERED = str.maketrans("⁻⁺⁰¹²³⁴⁵⁶⁷⁸⁹", "-+0123456789")
-# 30° is as good as 30, but its sine is not that of 30 radians.
-_ANGLE = (
-    r"\\(sin|cos|tan|cot|sec|csc)((?:\^\{?\d\}?)?\s?[({]?)\s?([\d.]+)\s?\^\s?(?:\\circ(?![a-zA-Z])|\{\s?\\circ\s?\})"
-)
-_REWRITES = [
-    (re.compile(pattern), replacement)
-    for pattern, replacement in [
-        (r"(?<!\\)(?:\\[()\[\]]|\$)|\\displaystyle(?![a-zA-Z])", " "),  # \$ stays: it is a currency
-        (r"\\\$", ""),
-        (r"(?<=\d)(?:,?\\[,;:! ]|\{,\})\s?(?=\d{3}(?!\d))", ""),  # 12{,}345 and 12\,345
-        (r"(?<!\\)\\[,;:! ]|\\q?quad(?![a-zA-Z])", " "),
-        (r"^\s*(?:\\approx(?![a-zA-Z])|≈|\\text\s?\{[^{}]*\b(?:is|are|equals)\s?:?\s?\})", " "),
-        (r"\\(?:boldsymbol|bm|underline)(?=\s?\{)", ""),
-        (r"\\(?:mathrm|mathit)\s?\{\s?([ei])\s?\}", r"\1"),
-        (r"\\sqrt\s?\[(\d*[13579])\]\s?\{\s?-([^-+{}]+)\}", r"(-\\sqrt[\1]{\2})"),  # the real root
-        (r"(?<![\d.])(\d+)\s?\\[dt]?frac\s?(\d|\{\d+\})\s?(\d|\{\d+\})\s?(?=\\?%)", r"(\1+\\frac\2\3)"),
-        (r"\\langle(?![a-zA-Z])", "("),
-        (r"\\rangle(?![a-zA-Z])", ")"),
-        (_ANGLE, r"\\\1\2\\frac{\3\\pi}{180}"),
-        (r"\*\*", "^"),
-        (r"\\varnothing(?![a-zA-Z])", r"\\emptyset"),
-        (r"(?<![\d.])(\d+) (\d+)/(\d+)", r"\1\\frac{\2}{\3}"),  # 2 1/2
-        (r"\^\s?([+-]\s?(?:\d+|[a-zA-Z]))", r"^{\1}"),  # 2^-99
-        (r"(?<![\\a-zA-Z])(sqrt|pi)(?![a-zA-Z])", r"\\\1 "),
-        (r"\\sqrt\s?\(([^()]*)\)", r"\\sqrt{\1}"),
-        (r"\s+", " "),
-    ]
-]
-_SPELLINGS = [
-    (re.compile(pattern), replacement)
-    for pattern, replacement in [
-        (r"\\(?:left|right)(?![a-zA-Z])", ""),
-        (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
-        (r"(?<!\d)\s|\s(?!\d)", ""),  # a blank between digits means something: 2 1/2
-        (r"(?<!\\)\{([0-9a-zA-Z])\}", r"\1"),
-    ]
-]
-
-
-# x = a ± b, which math-verify does not read inside a fraction or after an equals sign
-_SYSTEM = re.compile(r"\\begin ?\{cases\}([^&]*)\\end ?\{cases\}")  # of equations; with an & it is a function in pieces
-_PLUS_MINUS = re.compile(r"(?:[a-zA-Z] ?= ?)?([^,=\[]*[^,=\[ ]) ?\\pm(?![a-zA-Z]) ?([^,=\]]+)")
-
-
-def clean(latex: str) -> str:
-    """`latex` as math-verify reads it best: ASCII, no math delimiters, thin spaces or final full stop."""
-    text = _SUPERSCRIPTS.sub(lambda match: f"^{{{match[0].translate(_LOWERED)}}}", latex).translate(_SYMBOLS)
-    for pattern, replacement in _REWRITES:
-        text = pattern.sub(replacement, text)
-    text = text.strip().rstrip(".,;").strip()
-    if system := _SYSTEM.fullmatch(text):
-        text = re.sub(r" ?,? ?\\\\ ?", ", ", system[1].strip().removesuffix(r"\\").strip())
-    both = _PLUS_MINUS.fullmatch(text)
-    if both and len(re.findall(r"\\[pm][pm](?![a-zA-Z])|\\\{", text)) == 1:
-        text = f"{both[1]}+{both[2]}, {both[1]}-{both[2]}"
-    return text
-
-
-def literal(text: str) -> str:
-    r"""A spelling of cleaned LaTeX that ignores blanks, \left and \right, \dfrac, {1} for 1, and case in words."""
-    wrapped = _WRAPPED.fullmatch(text)
-    text = wrapped[1].strip(" .,;!") if wrapped else text
-    if re.fullmatch(r"[a-zA-Z ]+", text):
-        return " ".join(text.casefold().split())
-    for pattern, replacement in _SPELLINGS:
-        text = pattern.sub(replacement, text)
-    return text
-
-
-_DECIMAL = re.compile(r"([+-]?)(\d{1,3}(?:[ ,]\d{3})+|\d*)(\.\d*)?(?:[eE]([+-]?\d{1,3}))?")
-_SCIENTIFIC = re.compile(r"([+-]?\d+(\.\d+)?)\\(?:times|cdot)10\^(\d|\{[+-]?\d{1,3}\})")
-_RATIO = re.compile(r"([+-]?)\\frac(\d|\{[+-]?\d+\})(\d|\{[+-]?\d+\})|([+-]?\d+)/(\d+)")
-_REPEATING = re.compile(r"([+-]?)(\d*)\.(\d*)\\overline(\d|\{\d+\})")
-_BLANKS = re.compile(r"[-+]?[\d.]+(?:\s[-+]?[\d.]+)+")
-_BASE = re.compile(r"\(?[0-9A-F]+\)?_\{?(\d+)\}?")
-
-
-Number = tuple[Fraction, bool]  # a value, and whether it is a decimal, thus perhaps rounded
-Plain = tuple[str, list[Number]]  # brackets, and the numbers between them; a bare number has no brackets
-
-
-def number(text: str) -> Number | None:
-    """A literal that is a plain number; None for anything else."""
-    if match := _DECIMAL.fullmatch(text):
-        sign, whole, decimals, exponent = match.groups()
-        whole, decimals = re.sub("[ ,]", "", whole), (decimals or ".")[1:]
-        if not whole + decimals:
-            return None
-        value = int(whole + decimals) * Fraction(10) ** (int(exponent or 0) - len(decimals))
-        return -value if sign == "-" else value, match[3] is not None or exponent is not None
-    if match := _SCIENTIFIC.fullmatch(text):
-        return Fraction(match[1]) * Fraction(10) ** int(match[3].strip("{}")), match[2] is not None
-    if match := _RATIO.fullmatch(text):
-        sign, *parts = match.groups()
-        numerator, denominator = (int(part.strip("{}")) for part in parts if part)
-        return (Fraction(numerator, denominator) * (-1 if sign == "-" else 1), False) if denominator else None
-    if match := _REPEATING.fullmatch(text):
-        sign, whole, decimals, period = match.groups()
-        period = period.strip("{}")
-        value = int(whole + decimals or 0) + Fraction(int(period), 10 ** len(period) - 1)
-        value /= 10 ** len(decimals)
-        return -value if sign == "-" else value, False
-    return None
-
-
-_WORD = re.compile(r"[a-zA-Z ]{3,}")
-
-
-def other_word(gold: str, answer: str) -> bool:
-    """Whether two cleaned texts, spelled differently, are words or names: to sympy they are products of letters."""
-    wrapped = [_WRAPPED.fullmatch(text) for text in (gold, answer)]
-    words = [(match[1] if match else text).strip() for match, text in zip(wrapped, (gold, answer))]
-    named = any(wrapped) or all(word.isupper() for word in words)  # BAC is an order, not b·a·c
-    return named and all(_WORD.fullmatch(word) for word in words)
-
-
-_CHOICE = re.compile(
-    r"(?:\\(?:text|textbf|mathrm|mathbf) ?\{ ?\(?([A-J])[).:] ?\}|\(([A-J])\) ) ?[.:]? ?([^\s,^_=+*/&].*)"
-)
-_SEVERAL = re.compile(r"\b(?:and|or)\b|\([A-J]\)|[,&]")
-_LETTER = re.compile(r"\(?[A-J]\)?")
-
-
-def choice(text: str) -> tuple[str, str] | None:
-    r"""Letter and rest of a choice with its value, such as `\textbf{(B)} 12`; None for anything else."""
-    match = _CHOICE.fullmatch(text)
-    return (match[1] or match[2], match[3]) if match and not _SEVERAL.search(match[3]) else None
-
-
-# Units of one dimension, each with how many of the first it is. math-verify drops whatever unit there is.
-_UNITS = {
-    name: (dimension, Fraction(factor))
-    for dimension, units in {
-        "length": {
-            "m meter meters metre metres": "1",
-            "cm centimeter centimeters centimetre centimetres": "0.01",
-            "mm millimeter millimeters millimetre millimetres": "0.001",
-            "km kilometer kilometers kilometre kilometres": "1000",
-            "in inch inches": "0.0254",
-            "ft foot feet": "0.3048",
-            "yd yard yards": "0.9144",
-            "mi mile miles": "1609.344",
-        },
-        "time": {
-            "s sec second seconds": "1",
-            "min minute minutes": "60",
-            "h hr hrs hour hours": "3600",
-            "day days": "86400",
-            "week weeks": "604800",
-        },
-        "mass": {
-            "g gram grams": "1",
-            "mg milligram milligrams": "0.001",
-            "kg kilogram kilograms": "1000",
-            "lb lbs pound pounds": "453.59237",
-            "oz ounce ounces": "28.349523125",
-        },
-        "money": {"dollar dollars USD": "1", "cent cents": "0.01"},
-    }.items()
-    for names, factor in units.items()
-    for name in names.split()
-}
-_IN_UNITS = re.compile(
-    r"((?:(?!\\text|\\mathrm|\\mbox).)*?) ?\\(?:text|textrm|mathrm|mbox) ?"
-    r"\{ ?(square |cubic |sq\.? )?([a-zA-Z]+)\.? ?\} ?(?:\^ ?\{?([23])\}?)?"
-)
-
-
-def with_unit(text: str) -> tuple[str, tuple[str, int], Fraction] | None:
-    """Number, dimension and scale of a cleaned quantity in a unit of `_UNITS`; None for anything else."""
-    match = _IN_UNITS.fullmatch(text)
-    if not match or match[3] not in _UNITS:
-        return None
-    dimension, factor = _UNITS[match[3]]
-    power = int(match[4] or {"s": 2, "c": 3}.get((match[2] or " ")[0], 1))
-    return match[1], (dimension, power), factor**power
-
-
-def same_quantity(gold: str, answer: str) -> bool | None:
-    """Whether two quantities in units of the table are equal; None where the units agree, or only the power differs."""
-    first, second = with_unit(gold), with_unit(answer)
-    if first is None or second is None:
-        return None
-    (x_text, (x_kind, x_power), x_scale), (y_text, (y_kind, y_power), y_scale) = first, second
-    if x_kind == y_kind and (x_power != y_power or x_scale == y_scale):
-        return None
-    x, y = number(literal(x_text)), number(literal(y_text))
-    if x_kind != y_kind or x is None or y is None:
-        return False
-    return same_number((x[0] * x_scale, x[1]), (y[0] * y_scale, y[1]))
-
-
-def plain(text: str) -> Plain | None:
-    """A literal that is a plain number, or a point or interval of such; None for anything else."""
-    match = re.fullmatch(r"([(\[])(.+,.+)([)\]])", text)
-    brackets, parts = (match[1] + match[3], match[2].split(",")) if match else ("", [text])
-    numbers = [value for value in map(number, parts) if value]
-    return (brackets, numbers) if len(numbers) == len(parts) else None
-
-
-_PROPORTION = re.compile(r"\d+(?::\d+){2,}")
-
-
-def same_proportion(gold: str, answer: str) -> bool | None:
-    """Whether two literals a:b:c are one proportion (math-verify divides them all); None if either is no such."""
-    if not (_PROPORTION.fullmatch(gold) and _PROPORTION.fullmatch(answer)):
-        return None
-    xs, ys = ([int(term) for term in text.split(":")] for text in (gold, answer))
-    proportional = all(x * sum(ys) == y * sum(xs) for x, y in zip(xs, ys))
-    return len(xs) == len(ys) and proportional and any(xs) == any(ys)
-
-
-def same_number(gold: Number, answer: Number) -> bool:
-    """Exact equality; with a decimal on either side also equality to six decimals and five leading digits."""
-    (x, x_rounded), (y, y_rounded) = gold, answer
-    if x == y or not (x_rounded or y_rounded):
-        return x == y
-    return abs(x - y) <= min(Fraction(1, 10**6), Fraction(1, 10**5) * max(abs(x), abs(y)))
 
 
 # --- what must never reach sympy ---
@@ -433,6 +257,9 @@ def magnitude(text: str) -> float:
         return math.inf
 
 
+_BLANKS = re.compile(r"[-+]?[\d.]+(?:\s[-+]?[\d.]+)+")
+
+
 def refusal(text: str) -> str | None:
     """Why cleaned LaTeX must not be handed to sympy (it could run for hours, or misread it); None if it may."""
     if len(text) > MAX_ANSWER_CHARS:
@@ -449,33 +276,20 @@ def refusal(text: str) -> str | None:
 # --- decisions: a reason, or the arguments of the grade function in a worker ---
 
 Work = tuple[Any, ...]
+REASONS = {True: "correct", False: "incorrect", None: "unknown"}
 
 
 @lru_cache(maxsize=16_384)
-def _read(latex: str) -> tuple[str, str, Plain | None, str | None]:
-    """`latex` cleaned, its spelling, what it is if that is plain, and why sympy must not see it, if so."""
+def _read(latex: str) -> tuple[str, str | None]:
+    """`latex` cleaned, and why sympy must not see it, if so."""
     if len(latex) > MAX_ANSWER_CHARS * 4:  # not worth cleaning; golds that long are refused as well
-        return latex, latex, None, refusal(latex)
+        return latex, refusal(latex)
     text = clean(latex)
-    spelling = literal(text)
-    why_not = refusal(text)
-    return text, spelling, None if why_not else plain(spelling), why_not
-
-
-def _without_letter(gold: str, answer: str) -> tuple[str, str]:
-    """Of two answers, one or both with a choice's letter before the value, what they can be compared by."""
-    labelled = choice(_read(gold)[0]), choice(_read(answer)[0])
-    if labelled == (None, None):
-        return gold, answer
-    letters = [_LETTER.fullmatch(literal(_read(text)[0]).upper()) for text in (gold, answer)]
-    by_letter = all(pair or letter for pair, letter in zip(labelled, letters))
-    part = 0 if by_letter else 1
-    first, second = (pair[part] if pair else text for pair, text in zip(labelled, (gold, answer)))
-    return first, second
+    return text, refusal(text)
 
 
 def decide_math(response: str, example: Example, tags: Tags = THOUGHT_TAGS) -> str | Work:
-    r"""Grades by spelling and by plain-number value; the rest, (gold, answer) in cleaned LaTeX, is for a worker.
+    r"""Grades what can be told here; the rest, (gold, answer) in cleaned LaTeX, is for a worker.
 
     An answer that must not reach sympy is correct if spelled like the gold, else incorrect: a final
     answer is a value written out, not a tower of powers. Against such a gold any other answer is "bad_gold".
@@ -486,28 +300,21 @@ def decide_math(response: str, example: Example, tags: Tags = THOUGHT_TAGS) -> s
     gold = reference_answer(example)
     if gold is None:
         return "bad_gold"
-    gold, answer = _without_letter(gold, answer)
-    gold_text, gold_spelling, gold_plain, gold_refused = _read(gold)
-    answer_text, answer_spelling, answer_plain, answer_refused = _read(answer)
+    (gold_text, gold_refused), (answer_text, answer_refused) = _read(gold), _read(answer)
     if not answer_text:
         return "no_answer"
-    if gold_spelling == answer_spelling:
+    if spelling(gold_text) == spelling(answer_text):
         return "correct"
     if gold_refused or not gold_text:
         return "bad_gold"
-    if answer_refused or other_word(gold_text, answer_text):
+    if answer_refused:
         return "incorrect"
-    for same in (same_quantity(gold_text, answer_text), same_proportion(gold_spelling, answer_spelling)):
-        if same is not None:
-            return "correct" if same else "incorrect"
-    if gold_plain and answer_plain:
-        (gold_brackets, xs), (answer_brackets, ys) = gold_plain, answer_plain
-        if gold_brackets == answer_brackets and len(xs) == len(ys):
-            return "correct" if all(map(same_number, xs, ys)) else "incorrect"
-    gold_base, answer_base = _BASE.fullmatch(gold_spelling), _BASE.fullmatch(answer_spelling)
-    if gold_base and answer_base and gold_base[1] != answer_base[1]:  # math-verify drops the base
-        return "incorrect"
-    return gold_text, answer_text
+    try:
+        same = Comparer().verdict(gold_text, answer_text)
+    except NeedsWorker:
+        return gold_text, answer_text
+    # A gold that nothing reads may be one that cannot be read: a worker knows.
+    return (gold_text, answer_text) if same is None and read(gold_text).kind == "unread" else REASONS[same]
 
 
 def decide_gold(example: Example) -> str | Work:
@@ -515,10 +322,10 @@ def decide_gold(example: Example) -> str | Work:
     gold = reference_answer(example)
     if gold is None:
         return "it is empty"
-    text, _, value, why_not = _read(gold)
+    text, why_not = _read(gold)
     if why_not:
         return f"sympy must not see it, since {why_not}: only an answer spelled the same would be correct"
-    return "" if value else (text, None)
+    return "" if number(text) else (text, None)
 
 
 def decide_exact(response: str, example: Example, tags: Tags = THOUGHT_TAGS) -> str:

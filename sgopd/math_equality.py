@@ -1,7 +1,8 @@
-"""Whether two LaTeX answers are equal: math-verify, and a second look at what it calls equal.
+"""Whether two formulae are equal: what `sgopd.answers` leaves to sympy.
 
 Imported by verifier workers only (sympy takes half a second to load, and may run for hours on a hostile
-input: the pool's deadline is what ends it, so math-verify's own alarms are off).
+input: the pool's deadline is what ends it, so math-verify's own alarms are off). math-verify reads the LaTeX; it never
+sees words, units or lists, which it would drop or add up.
 """
 
 from __future__ import annotations
@@ -9,17 +10,14 @@ from __future__ import annotations
 import logging
 import math
 import random
-import re
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from math_verify import LatexExtractionConfig, parse, verify
+from math_verify import LatexExtractionConfig, parse
 from sympy import (
     Abs,
-    And,
-    Eq,
     Expr,
-    FiniteSet,
     Float,
     Function,
     I,
@@ -27,65 +25,125 @@ from sympy import (
     Intersection,
     Interval,
     Limit,
+    Matrix,
     MatrixBase,
     Product,
+    Rational,
     Set,
     Sum,
-    Tuple,
-    UnevaluatedExpr,
+    Symbol,
     Union,
     default_sort_key,
     nan,
+    oo,
     simplify,
     solve,
     zoo,
 )
 from sympy.core.random import seed as seed_sympy
-from sympy.core.relational import Relational
+from sympy.core.relational import Ge, Gt, Le, Lt, Ne
 
-from sgopd.grading import MAX_DIGITS, magnitude
+from sgopd.answers import Comparer, Value, read
+from sgopd.grading import MAX_DIGITS, REASONS, magnitude
 
 logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it warns that its timeouts are off
 
 _EXTRACTION = [LatexExtractionConfig(boxed_match_priority=0)]
+_POINTS = 8  # at which two expressions are compared
+_POINT_DIGITS = 40
+
+
+class BadGold(ValueError):
+    """Sympy cannot read a part of the gold."""
 
 
 def grade(gold: str, answer: str | None) -> str:
-    """ "correct", "incorrect", or "bad_gold" where math-verify cannot parse the gold.
+    """A reason: "correct", "incorrect", "unknown", or "bad_gold" where a part of the gold cannot be parsed.
 
-    Both are LaTeX as `grading.clean` leaves it. With `answer` None only the gold is parsed.
+    Both are LaTeX as `answers.clean` leaves it. With `answer` None only the gold is parsed.
     """
     # sympy tests some identities at random points: a verdict must not depend on what was graded before.
     random.seed(0)
     seed_sympy(0)
-    gold_value = _parse_gold(gold)
-    if gold_value is None:
+    try:
+        if answer is None:
+            return _check(read(gold), gold)
+        same = _WithSympy().verdict(gold, answer)
+        if same is None and read(gold).kind == "unread" and _check(read(gold), gold) == "bad_gold":
+            return "bad_gold"
+        return REASONS[same]
+    except BadGold:
         return "bad_gold"
-    answer_value = None if answer is None else _parse(answer)
-    if answer is None or answer_value is None:
-        return "incorrect"
-    digits = _digits(gold, answer)
-    if _numbers_differ(gold_value, answer_value, digits):
-        return "incorrect"
-    equal = verify(gold_value, answer_value, allow_set_relation_comp=True, timeout_seconds=None, raise_on_error=True)
-    if not equal:
-        equal = _same_constant(gold_value, answer_value, digits) or _same_set(gold_value, gold, answer_value, answer)
-    elif isinstance(gold_value, Eq) and isinstance(answer_value, Eq) and gold_value != answer_value:
-        equal = _same_equation(gold_value.lhs - gold_value.rhs, answer_value.lhs - answer_value.rhs)
-    elif {_connective(gold), _connective(answer)} == {"and", "or"}:  # to math-verify they are the same
-        equal = _same_set(gold_value, gold, answer_value, answer)
-    return "correct" if equal else "incorrect"
 
 
+def _check(value: Value, text: str) -> str:
+    """Whether each formula of a gold can be parsed; one that is not read may only be words that are."""
+    if value.kind == "unread":
+        return "incorrect" if _parse(text) is not None or "⟦" in text else "bad_gold"
+    if value.kind == "formula":
+        return "incorrect" if _parse(value.parts[0]) is not None else "bad_gold"
+    parts = [part for part in value.parts if isinstance(part, tuple)]
+    parts += [part for group in parts for part in group if isinstance(part, tuple)]
+    inner = [part for part in parts if isinstance(part, Value)]
+    return "bad_gold" if any(_check(part, "⟦") == "bad_gold" for part in inner) else "incorrect"
+
+
+@lru_cache(maxsize=16_384)
 def _parse(latex: str) -> Any | None:
     parsed = parse(rf"\boxed{{{latex}}}", _EXTRACTION, fallback_mode="no_fallback", parsing_timeout=None)
     return parsed[0] if parsed and parsed[0] not in (nan, zoo) else None
 
 
-_parse_gold = lru_cache(maxsize=16_384)(_parse)
+class _WithSympy(Comparer):
+    """Compares what needs sympy. Numbers to hundreds of digits, other expressions at random points."""
+
+    def same_formula(self, gold: str, answer: str) -> bool | None:
+        x = _expression(gold)
+        if x is None:
+            raise BadGold
+        y = _expression(answer)
+        if y is None:
+            return None
+        return _same_expression(x, y, _digits(gold, answer))
+
+    def same_equation(self, gold: tuple[str, str], answer: tuple[str, str]) -> bool | None:
+        sides = _expressions([*gold, *answer])
+        if sides is None:
+            return None
+        first, second = sides[0] - sides[1], sides[2] - sides[3]
+        if first.free_symbols != second.free_symbols:
+            return False
+        return _same_equation(first, second)
+
+    def same_relation(self, gold: Value, answer: Value) -> bool | None:
+        first, second = _as_set(gold), _as_set(answer)
+        if first is not None and second is not None:
+            return bool(first[0] == second[0]) and (first[1] == second[1] or "" in (first[1], second[1]))
+        if gold.kind == answer.kind == "relation":
+            return _same_inequality(gold, answer)
+        return None
+
+    def same_matrix(self, gold: Value, answer: Value) -> bool | None:
+        matrix, other = (_as_matrix(value) for value in (gold, answer))
+        if matrix is None or other is None:
+            return None
+        if matrix.shape != other.shape:
+            return False
+        return all(_same_expression(x, y, 400) for x, y in zip(matrix, other))
 
 
-# math-verify compares numbers to 15 *absolute* decimals, so that 2^-99 equals 2^-98.
+def _expressions(texts: Sequence[str]) -> list[Expr] | None:
+    """All of them; None if one cannot be read."""
+    found = [value for value in map(_expression, texts) if value is not None]
+    return found if len(found) == len(texts) else None
+
+
+def _expression(latex: str) -> Expr | None:
+    value = _parse(latex)
+    if not isinstance(value, Expr) or isinstance(value, MatrixBase):
+        return None
+    letters = {symbol: I for symbol in value.free_symbols if symbol.name == "i"}
+    return value.subs(letters).doit() if letters else value.doit()
 
 
 def _digits(gold: str, answer: str) -> int:
@@ -96,36 +154,25 @@ def _digits(gold: str, answer: str) -> int:
     return min(400 + math.ceil(4 * min(magnitude(gold) + magnitude(answer), MAX_DIGITS)), MAX_DIGITS)
 
 
-def _numbers_differ(gold: Any, answer: Any, digits: int) -> bool:
-    """Whether two values are made of equally many numbers, and not of the same ones."""
-    xs, ys = _numbers(gold), _numbers(answer)
-    return len(xs) == len(ys) and any(_different(x, y, digits) for x, y in zip(xs, ys))
-
-
-def _numbers(value: Any) -> list[Expr]:
-    """The numbers that a number, point, interval, finite set or matrix is made of, sorted; else none."""
-    if isinstance(value, Interval):
-        parts = [value.start, value.end]
-    elif isinstance(value, (FiniteSet, Tuple)):
-        parts = list(value.args)
-    elif isinstance(value, MatrixBase):
-        parts = value.flat()
-    else:
-        parts = [value]
-    # A percentage (unevaluated hundredths) may equal its figure as well as its value.
-    if not all(isinstance(part, Expr) and part.is_number and not part.has(UnevaluatedExpr) for part in parts):
-        return []
-    return sorted(parts, key=lambda part: default_sort_key(part.evalf()))
-
-
-def _different(x: Expr, y: Expr, digits: int) -> bool:
-    if not (x.has(Float) or y.has(Float)):
-        return _apart(x, y, digits) is True
-    if x.is_zero or y.is_zero:  # relative to nothing; math-verify is exact here
+def _same_expression(x: Expr, y: Expr, digits: int) -> bool | None:
+    if x == y:
+        return True
+    names = [{symbol.name for symbol in value.free_symbols} for value in (x, y)]
+    if not names[0] and not names[1]:
+        if x.has(Float) or y.has(Float):
+            return _close(x, y)
+        apart = _apart(x, y, digits)
+        return None if apart is None else not apart
+    if names[0] != names[1] and simplify(x - y) != 0:
         return False
+    return _same_at_points(x, y)
+
+
+def _close(x: Expr, y: Expr) -> bool:
+    """Equal to six decimals and five leading digits."""
     x, y = x.evalf(30), y.evalf(30)
     try:
-        return bool(abs(x - y) > 1e-5 * abs(x))
+        return bool(abs(x - y) <= min(1e-6, 1e-5 * max(abs(x), abs(y))))
     except TypeError:  # of infinities
         return False
 
@@ -134,6 +181,8 @@ def _apart(x: Expr, y: Expr, digits: int) -> bool | None:
     """Whether two exact numbers differ, real or complex; None where that has no meaning, as of infinities."""
     if x == y:
         return False
+    if x.is_finite is False or y.is_finite is False:
+        return True
     difference = x - y
     if difference.has(Integral, Sum, Product, Limit):  # by quadrature and the like: seconds for hundreds of digits
         digits = 30
@@ -144,7 +193,34 @@ def _apart(x: Expr, y: Expr, digits: int) -> bool | None:
     return any(part.is_Float and part != 0 and part._prec > 1 for part in parts)
 
 
-# It compares equations by their lists of solutions, so that any two without a real one are equal.
+def _same_at_points(x: Expr, y: Expr) -> bool | None:
+    """Whether two expressions are equal at random real points, to so many digits that coefficients are equal too.
+
+    Points where one is real and the other is not are left out: ln(x^2) and 2 ln(x) are the same where both are real.
+    """
+    symbols = sorted(x.free_symbols | y.free_symbols, key=default_sort_key)
+    exact = {number: Rational(str(number)) for number in x.atoms(Float) | y.atoms(Float)}
+    x, y = x.xreplace(exact), y.xreplace(exact)
+    draw, compared = random.Random(0), 0
+    for point in range(2 * _POINTS):
+        sign = 1 if point % 2 == 0 else -1
+        at = {
+            s: Rational(draw.randint(10**6, 4 * 10**6) * (sign if draw.random() < 0.7 else 1), 10**6) for s in symbols
+        }
+        try:
+            a, b = (value.subs(at).evalf(_POINT_DIGITS) for value in (x, y))
+        except (ValueError, ZeroDivisionError, OverflowError, TypeError):
+            continue
+        if not (a.is_number and b.is_number and a.is_finite and b.is_finite):
+            continue
+        if bool(a.is_real) != bool(b.is_real) and abs(a.as_real_imag()[1]) + abs(b.as_real_imag()[1]) > 1e-20:
+            continue
+        if abs(a - b) > Float(10) ** (10 - _POINT_DIGITS) * max(1, abs(a)):
+            return False
+        compared += 1
+        if compared == _POINTS:
+            break
+    return True if compared >= 3 else None
 
 
 def _same_equation(gold: Expr, answer: Expr) -> bool:
@@ -153,60 +229,71 @@ def _same_equation(gold: Expr, answer: Expr) -> bool:
         return True
     for symbol in sorted(gold.free_symbols & answer.free_symbols, key=default_sort_key):
         solutions = solve(gold, symbol), solve(answer, symbol)
-        if all(solutions):
+        if all(solutions) and len(solutions[0]) == len(solutions[1]):
             pairs = (answer, solutions[0]), (gold, solutions[1])
             return all(simplify(side.subs(symbol, root)) == 0 for side, roots in pairs for root in roots)
     return False
 
 
-# It misses constants whose equality is beyond `simplify`, and reads i as a letter.
+_SIGNS = {"<": Lt, ">": Gt, r"\le": Le, r"\ge": Ge, r"\ne": Ne}
 
 
-def _same_constant(gold: Any, answer: Any, digits: int) -> bool:
-    """Whether two exact expressions are one real or complex number."""
-    if not (isinstance(gold, Expr) and isinstance(answer, Expr)) or gold.has(Float) or answer.has(Float):
-        return False
-    x, y = _with_unit_imaginary(gold), _with_unit_imaginary(answer)
-    if not (x.is_number and y.is_number and x.is_finite is not False and y.is_finite is not False):
-        return False
-    return _apart(x, y, digits) is False
-
-
-def _with_unit_imaginary(value: Expr) -> Expr:
-    letters = [symbol for symbol in value.free_symbols if symbol.name == "i"]
-    return value.subs({letter: I for letter in letters}).doit()
-
-
-# It compares an inequality with an interval only where the inequality is a bare x > a.
-
-
-def _same_set(gold: Any, gold_latex: str, answer: Any, answer_latex: str) -> bool:
-    """Whether two inequalities in one real variable (several joined by a word), or unions of intervals, are one set."""
-    first, second = _as_set(gold, gold_latex), _as_set(answer, answer_latex)
-    if first is None or second is None:
-        return False
-    if _variables(gold) and _variables(answer) and _variables(gold) != _variables(answer):
-        return False
-    return bool(first == second)
-
-
-def _variables(value: Any) -> set[str]:
-    return {symbol.name for symbol in value.free_symbols}
-
-
-def _as_set(value: Any, latex: str) -> Set | None:
-    if isinstance(value, (Interval, Union)):
-        return value
-    connective = _connective(latex)
-    parts = list(value.args) if isinstance(value, FiniteSet) and connective else [value]
-    relational = all(isinstance(part, (Relational, And)) and not isinstance(part, Eq) for part in parts)
-    if not relational or len(_variables(value)) != 1 or value.atoms(Function) - value.atoms(Abs):
+def _as_set(value: Value) -> tuple[Set, str] | None:
+    """The real numbers that intervals, or inequalities in one letter, leave, and that letter."""
+    if value.kind == "interval":
+        pieces, name = value.parts
+        found = []
+        for low, high, closed_low, closed_high in pieces:
+            ends = [{"-\\infty": -oo, "\\infty": oo}.get(end, _expression(end)) for end in (low, high)]
+            if any(end is None or not end.is_extended_real for end in ends):
+                return None
+            found.append(Interval(*ends, not closed_low, not closed_high))
+        return Union(*found), name
+    if value.kind == "list":
+        sets = [found for found in map(_as_set, value.parts[0]) if found is not None]
+        if not value.parts[1] or len(sets) < len(value.parts[0]):
+            return None
+        names = {part[1] for part in sets}
+        join = Intersection if value.parts[1] == "and" else Union
+        return (join(*(part[0] for part in sets)), names.pop()) if len(names) == 1 else None
+    if value.kind != "relation":
         return None
-    join = Intersection if connective == "and" else Union
-    return join(*(part.doit().as_set() for part in parts))
+    sides = _expressions(value.parts[1])
+    if sides is None:
+        return None
+    symbols = set().union(*(side.free_symbols for side in sides))
+    if len(symbols) != 1 or any(side.atoms(Function) - side.atoms(Abs) for side in sides):
+        return None
+    (symbol,) = symbols
+    real = Symbol(symbol.name, real=True)
+    sides = [side.subs(symbol, real) for side in sides]
+    parts = [_SIGNS[sign](x, y) for sign, x, y in zip(value.parts[0], sides, sides[1:])]
+    return Intersection(*(part.as_set() for part in parts)), symbol.name
 
 
-def _connective(latex: str) -> str:
-    """What joins the parts of an answer, if it is one of the two words."""
-    words = set(re.findall(r"\b(?:and|or)\b", latex))
-    return words.pop() if len(words) == 1 else ""
+def _same_inequality(gold: Value, answer: Value) -> bool | None:
+    """Of two inequalities in several letters: whether one is the other times a positive number, or turned round."""
+    normal = []
+    for value in (gold, answer):
+        signs, sides = value.parts
+        both = _expressions(sides)
+        if len(signs) != 1 or both is None:
+            return None
+        turned = {">": "<", r"\ge": r"\le"}.get(signs[0])
+        normal.append((turned or signs[0], (both[0] - both[1]) * (-1 if turned else 1)))
+    (x_sign, x), (y_sign, y) = normal
+    ratio = simplify(x / y)
+    if x_sign != y_sign or ratio.free_symbols:
+        return None if x_sign == y_sign else False
+    return bool(ratio > 0) or x_sign == r"\ne"
+
+
+def _as_matrix(value: Value) -> MatrixBase | None:
+    if value.kind == "matrix":
+        cells = [[_expression(cell.parts[0]) for cell in row] for row in value.parts]
+        return Matrix(cells) if all(cell is not None for row in cells for cell in row) else None
+    parsed = _parse(value.parts[0]) if value.parts else None
+    if parsed is None:
+        return None
+    parsed = parsed.doit()
+    return parsed if isinstance(parsed, MatrixBase) else None
