@@ -1,15 +1,17 @@
 # Every target makes its own virtual environment; nothing has to be installed or activated first.
 #   make quickstart   watch a student learn from a teacher by sign-gated on-policy distillation (CPU, minutes)
 #   make test         install the packages and test what was installed
-#   make lint         format, lint and type checks
-#   make bench        the peers side by side, error beside time
-#   make chaos        training runs broken in every way, and whether they lose anything (an hour)
+#   make lint         format, lint and type checks; make format puts right what it can
+#   make bench        loss, verifier, rollouts and update beside their peers, error beside time (half an hour);
+#                     a part: make bench ARGS="-k 'loss and bfloat16' --benchmark-json runs/bench.json"
+#   make long         the long checks, one after another (hours); some: make long ONLY="fuzz sanitize"
+#     chaos           training runs broken in every way, and whether they lose anything (an hour)
+#     soak            an hour of training, watched for what grows (MINUTES=60)
+#     fuzz            random calls of the native extension (MINUTES=10)
+#     sanitize        the kernel tests under AddressSanitizer, UBSan and ThreadSanitizer (minutes)
+#     hostile         the verifier under attack, and its accuracy beside plain math-verify (minutes)
+#     wheel-check     sdist and wheel built twice: the same bytes? and tested in a clean environment (minutes)
 #   make gpu-suite    on a machine with a GPU: device tests, our plans beside the peers, sweeps (docs/gpu.md)
-#   make sanitize     the kernel tests under AddressSanitizer, UBSan and ThreadSanitizer (minutes)
-#   make fuzz         random calls of the native extension, ten minutes
-#   make soak         an hour of training, watched for what grows
-#   make hostile      the verifier under attack, and its accuracy beside plain math-verify (minutes)
-#   make wheel-check  sdist and wheel built twice: the same bytes? and tested in a clean environment (minutes)
 PYTHON ?= python3
 VENV ?= .venv
 # A pinned torch keeps the environment the same for everyone; any torch >= 2.10 works: make TORCH=torch test
@@ -20,7 +22,8 @@ PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
 # One virtual environment: pip must not work in it twice at once.
 .NOTPARALLEL:
-.PHONY: install quickstart test lint format bench gpu-suite chaos hostile soak clean sanitize fuzz wheel-check lock sbom
+LONG := chaos soak fuzz sanitize hostile wheel-check
+.PHONY: install quickstart test lint format bench long $(addprefix long-,$(LONG)) gpu-suite lock sbom clean
 .DEFAULT_GOAL := quickstart
 
 SOURCES := $(shell find sgopd sgopd_kernels csrc -type f -not -name '*.pyc' -not -name '*.so' 2>/dev/null)
@@ -54,10 +57,6 @@ endif
 $(VENV)/.test: $(VENV)/.test-requirements $(VENV)/.installed
 	@touch $@
 
-$(VENV)/.bench: requirements/bench.txt $(VENV)/.installed
-	$(PIP) -r requirements/bench.txt
-	@touch $@
-
 $(VENV)-lint/.installed: requirements/lint.txt
 	$(PYTHON) -m venv $(VENV)-lint
 	$(VENV)-lint/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/lint.txt
@@ -69,7 +68,8 @@ quickstart: $(VENV)/.installed
 	$(VENV)/bin/sgopd quickstart
 
 test: $(VENV)/.test
-	$(VENV)/bin/pytest tests $(WORKERS)
+	$(VENV)/bin/pytest tests $(WORKERS) -p no:benchmark
+	$(VENV)/bin/pytest bench -m smoke --benchmark-disable -q
 
 lint: $(VENV)-lint/.installed
 	$(VENV)-lint/bin/ruff format --check .
@@ -82,30 +82,34 @@ format: $(VENV)-lint/.installed
 	$(VENV)-lint/bin/ruff check --fix .
 	$(VENV)-lint/bin/clang-format -i $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-bench: $(VENV)/.bench
-	$(VENV)/bin/python bench/loss.py --output bench/results/latest.json
-
-chaos: $(VENV)/.test
-	$(VENV)/bin/python tests/chaos.py
+bench: $(VENV)/.test
+	$(PIP) -r requirements/bench.txt
+	$(VENV)/bin/pytest bench $(ARGS)
 
 gpu-suite: $(VENV)/.test
-	$(VENV)/bin/python bench/gpu_suite.py --minutes $(or $(MINUTES),8) --output $(or $(OUTPUT),runs/gpu)
+	$(PIP) -r requirements/bench.txt
+	$(VENV)/bin/python tools/gpu_suite.py --minutes $(or $(MINUTES),8) --output $(or $(OUTPUT),runs/gpu)
 
-soak: $(VENV)/.test
+long: $(addprefix long-,$(or $(ONLY),$(LONG)))
+
+long-chaos: $(VENV)/.test
+	$(VENV)/bin/python tests/chaos.py
+
+long-soak: $(VENV)/.test
 	$(VENV)/bin/python tests/soak.py --minutes $(or $(MINUTES),60)
 
-hostile: $(VENV)/.test
-	$(VENV)/bin/python bench/verifier_accuracy.py --wrong
-	$(VENV)/bin/python bench/verifier_hostile.py
+long-fuzz: $(VENV)/.test
+	$(VENV)/bin/python tests/fuzz_native.py --minutes $(or $(MINUTES),10)
 
-sanitize: $(VENV)/.test
+long-sanitize: $(VENV)/.test
 	$(PIP) -r requirements/build.txt
 	PATH="$$PWD/$(VENV)/bin:$$PATH" $(VENV)/bin/python tests/sanitize.py
 
-fuzz: $(VENV)/.test
-	$(VENV)/bin/python tests/fuzz_native.py --minutes $(or $(MINUTES),10)
+long-hostile: $(VENV)/.test
+	$(VENV)/bin/python bench/verifier_accuracy.py --wrong
+	$(VENV)/bin/python bench/verifier_hostile.py
 
-wheel-check: $(VENV)/.torch
+long-wheel-check: $(VENV)/.torch
 	$(PIP) -r requirements/build.txt
 	PATH="$$PWD/$(VENV)/bin:$$PATH" $(VENV)/bin/python tests/wheel.py
 

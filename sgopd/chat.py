@@ -45,7 +45,7 @@ def encode_conversation(
         messages = [{"role": "system", "content": config.system_prompt}, *messages]
     if tokenizer.chat_template is None:
         raise UserError(
-            "a conversation, but the student's tokenizer has no chat template. Save one with the tokenizer "
+            "a conversation, but the tokenizer has no chat template. Save one with the tokenizer "
             "(chat_template.jinja), or give the prompts as plain text"
         )
     for role in (message["role"] for message in messages):
@@ -53,8 +53,7 @@ def encode_conversation(
             raise UserError(f"the role {role!r} is unknown to the chat template. Expected {', '.join(ROLES)}")
     options = {**config.chat_template_kwargs, "add_generation_prompt": True}
     form, whole = taken_form(messages, tokenizer, options)
-    with time_limit(TEMPLATE_SECONDS):
-        encoded: Any = tokenizer.apply_chat_template(form, tokenize=True, return_dict=True, **options)
+    encoded: Any = tokenizer.apply_chat_template(form, tokenize=True, return_dict=True, **options)
     if not whole:
         said.append(LOST)
     return list(encoded["input_ids"])
@@ -125,7 +124,7 @@ def explained(error: Exception) -> str:
     if isinstance(error, TimeoutError):
         return f"the chat template did not end in {TEMPLATE_SECONDS:g} s. {repair}"
     if isinstance(error, jinja2.TemplateSyntaxError):
-        return f"the chat template is not valid Jinja: {error.message}, in its line {error.lineno}. {repair}"
+        return f"the chat template is not valid Jinja: {error.message} In its line {error.lineno}. {repair}"
     if isinstance(error, jinja2.sandbox.SecurityError):
         return f"the sandbox stopped the chat template: {error}. {repair}"
     if type(error) is jinja2.TemplateError:  # its own raise_exception

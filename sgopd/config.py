@@ -426,7 +426,7 @@ def check_plain(name: str, value: Any) -> None:
     elif isinstance(value, str):
         if re.search(r"[\ud800-\udfff]", value):  # bytes of the command line, or an escape in the file
             raise UserError(f"{name}: got {value!a:.80}, which UTF-8 cannot write. Use Unicode text")
-    elif not (value is None or (isinstance(value, (int, float)) and math.isfinite(value))):
+    elif not (value is None or isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))):
         raise UserError(
             f"{name}: got {value!r:.80} ({type(value).__name__}), expected text, a finite number, true, false, null, a "
             "list or a mapping. Put it in quotes to have it as text"

@@ -23,8 +23,9 @@ BEGUN = "have a beginning of sequence in their text, so that the tokenizer's own
 LISTED = "have a list as answer, all of which belongs to it"
 SPECIAL = "hold special tokens as text in a message; they become the tokens themselves"
 WRITTEN = "are conversations written out as text, and are read as text: give them as lists of {role, content}"
-MISSING = "have an answer that reads like a missing value: 'None', 'null' or 'nan'"
+MISSING = "read like a missing value, or have an answer that does: 'None', 'null' or 'nan'"
 UNKNOWN = "hold what the tokenizer does not know"
+NO_VALUES = "none", "null", "nan", "<na>"
 SEEN_TO = ENDED, BEGUN, LISTED
 
 
@@ -129,7 +130,7 @@ def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: Conf
             raise UserError(f"{place}: the tokenizer cannot take the prompt: {error}") from error
         if unknown_id in ids:
             said.append(UNKNOWN)
-        if str(columns["answer"]).strip().lower() in ("none", "null", "nan", "<na>"):
+        if any(isinstance(text, str) and text.strip().lower() in NO_VALUES for text in (prompt, columns["answer"])):
             said.append(MISSING)
         if not ids:
             dropped["empty"] += 1

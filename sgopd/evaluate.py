@@ -17,7 +17,7 @@ from sgopd.data import Prompts, derive_seed, has_eval_data, load_prompts
 from sgopd.metrics import finite
 from sgopd.processes import Processes
 from sgopd.rollout import generate, sampling_of
-from sgopd.startup import check_golds, check_prompt_ends, start_verifier
+from sgopd.startup import check_golds, check_model, check_prompt_ends, start_verifier
 from sgopd.teacher import eos_ids_of, head_of, load_model, load_tokenizer, move
 from sgopd.verifier import CORRECT, VerifierPool
 
@@ -85,10 +85,12 @@ def evaluate_models(config: Config) -> list[dict[str, Any]]:
     with start_verifier(config) as pool:
         for whose, path, setting, dtype in models:
             tokenizer = load_tokenizer(path, config, setting)
-            model = move(load_model(path, config, setting, dtype), processes.device).eval()
+            model, said = load_model(path, config, setting, dtype)
+            model = move(model, processes.device).eval()
             questions = load_prompts(config, tokenizer, "eval")
+            check_model(model, setting, questions, config)
             eos_ids, vocabulary = eos_ids_of(model, tokenizer), head_of(model).weight.shape[0]
-            said = processes.on_main(functools.partial(check_golds, pool, None, questions))
+            said += processes.on_main(functools.partial(check_golds, pool, None, questions))
             if processes.main:  # standard output is for the records
                 for line in [*questions.remarks, *check_prompt_ends(questions, tokenizer, eos_ids), *said]:
                     print(line, file=sys.stderr)

@@ -6,12 +6,14 @@ from a generator that the caller names) and because at 100k parameters half of g
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sgopd.config import Config, UserError
 from sgopd.grading import THOUGHT_TAGS, Tags
@@ -109,6 +111,70 @@ def generate(
     return completions
 
 
+# What forwards call the cache, in the order in which they took the names on.
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+
+
+class Steps:
+    """A model's forward over a left-padded batch, a token a step, with its cache. Rows can leave.
+
+    Most forwards swallow a keyword that they do not know, and would then sample without their state. So each gets
+    only names that its signature has; `sgopd.startup.check_sampling` compares the steps with the uncached forward.
+    The model makes its own cache, of the kind that it needs.
+    """
+
+    def __init__(self, model: PreTrainedModel, prompts: Sequence[list[int]], bf16: bool = False) -> None:
+        self.model, self.bf16 = model, bf16
+        self.names = arguments_of(model)
+        B, P = len(prompts), max(map(len, prompts))
+        # Left padding, so that every prompt ends in the last column; the mask hides it and positions skip it.
+        input_ids = torch.zeros(B, P, dtype=torch.long)
+        mask = torch.zeros(B, P, dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            input_ids[row, P - len(prompt) :] = torch.tensor(prompt)
+            mask[row, P - len(prompt) :] = 1
+        self.input_ids, self.mask = input_ids.to(model.device), mask.to(model.device)
+        self.positions = (self.mask.cumsum(-1) - 1).clamp(min=0)
+        self.cache: Any = None
+
+    def logits(self) -> Tensor:
+        """[B, V]: of each row's next token."""
+        # A state without columns has the padding left out already; the mask is of what is new.
+        stateful = self.cache is not None and all(getattr(self.cache, "is_linear", None) or [False])
+        offered = {
+            "input_ids": self.input_ids,
+            "attention_mask": self.mask[:, -1:] if stateful else self.mask,
+            "position_ids": self.positions,
+            "use_cache": True,
+            "logits_to_keep": 1,
+            **dict.fromkeys(CACHE_NAMES, self.cache),
+        }
+        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16):
+            output = self.model(**{name: value for name, value in offered.items() if name in self.names})
+        self.cache = next((cache for name in CACHE_NAMES if (cache := getattr(output, name, None)) is not None), None)
+        if self.cache is None:
+            raise ValueError("its forward takes or gives back no cache under a name that this version knows")
+        return output.logits[:, -1]
+
+    def go_on(self, token: Tensor, keep: Tensor | None) -> None:
+        """Adds the tokens [B]; only the rows `keep` (indices, None for all) go on."""
+        if keep is not None:
+            token, self.mask, self.positions = token[keep], self.mask[keep], self.positions[keep]
+            self.cache.reorder_cache(keep)
+        self.input_ids = token.unsqueeze(-1)
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(token), 1)], dim=1)
+        self.positions = self.positions[:, -1:] + 1
+
+
+def arguments_of(model: PreTrainedModel) -> set[str]:
+    """The names that a forward takes: its own, and its base model's where it hands on what it does not know."""
+    own = inspect.signature(model.forward).parameters
+    names = set(own)
+    if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in own.values()):
+        names |= {"use_cache", "position_ids"} & set(inspect.signature(model.base_model.forward).parameters)
+    return names & {"input_ids", "attention_mask", "position_ids", "use_cache", "logits_to_keep", *CACHE_NAMES}
+
+
 # no_grad, not inference_mode: tensors made in inference mode may not take part in later in-place updates.
 @torch.no_grad()
 def _generate_batch(
@@ -119,34 +185,16 @@ def _generate_batch(
     generator: torch.Generator,
 ) -> list[Completion]:
     device = model.device
-    B, P, T = len(prompts), max(map(len, prompts)), sampling.max_completion_length
-    # Left padding, so that every prompt ends in the last column; the mask hides it and positions skip it.
-    input_ids = torch.zeros(B, P, dtype=torch.long)
-    mask = torch.zeros(B, P, dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        input_ids[row, P - len(prompt) :] = torch.tensor(prompt)
-        mask[row, P - len(prompt) :] = 1
-    input_ids, mask = input_ids.to(device), mask.to(device)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-
+    B, T = len(prompts), sampling.max_completion_length
     eos_ids = torch.tensor(sampling.eos_ids, device=device)
     ids_BT = torch.zeros(B, T, dtype=torch.long, device=device)
     logprobs_BT = torch.zeros(B, T, dtype=torch.float32, device=device)
     length_B = torch.full((B,), T, device=device)
     ended_B = torch.zeros(B, dtype=torch.bool, device=device)
     rows = torch.arange(B, device=device)  # the unfinished ones
-    cache = DynamicCache(config=model.config)
+    steps = Steps(model, prompts, sampling.bf16)
     for t in range(T):
-        with torch.autocast(device.type, torch.bfloat16, enabled=sampling.bf16):
-            output = model(
-                input_ids=input_ids,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-        logits = output.logits[:, -1, : sampling.vocabulary].float()
+        logits = steps.logits()[:, : sampling.vocabulary].float()
         # The largest tells: one NaN makes it NaN, and tokens ruled out by -inf do not show.
         largest = logits.amax(-1) / (sampling.temperature or 1.0)
         if broken := int((~largest.isfinite()).sum()):
@@ -158,7 +206,7 @@ def _generate_batch(
             )
         token, logprob = sample(logits, sampling, generator)
         ids_BT[rows, t], logprobs_BT[rows, t] = token, logprob
-        running = ~torch.isin(token, eos_ids)
+        running, keep = ~torch.isin(token, eos_ids), None
         if not running.all():
             ended_B[rows[~running]] = True
             length_B[rows[~running]] = t + 1
@@ -166,12 +214,8 @@ def _generate_batch(
             keep = running.nonzero().squeeze(-1)
             if len(keep) == 0:
                 break
-            rows, token, mask, positions = rows[keep], token[keep], mask[keep], positions[keep]
-            for layer in cache.layers:
-                layer.reorder_cache(keep)  # type: ignore[arg-type,unused-ignore]
-        input_ids = token.unsqueeze(-1)
-        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-        positions = positions[:, -1:] + 1
+            rows = rows[keep]
+        steps.go_on(token, keep)
 
     lengths, ended = length_B.tolist(), ended_B.tolist()
     ids = [row[:length] for row, length in zip(ids_BT.cpu(), lengths)]

@@ -95,9 +95,9 @@ def answer_text(value: Any) -> str:
         return ", ".join(map(answer_text, value))
     if isinstance(value, str) and value.strip():
         return check_text(value)
-    if isinstance(value, (int, float, Decimal)) and not isinstance(value, bool) and math.isfinite(value):
-        if isinstance(value, int):
-            return str(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, (float, Decimal)) and math.isfinite(value):
         text = format(Decimal(str(value)), "f")
         # The zeros at the end of a Decimal are its column's, not the number's.
         return text.rstrip("0").rstrip(".") if isinstance(value, Decimal) and "." in text else text

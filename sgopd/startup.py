@@ -6,21 +6,36 @@ ask for action begin with "warning".
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
-from collections.abc import Sequence
+import itertools
+import tempfile
+from collections.abc import Iterator, Sequence
+from datetime import date
 from pathlib import Path
 
 import torch
+import transformers
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sgopd import checkpoint
 from sgopd.config import Config, UserError, read_yaml
-from sgopd.data import Prompts
+from sgopd.data import Prompts, has_eval_data
 from sgopd.files import FolderLock, make_folder
 from sgopd.metrics import lost_records
+from sgopd.rollout import Steps
 from sgopd.rows import is_file, texts_of
-from sgopd.teacher import LOGIT_DIVISORS, LOGIT_FACTORS, eos_ids_of, head_of, hidden_states, load_tokenizer
+from sgopd.teacher import (
+    LOGIT_DIVISORS,
+    LOGIT_FACTORS,
+    eos_ids_of,
+    has_tokenizer,
+    head_of,
+    hidden_states,
+    load_tokenizer,
+)
 from sgopd.verifier import VerifierPool
 
 
@@ -107,43 +122,148 @@ def check_records(run_dir: Path, path: Path) -> None:
     )
 
 
-@torch.no_grad()
-def check_head(model: PreTrainedModel, setting: str) -> None:
-    """Refuses a model whose logits are not what `head_of` and `hidden_states` make of them."""
-    head = head_of(model)
-    ids = torch.arange(8, device=model.device).unsqueeze(0) % head.weight.shape[0]
+# Relative difference of two computations of the same logits: hundreds of times what rounding makes, and far below
+# what a lost cache, mask or position does (tests/architectures.py).
+TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+
+
+def difference(ours: Tensor, expected: Tensor, dtype: torch.dtype) -> float:
+    """Relative difference of logits [N, V]: the worst token's. In bfloat16 the median token's, since rounding sends
+    single tokens to other experts."""
+    ours, expected = (logits.float() - logits.float().mean(-1, keepdim=True) for logits in (ours, expected))
+    errors = (ours - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-6)
+    return (errors.max() if dtype == torch.float32 else errors.median()).item()
+
+
+@contextlib.contextmanager
+def trying(model: PreTrainedModel, setting: str, what: str) -> Iterator[None]:
+    """Around a try of a model, in eval mode: whatever its code raises becomes a UserError."""
     was_training = model.training
     model.eval()
-    expected = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float()
-    ours = head.logits(hidden_states(model, ids, torch.ones_like(ids))).float()
-    model.train(was_training)
-    tolerance = 1e-3 if head.weight.dtype == torch.float32 else 0.1
-    error = (ours - expected).abs().max().item() / max(expected.abs().max().item(), 1e-6)
-    if not error <= tolerance:
+    try:
+        with torch.no_grad():
+            yield
+    except UserError:
+        raise
+    except Exception as error:  # models are others' code
+        raise UserError(
+            f"{setting}: {type(model).__name__} of transformers {transformers.__version__} cannot be {what} here: "
+            f"{type(error).__name__}: {error}. Use another model, or another version of transformers"
+        ) from error
+    finally:
+        model.train(was_training)
+
+
+def check_model(model: PreTrainedModel, setting: str, prompts: Prompts, config: Config, samples: bool = True) -> None:
+    """Refuses a model that the loss would read wrongly, or that would not be sampled as it is read."""
+    tokens = [token for ids in prompts.ids[:8] for token in ids[:32]]  # the model's own kind of text
+    check_head(model, setting, tokens)
+    if samples:
+        check_sampling(model, setting, tokens, config.bf16)
+
+
+def check_head(model: PreTrainedModel, setting: str, tokens: Sequence[int] = range(8)) -> None:
+    """Refuses a model whose logits are not what `head_of` and `hidden_states` make of them, in a right-padded batch,
+    or depend on later tokens."""
+    head = head_of(model)
+    long = torch.tensor(repeated(tokens, 8), device=model.device).unsqueeze(0) % head.weight.shape[0]
+    short = long[:, :5]
+    with trying(model, setting, "trained or read"):
+        expected = [model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits for ids in (long, short)]
+        mask = torch.ones_like(long).repeat(2, 1)
+        mask[1, 5:] = 0
+        ours = head.logits(hidden_states(model, long.repeat(2, 1) * mask, mask))
+        error = difference(ours[0], expected[0][0], head.weight.dtype)
+        later = difference(torch.cat([ours[0, :5], ours[1, :5]]), expected[1][0].repeat(2, 1), head.weight.dtype)
+    if not error <= TOLERANCES[head.weight.dtype]:
         raise UserError(
             f"{setting}: the logits of {type(model).__name__} differ from head(last hidden state) by {error:.2g} "
             "relative, so something happens between them that this version does not know "
             f"(known: {', '.join((*LOGIT_FACTORS, *LOGIT_DIVISORS))}, final_logit_softcapping)"
         )
+    if not later <= TOLERANCES[head.weight.dtype]:
+        raise UserError(
+            f"{setting}: the logits of {type(model).__name__} change by {later:.2g} relative with the tokens or the "
+            "padding after them: expected a causal language model"
+        )
+
+
+def check_sampling(model: PreTrainedModel, setting: str, tokens: Sequence[int] = range(33), bf16: bool = False) -> None:
+    """Refuses a model whose sampling steps are not what the loss's forward makes of the same tokens.
+
+    Three prompts, left-padded, go on for six steps with given tokens; after three, one leaves. Each row is compared
+    for itself, before that and after, so that a fault of one of these is not lost in a median.
+    """
+    head = head_of(model)
+    stream = [token % head.weight.shape[0] for token in repeated(tokens, 33)]
+    lengths, count = (4, 7, 2), 6
+    texts = [stream[sum(lengths[:row]) + count * row :][: length + count] for row, length in enumerate(lengths)]
+    dtype = torch.bfloat16 if bf16 else head.weight.dtype
+    with trying(model, setting, "sampled from"):
+        steps = Steps(model, [text[:length] for text, length in zip(texts, lengths)], bf16)
+        ids, mask = (torch.zeros(3, max(map(len, texts)), dtype=torch.long) for _ in range(2))
+        for row, text in enumerate(texts):
+            ids[row, : len(text)], mask[row, : len(text)] = torch.tensor(text), 1
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+            expected = head.logits(hidden_states(model, ids.to(model.device), mask.to(model.device)))
+        rows = [0, 1, 2]
+        pairs: dict[tuple[int, bool], list[tuple[Tensor, Tensor]]] = {}  # of (row, before the one leaves)
+        for step in range(count):
+            logits = steps.logits()
+            for row, ours in zip(rows, logits):
+                pair = ours, expected[row, lengths[row] - 1 + step]
+                pairs.setdefault((row, step < count // 2), []).append(pair)
+            token = torch.tensor([texts[row][lengths[row] + step] for row in rows], device=model.device)
+            keep = None
+            if step == count // 2 - 1:
+                keep, rows = torch.tensor([1, 2], device=model.device), [1, 2]
+            steps.go_on(token, keep)
+        groups = [[torch.stack(logits) for logits in zip(*group)] for group in pairs.values()]
+        error = max(difference(ours, expected, dtype) for ours, expected in groups)
+    if not error <= TOLERANCES[dtype]:
+        raise UserError(
+            f"{setting}: what {type(model).__name__} of transformers {transformers.__version__} computes token by "
+            f"token, with its cache, differs from what it computes at once by {error:.2g} relative, so rollouts would "
+            "not be its own. Use another model, or another version of transformers"
+        )
+
+
+def repeated(tokens: Sequence[int], count: int) -> list[int]:
+    """The first `count` of the tokens, over and over."""
+    return list(itertools.islice(itertools.cycle(tokens), count))
+
+
+def check_save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Saves all of the student but its weights, so that nothing refuses to be saved at the first checkpoint."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            model.save_pretrained(folder, state_dict={})
+            tokenizer.save_pretrained(folder)
+        except Exception as error:  # each class validates in its own way
+            raise UserError(
+                f"model_name_or_path: the student could not be saved at a checkpoint: {type(error).__name__}: {error}. "
+                "Correct what it names in the student's generation_config.json, config.json or tokenizer_config.json"
+            ) from error
 
 
 def check_models(
     config: Config, models: dict[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase, prompts: Prompts
 ) -> list[str]:
     """All checks on `models`: the "student" and, compared with it, the "teacher" and perhaps the "reference"."""
-    check_head(models["student"], "model_name_or_path")
     asked = (example["prompt"] for example in prompts.examples[:8])
     texts = [prompt if isinstance(prompt, str) else texts_of(prompt[-1]["content"])[0] for prompt in asked]
+    teacher_samples = config.cold_start_steps * config.teacher_share > 0 or config.teacher_probes > 0
+    teacher_samples |= config.eval_teacher and has_eval_data(config)
     findings = []
     for whose, model in models.items():
+        setting = "model_name_or_path" if whose == "student" else f"{whose}_model_name_or_path"
+        samples = whose == "student" or (whose == "teacher" and teacher_samples)
+        check_model(model, setting, prompts, config, samples)
         if whose == "student":
+            check_save(model, tokenizer)
             continue
-        setting = f"{whose}_model_name_or_path"
-        check_head(model, setting)
-        try:
-            theirs = load_tokenizer(getattr(config, setting), config, setting)
-        except UserError:
-            theirs = None
+        path = getattr(config, setting)
+        theirs = load_tokenizer(path, config, setting) if has_tokenizer(path) else None
         findings += check_pair(models["student"], model, tokenizer, theirs, texts, whose)
     return findings
 
@@ -181,6 +301,11 @@ def check_pair(
     eos_S = eos_ids_of(student, tokenizer)
     if not eos_S:
         raise UserError("the student has no end-of-sequence token: set eos_token in its tokenizer or generation config")
+    if eos_S[0] >= min(rows_S, rows_T):
+        raise UserError(
+            f"the student's sequences end with {list(eos_S)}, beyond the {min(rows_S, rows_T)} rows that both heads "
+            "have, which alone are sampled: set eos_token_id to a token that both know"
+        )
     if other_tokenizer is None:
         findings.append(f"warning: there is no tokenizer beside the {whose}; it is taken to share the student's")
         return findings
@@ -206,7 +331,7 @@ def check_pair(
             break
 
     eos_T = eos_ids_of(other, other_tokenizer)
-    names = ", ".join(tokenizer.convert_ids_to_tokens(list(eos_S)))
+    names = ", ".join(str(token or id) for id, token in zip(eos_S, tokenizer.convert_ids_to_tokens(list(eos_S))))
     if eos_S == eos_T:
         findings.append(f"end of sequence: {names}, the same in both")
     else:
@@ -245,12 +370,23 @@ def check_prompts(
         if data is not None:
             findings += data.remarks + check_prompt_ends(data, tokenizer, eos_ids_of(models["student"], tokenizer))
     findings += unused_settings(config, prompts, questions, tokenizer)
+    if "strftime_now" in str(tokenizer.chat_template) and f"{date.today().year}" in tokenizer.decode(prompts.ids[0]):
+        findings.append(
+            "warning: the chat template writes today's date, so tomorrow the same run has other prompts. If it takes "
+            "the date as a variable, set it in chat_template_kwargs, such as {date_string: 26 Jul 2024}"
+        )
     plain = isinstance(prompts.examples[0]["prompt"], str)
     if plain and tokenizer.chat_template is not None and not config.apply_chat_template:
         findings.append("prompts are plain text: the chat template is not used (apply_chat_template: true would)")
-    longest = max(map(len, [*prompts.ids, *(questions.ids if questions else [])])) + config.max_completion_length
+    lengths = [len(ids) for ids in [*prompts.ids, *(questions.ids if questions else [])]]
+    longest = max(lengths) + config.max_completion_length
     for whose, model in models.items():
         room = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        if room is not None and (over := sum(length >= room for length in lengths)):
+            raise UserError(
+                f"{over} of {len(lengths)} prompts leave no room for an answer: they have up to {max(lengths)} tokens, "
+                f"the {whose} was made for {room}. Set max_prompt_length to {room - 1} or less, which drops them"
+            )
         if room is not None and longest > room:
             said = (
                 f"prompt and completion can have {longest} tokens, the {whose} was made for {room}: lower "

@@ -6,6 +6,7 @@ that what is read here is what the model computes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,27 +66,46 @@ def head_arguments(student: Head, teacher: Head) -> dict[str, Any]:
 
 def hidden_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Last hidden states [B, T, H], after the final norm, of right-padded input_ids [B, T]; no logits are made."""
-    output = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-    return output.last_hidden_state
+    base = model.base_model
+    if base is model:  # the class gives its base model another name than it has (Llama 4's text model)
+        base = model.model
+    return base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
 
 
-def load_model(path: str, config: Config, setting: str, dtype: str) -> PreTrainedModel:
-    """A causal language model from a folder or the hub; `setting` is the config's field that errors name.
+def load_model(path: str, config: Config, setting: str, dtype: str) -> tuple[PreTrainedModel, list[str]]:
+    """A causal language model from a folder or the hub, and what a person should know of how it was read.
+
+    Args:
+        setting: the config's field that errors name.
 
     Raises:
-        UserError: it cannot be loaded, or a weight is not finite.
+        UserError: it cannot be loaded, is an adapter, lacks a weight, or a weight has another shape or is not finite.
     """
+    if (Path(path) / "adapter_config.json").is_file():
+        raise UserError(adapter(path, setting))
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=getattr(torch, dtype),
             attn_implementation=config.attn_implementation,
             trust_remote_code=config.trust_remote_code,
             weights_only=True,  # of a pytorch_model.bin, which is a pickle: no code from it
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
         )
     except Exception as error:  # transformers, safetensors, the hub and json all raise their own
         hint = "" if Path(path).is_dir() else " (there is no such folder, so it was taken for a hub name)"
         raise UserError(f"{setting}: cannot load {path!r}{hint}: {type(error).__name__}: {error}") from error
+    if getattr(model, "_hf_peft_config_loaded", False):  # an adapter from the hub
+        raise UserError(adapter(path, setting))
+    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    shapes = [f"{name} is {list(found)} instead of {list(wanted)}" for name, found, wanted in info["mismatched_keys"]]
+    for faults, what in ((missing, "are missing from"), (sorted(shapes), "have other shapes in")):
+        if faults:
+            raise UserError(
+                f"{setting}: {len(faults)} weights of {type(model).__name__} {what} {path!r}: {some(faults)}. They "
+                "would be made at random. Use a whole checkpoint, with the config.json that belongs to it"
+            )
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             count = int((~torch.isfinite(parameter)).sum())
@@ -93,7 +113,23 @@ def load_model(path: str, config: Config, setting: str, dtype: str) -> PreTraine
                 f"{setting}: {count} weights of {name} in {path!r} are not finite (NaN or infinite): the checkpoint is "
                 "damaged, or its training diverged. Use an earlier one"
             )
-    return model
+    if not unexpected:
+        return model, []
+    said = f"warning: {setting}: {len(unexpected)} weights in {path!r} have no place in {type(model).__name__}"
+    return model, [f"{said} and are left out: {some(unexpected)}"]
+
+
+def some(names: Sequence[str]) -> str:
+    """The first of many."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def adapter(path: str, setting: str) -> str:
+    return (
+        f"{setting}: {path!r} is an adapter (LoRA), expected a whole model. Put it into its base model and save that: "
+        "peft.AutoPeftModelForCausalLM.from_pretrained(…).merge_and_unload().save_pretrained(…), with the tokenizer "
+        "beside it; a folder with merged weights must have no adapter_config.json"
+    )
 
 
 def move(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
@@ -102,9 +138,10 @@ def move(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     return model
 
 
-def load_frozen(path: str, config: Config, setting: str, device: torch.device) -> PreTrainedModel:
-    """A model that is only read: the teacher, the reference."""
-    return move(load_model(path, config, setting, config.teacher_dtype), device).eval().requires_grad_(False)
+def load_frozen(path: str, config: Config, setting: str, device: torch.device) -> tuple[PreTrainedModel, list[str]]:
+    """A model that is only read: the teacher, the reference; and as for `load_model`."""
+    model, said = load_model(path, config, setting, config.teacher_dtype)
+    return move(model, device).eval().requires_grad_(False), said
 
 
 def recompute_activations(model: PreTrainedModel) -> None:
@@ -116,15 +153,37 @@ def recompute_activations(model: PreTrainedModel) -> None:
 def load_tokenizer(path: str, config: Config, setting: str) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model."""
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+        if not tokenizer.get_vocab():
+            raise ValueError("it has no tokens")
+        return tokenizer
     except Exception as error:
         raise UserError(f"{setting}: cannot load a tokenizer from {path!r}: {type(error).__name__}: {error}") from error
 
 
+TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "*.model", "*.tiktoken", "tekken.json", "*.bpe*")
+
+
+def has_tokenizer(path: str) -> bool:
+    """Whether a folder has a file that looks like a tokenizer's, readable or not; a hub name is taken to have one."""
+    return not Path(path).is_dir() or any(any(Path(path).glob(pattern)) for pattern in TOKENIZER_FILES)
+
+
 def eos_ids_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Tokens that end a completion: the generation config's and the tokenizer's."""
+    """Tokens that end a completion: the generation config's and the tokenizer's.
+
+    Raises:
+        UserError: one of them is no row of the head, so that it could never be sampled.
+    """
     ids = getattr(model.generation_config, "eos_token_id", None)
     ids = [] if ids is None else list(ids) if isinstance(ids, (list, tuple)) else [ids]
     if tokenizer.eos_token_id is not None:
         ids.append(tokenizer.eos_token_id)
+    rows = head_of(model).weight.shape[0]
+    if wrong := [one for one in ids if type(one) is not int or not 0 <= one < rows]:
+        raise UserError(
+            f"{model.name_or_path or type(model).__name__}: eos_token_id has {wrong}, but its head has {rows} rows, so "
+            f"an id is a whole number from 0 to {rows - 1}. Correct eos_token_id in its generation_config.json, "
+            "config.json and tokenizer"
+        )
     return tuple(sorted(set(ids)))

@@ -95,11 +95,15 @@ class Trainer:
         # --- models ---
         source = str(resume_from or config.model_name_or_path)
         self.tokenizer = load_tokenizer(source, config, "model_name_or_path")
-        self.student = load_model(source, config, "model_name_or_path", config.dtype).to(self.device).train()
-        self.teacher = load_frozen(config.teacher_model_name_or_path, config, "teacher_model_name_or_path", self.device)
+        self.student, self.findings = load_model(source, config, "model_name_or_path", config.dtype)
+        self.student.to(self.device).train()
+        setting = "teacher_model_name_or_path"
+        self.teacher, said = load_frozen(config.teacher_model_name_or_path, config, setting, self.device)
+        self.findings += said
         self.reference = None
         if (path := config.reference_model_name_or_path) is not None:
-            self.reference = load_frozen(path, config, "reference_model_name_or_path", self.device)
+            self.reference, said = load_frozen(path, config, "reference_model_name_or_path", self.device)
+            self.findings += said
         if config.gradient_checkpointing:
             recompute_activations(self.student)
         models = {"student": self.student, "teacher": self.teacher, "reference": self.reference}
@@ -108,7 +112,7 @@ class Trainer:
         # --- data, and whether it all fits together ---
         self.prompts = load_prompts(config, self.tokenizer, "train")
         self.questions = load_prompts(config, self.tokenizer, "eval") if has_eval_data(config) else None
-        self.findings = startup.check_models(config, models, self.tokenizer, self.prompts)
+        self.findings += startup.check_models(config, models, self.tokenizer, self.prompts)
         self.findings += startup.check_prompts(config, self.prompts, self.questions, self.tokenizer, models)
         self.eos_ids = eos_ids_of(self.student, self.tokenizer)
         self.vocabulary = min(head_of(model).weight.shape[0] for model in models.values())

@@ -13,7 +13,7 @@ from torch import Tensor
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Beyond these, fp32 has no reciprocal, or no product with a logit.
+# Beyond these fp32 has no reciprocal.
 SMALLEST, LARGEST = 1e-30, 1e30
 WHOLE = 2**53  # up to here a whole number is a float
 
@@ -30,11 +30,16 @@ def number(
     return float(value)
 
 
-def positive(name: str, value: Any) -> float:
+def positive(name: str, value: Any, smallest: float = SMALLEST, largest: float = LARGEST) -> float:
     got = number(name, value, "a finite number > 0", 0.0)
-    if not SMALLEST <= got <= LARGEST:
-        raise ValueError(f"{name} must be a number > 0 between {SMALLEST:g} and {LARGEST:g}, got {got}")
+    if not smallest <= got <= largest:
+        raise ValueError(f"{name} must be a number > 0 between {smallest:g} and {largest:g}, got {got}")
     return got
+
+
+def scale(name: str, value: Any) -> float:
+    """A factor of logits: what is left of fp32's digits of a logit beyond 1e6 is no log-probability."""
+    return positive(name, value, 1e-6, 1e6)
 
 
 def integer(name: str, value: Any, expected: str, low: int = -WHOLE) -> int:
@@ -53,17 +58,24 @@ def one_of(name: str, value: Any, choices: tuple[str, ...]) -> str:
 
 def tensor(name: str, value: Any, dtypes: tuple[torch.dtype, ...], device: torch.device | None = None) -> Tensor:
     """A dense tensor of one of `dtypes`, on `device`; the very object."""
-    kinds = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor ({kinds}), got {type(value).__name__}")
+        raise TypeError(f"{name} must be a tensor ({_names(dtypes)}), got {type(value).__name__}")
     if value.layout != torch.strided or value.is_nested:
         layout = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
         raise TypeError(f"{name} must be a dense tensor, got a {layout} one: pass a padded or to_dense() copy")
     if value.dtype not in dtypes:
-        raise TypeError(f"{name} must be one of {kinds}, got {str(value.dtype).removeprefix('torch.')}: convert it")
+        raise TypeError(f"{name} must be one of {_names(dtypes)}, got {_names((value.dtype,))}: convert it")
     if device is not None and value.device != device:
         raise ValueError(f"{name} is on {value.device}, token_ids on {device}: move one")
     return value
+
+
+def constant(name: str, value: Tensor, dtypes: tuple[torch.dtype, ...], device: torch.device) -> Tensor:
+    """A tensor of few values, from wherever it is: on `device`, detached."""
+    tensor(name, value, dtypes)
+    if value.is_meta and device.type != "meta":
+        raise ValueError(f"{name} is on meta, where there are no values; token_ids are on {device}")
+    return value.detach().to(device)
 
 
 def require(ok: Tensor, message: str, got: Callable[[], str] | None = None) -> None:
@@ -75,6 +87,10 @@ def require(ok: Tensor, message: str, got: Callable[[], str] | None = None) -> N
         ok, got = torch._C._functorch.get_unwrapped(ok), None
     if not bool(ok.all()):
         raise ValueError(message if got is None else f"{message}; {got()}")
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
 def _shown(value: Any) -> str:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import backends, plan, sparse
-from ._checks import FLOATS, INTEGERS, integer, number, one_of, positive, require, tensor
+from ._checks import FLOATS, INTEGERS, constant, integer, number, one_of, positive, require, scale, tensor
 from .gate import Gate, cell_weights, choose, draw_agreement, resolve_gate
 from .ops import TENSORS, fused_loss, problem_of, refuse_transforms, scale_of
 from .plan import check_logprob
@@ -136,8 +136,8 @@ def gated_kl_loss(
         divergence: "reverse-kl", "forward-kl", or ("jsd", beta) with TRL's and GKD's meaning: beta * KL(q || m) +
             (1 - beta) * KL(p || m), m = beta q + (1 - beta) p, 0 < beta < 1. Of the full estimator.
         student_bias, teacher_bias: [V_S], [V_T].
-        temperature: > 0, divides both models' logits (after softcap).
-        student_logit_scale, teacher_logit_scale: multiply projection plus bias.
+        temperature: divides both models' logits (after softcap). 1e-6 to 1e6.
+        student_logit_scale, teacher_logit_scale: multiply projection plus bias. 1e-6 to 1e6.
         student_softcap, teacher_softcap: c > 0: logits become c * tanh(logits / c). None: no cap.
         reference_hidden, reference_weight, reference_bias, reference_logit_scale, reference_softcap: a third head
             pi_R. The target becomes log pi* = w log pi_T + (1 - w) log pi_R (G-OPD, arXiv 2602.12125;
@@ -205,7 +205,7 @@ def gated_kl_loss(
             "estimator": estimator,
             "divergence": name,
             "beta": beta,
-            "temperature": positive("temperature", temperature),
+            "temperature": scale("temperature", temperature),
             **_head("student", student_logit_scale, student_softcap),
             **_head("teacher", teacher_logit_scale, teacher_softcap),
             **_head("reference", reference_logit_scale, reference_softcap),
@@ -277,7 +277,7 @@ def gated_logprob_loss(
         gate=gate,
         choices={
             "estimator": "sampled",
-            "temperature": positive("temperature", temperature),
+            "temperature": scale("temperature", temperature),
             **_head("student", student_logit_scale, student_softcap),
             "ratio_clip": positive("ratio_clip", ratio_clip),
             "ignore_index": ignore_index,
@@ -355,7 +355,7 @@ def gated_topk_kl_loss(
     return call.run(
         gate=gate,
         choices={
-            "temperature": positive("temperature", temperature),
+            "temperature": scale("temperature", temperature),
             **_head("student", student_logit_scale, student_softcap),
             "ignore_index": ignore_index,
         },
@@ -634,10 +634,10 @@ def _num_items(value: Tensor | float, device: torch.device) -> Tensor:
     expected = "a finite number > 0 of valid tokens"
     if not isinstance(value, Tensor):
         return torch.tensor(number("num_items", value, expected, 0.0), dtype=torch.float64, device=device)
-    tensor("num_items", value, FLOATS + INTEGERS)
+    value = constant("num_items", value, FLOATS + INTEGERS, device)
     if value.numel() != 1:
         raise ValueError(f"num_items must be {expected}, got a tensor of shape {tuple(value.shape)}: pass its sum")
-    return value.detach().to(device=device, dtype=torch.float64).reshape(())
+    return value.double().reshape(())
 
 
 def _generator(generator: torch.Generator | None) -> None:
@@ -663,7 +663,7 @@ def _per_rollout(
         value = torch.full((1,) * len(shape), number(name, value, "a tensor or a finite number"), device=device)
     if value.dtype == torch.bool:
         raise TypeError(f"{name} must be numeric, got bool; for a verdict use 2 * correct.int() - 1")
-    tensor(name, value, FLOATS + INTEGERS)
+    value = constant(name, value, FLOATS + INTEGERS, device).float()
     if value.ndim == 0:
         value = value.reshape((1,) * len(shape))
     broadcasts = value.ndim == len(shape) and all(a in (1, b) for a, b in zip(value.shape, shape))
@@ -672,7 +672,6 @@ def _per_rollout(
             f"{name} must broadcast to token_ids' shape {tuple(shape)} with as many dimensions; got "
             f"{tuple(value.shape)}. For one value a rollout pass [B, 1]: {name}[:, None]"
         )
-    value = value.detach().to(device=device, dtype=torch.float32)
     if gate is not None and gate.control == "shuffled" and value.ndim and value.shape[0] > 1:
         if generator is None:
             order = torch.randperm(value.shape[0])
@@ -710,6 +709,6 @@ def _divergence(divergence: Divergence) -> tuple[str, float]:
 def _head(side: str, logit_scale: float, softcap: float | None) -> dict[str, float | None]:
     """A head's choices, as fields of `Spec`."""
     return {
-        f"{side}_scale": positive(f"{side}_logit_scale", logit_scale),
+        f"{side}_scale": scale(f"{side}_logit_scale", logit_scale),
         f"{side}_softcap": None if softcap is None else positive(f"{side}_softcap", softcap),
     }

@@ -1,6 +1,6 @@
 """Breaks training runs in every way it knows, and looks whether anything was lost.
 
-    python tests/chaos.py [--few K] [--seed S] [--only CLASS] [--output chaos.json]        (make chaos)
+    python tests/chaos.py [--few K] [--seed S] [--only CLASS] [--output chaos.json]        (make long ONLY=chaos)
 
 Every case is a real `sgopd train` of a few seconds, of one process or of two (gloo), that is disturbed at one stage:
 start, rollout, verify, update, save, evaluate, final. Then it is resumed, and must come to the same bits as a run that

@@ -1,6 +1,6 @@
 """Random calls of the CPU extension's own functions, below every check of the package.
 
-    python tests/fuzz_native.py --minutes 10     # new seeds until then; `make fuzz`
+    python tests/fuzz_native.py --minutes 10     # new seeds until then; `make long ONLY=fuzz`
     python tests/fuzz_native.py --seed 123       # one case again
 
 A case draws a function, an instruction set, a thread count, sizes (0, 1, odd, a vector more or less, beyond a block),

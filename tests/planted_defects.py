@@ -42,6 +42,8 @@ class Defect(NamedTuple):
 ROWS = "csrc/cpu/rows.cpp"
 TORCH = "sgopd_kernels/backends/torch.py"
 TRITON = "sgopd_kernels/backends/triton_kernels.py"
+ROWS_OF_DATA = "sgopd/rows.py"
+CHAT = "sgopd/chat.py"
 # fmt: off
 DEFECTS = [
     Defect("gate: the sign test turned round", "sgopd_kernels/gate.py", "signed > tolerance, signed <", "signed < tolerance, signed >"),
@@ -128,7 +130,19 @@ DEFECTS += [
     Defect("weights not looked at when they are loaded", "sgopd/teacher.py", "if not torch.isfinite(parameter).all():", "if not torch.isfinite(parameter).any():", "startup numbers"),
     Defect("model: code beside it is run", "sgopd/teacher.py", "attn_implementation=config.attn_implementation,\n            trust_remote_code=config.trust_remote_code", "attn_implementation=config.attn_implementation,\n            trust_remote_code=True", "safety"),
     Defect("model: a pickle is unpickled", "sgopd/teacher.py", "weights_only=True", "weights_only=False", "safety"),
-    Defect("prompts: over-long ones kept", "sgopd/data.py", "len(prompt_ids) > config.max_prompt_length", "False", "data"),
+    Defect("prompts: over-long ones kept", "sgopd/data.py", "len(ids) > config.max_prompt_length", "False", "data"),
+    Defect("data: an answer that is true taken for a number", ROWS_OF_DATA, "isinstance(value, int) and not isinstance(value, bool)", "isinstance(value, int)", "data"),
+    Defect("data: an answer that is not finite", ROWS_OF_DATA, "(float, Decimal)) and math.isfinite(value):", "(float, Decimal)):", "data"),
+    Defect("data: float32 read as a double", ROWS_OF_DATA, "kind.bit_width < 64", "kind.bit_width < 32", "data"),
+    Defect("data: half a character let through", ROWS_OF_DATA, "        text.encode()\n", "        pass\n", "data"),
+    Defect("data: the assistant's turn last", ROWS_OF_DATA, 'if role == "assistant":', "if False:", "data"),
+    Defect("data: the last of two keys", ROWS_OF_DATA, "if len(row := dict(pairs)) < len(pairs):", "if len(row := dict(pairs)) < 0:", "data"),
+    Defect("prompts: the tokenizer's end of sequence stays", "sgopd/data.py", "        ids.pop()\n", "        pass\n", "chat"),
+    Defect("prompts: two beginnings", "sgopd/data.py", "        del ids[0]\n", "        pass\n", "chat"),
+    Defect("chat: parts written out as Python has them", CHAT, "any(str(content) in text for content in parts)", "False", "chat"),
+    Defect("chat: a template without a clock", CHAT, "signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)", "signal.setitimer(signal.ITIMER_REAL, 1e6, 1.0)", "chat"),
+    Defect("chat: any role", CHAT, "if role not in ROLES and", "if False and", "data chat"),
+    Defect("config: the last of two keys", "sgopd/config.py", "and key.value in lines:", "and False:", "config"),
     Defect("prompts: no room in a table of positions", STARTUP, "if has_position_table(model, room):", "if False:", "startup numbers"),
     Defect("phases: a teacher rollout of unknown verdict enters", TRAINER, "if rollout.in_teacher_slot and rollout.verdict == CORRECT:", "if rollout.in_teacher_slot and rollout.verdict >= 0:", "trainer"),
     Defect("phases: an unknown verdict counts as an endorsement", TRAINER, "(rollout.example, rollout.verdict == CORRECT,", "(rollout.example, rollout.verdict >= 0,", "trainer"),

@@ -1,6 +1,6 @@
 """Builds the CPU extension under a sanitizer, in a copy of the checkout, and runs the kernel tests in it.
 
-    python tests/sanitize.py                                  # both; `make sanitize`
+    python tests/sanitize.py                                  # both; `make long ONLY=sanitize`
     python tests/sanitize.py address,undefined                # one of them
     python tests/sanitize.py thread tests/kernels/test_native.py
     python tests/sanitize.py address,undefined --fuzz 10      # minutes of tests/fuzz_native.py in place of the tests

@@ -1,6 +1,6 @@
 """Trains at the quickstart's scale for an hour and looks for what grows.
 
-    python tests/soak.py [--minutes 60] [--output soak.json]        (make soak)
+    python tests/soak.py [--minutes 60] [--output soak.json]        (make long ONLY=soak)
 
 One real `sgopd train` runs on the quickstart's models, with everything that could leak switched on for good: teacher
 rollouts in every batch, an evaluation and a checkpoint every 20 updates, and a verifier whose workers hang and die now

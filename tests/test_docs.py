@@ -160,7 +160,8 @@ def test_the_command_exists(page: str, command: str, makefile: set[str], monkeyp
         case ["for", *_] | ["do"] | ["done"] | ["pip", "check"]:
             return
         case ["make", *targets]:
-            assert {target for target in targets if "=" not in target} <= makefile
+            long = {f"long-{name}" for word in targets if word.startswith("ONLY=") for name in word[5:].split()}
+            assert {target for target in targets if "=" not in target} | long <= makefile
         case ["pip", "install", *packages] | ["pip-audit", *packages]:
             extras = {extra for package in packages for extra in re.findall(r"\[([\w,-]+)\]", package)}
             offered = re.search(r"\[project.optional-dependencies\]\n(.*?)\n\n", text_of("pyproject.toml"), re.DOTALL)
@@ -176,8 +177,11 @@ def test_the_command_exists(page: str, command: str, makefile: set[str], monkeyp
         case ["python", script, *rest]:
             check_script(ROOT / script, rest)
         case ["pytest", *rest]:
-            for path in (word for word in rest if "/" in word):
+            for path in (word for word in rest if "/" in word and not word.startswith("runs/")):
                 assert (ROOT / path.split("::")[0]).exists(), f"there is no {path}"
+            offered = text_of("bench/conftest.py")
+            for flag in (word.split("=")[0] for word in rest if re.match("--(?!benchmark-)", word)):
+                assert f'"{flag}"' in offered, f"bench/conftest.py has no {flag}"
         case _:
             pytest.fail(f"{page} has a command that this test does not know: {command}")
 
@@ -227,8 +231,10 @@ def test_files_that_a_page_names_exist(page: str) -> None:
             assert (ROOT / page).parent.joinpath(target).exists(), f"{page} links to {target}"
     for span in SPAN.findall(text):
         for name in re.findall(
-            r"(?:bench|csrc|docs|examples|requirements|sgopd|sgopd_kernels|tests)/[\w./-]*\w(?![\w<])", span
+            r"(?:bench|csrc|docs|examples|requirements|sgopd|sgopd_kernels|tests|tools)/[\w./-]*\w(?![\w<])", span
         ):
+            if f"`{span}` at commit" in text:
+                continue
             assert (ROOT / name).exists(), f"{page} names {name}"
 
 

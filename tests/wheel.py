@@ -1,6 +1,6 @@
 """Builds sdist and wheel twice, in two folders, and compares the bytes; then installs the wheel and tests it there.
 
-    python tests/wheel.py                    # `make wheel-check`
+    python tests/wheel.py                    # `make long ONLY=wheel-check`
     python tests/wheel.py --no-install       # the comparison alone
 
 The two builds differ in folder, time zone, hash seed and time of day, and share SOURCE_DATE_EPOCH, the compiler and the

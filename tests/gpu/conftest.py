@@ -1,6 +1,6 @@
 """Tests that need a CUDA device; each module is skipped elsewhere, with the reason.
 
-`SGOPD_GPU_DRY_RUN=1` runs them on the CPU (bench/gpu_suite.py --dry-run): the same lines but those of `Device`, so
+`SGOPD_GPU_DRY_RUN=1` runs them on the CPU (tools/gpu_suite.py --dry-run): the same lines but those of `Device`, so
 that the first run on a device cannot fail on a typo. What only a device has (its memory count, graphs, streams,
 synchronisation) is behind `Device` and means nothing there.
 """
@@ -171,7 +171,7 @@ def parity() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def options() -> ModuleType:
-    table = load("bench/errors")
+    table = load("tools/errors")
     if DRY:
         table.N = DRY_TOKENS  # type: ignore[attr-defined]
     return table

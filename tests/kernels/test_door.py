@@ -114,6 +114,7 @@ def not_verdict(x: Tensor) -> list[Any]:
         x > 0,
         x.to(torch.complex64),
         x.to_sparse(),
+        x.to("meta"),
         *shapes,
         *values,
     ]
@@ -145,17 +146,26 @@ def wrong(function: Callable[..., Any]) -> dict[str, list[Any]]:
             # A head of other rows is a padded one, or a shorter vocabulary.
             f"{side}_weight": [*not_of_kind(torch.ones(V, H)), *not_of_shape(torch.ones(V, H))],
             f"{side}_bias": [x for x in not_float(torch.zeros(V)) if x is not None],
-            f"{side}_logit_scale": [None, *NOT_POSITIVE],
+            f"{side}_logit_scale": [None, *NOT_POSITIVE, 1e-7, 1e7],
             f"{side}_softcap": NOT_POSITIVE,
         }
     counts = [0, -1.0, NAN, INF]
     tensors = [torch.tensor(x) for x in (*counts, True, 1j)] + [torch.ones(2), torch.ones(0), torch.ones(3, 3)]
     table |= {
         "token_ids": not_integer(given["token_ids"]),
-        "temperature": [None, *NOT_POSITIVE],
+        "temperature": [None, *NOT_POSITIVE, 1e-7, 1e7],
         "ignore_index": [None, *TEXTS, True, NAN, INF, -100.0, 2**60, -(10**400), torch.tensor(-100)],
         "reduction": NOT_NAMES,
-        "num_items": [*TEXTS, True, -INF, 10**400, *counts, *tensors, torch.ones(()).to_sparse()],
+        "num_items": [
+            *TEXTS,
+            True,
+            -INF,
+            10**400,
+            *counts,
+            *tensors,
+            torch.ones(()).to_sparse(),
+            torch.ones((), device="meta"),
+        ],
         "precision": [*NOT_NAMES, *TEXTS, INF, -1e-3, 0, 1.0, 1e9, 10**400],
         "backend": [*NOT_NAMES, "cuda", "triton"],
         "workspace": [*TEXTS, True, NAN, INF, 0, -1, 1e6, 10**400, torch.tensor(100)],

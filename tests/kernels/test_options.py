@@ -1,4 +1,4 @@
-"""Every option on every backend, held to the bounds that bench/errors.py's table shows them to keep."""
+"""Every option on every backend, held to the bounds that tools/errors.py's table shows them to keep."""
 
 from __future__ import annotations
 

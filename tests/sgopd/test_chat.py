@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from sgopd import chat, cli
 from sgopd.config import Config, UserError
 from sgopd.data import MISSING, UNKNOWN, WRITTEN, load_prompts
-from sgopd.startup import check_prompt_ends, unused_settings
+from sgopd.startup import check_prompt_ends, check_prompts, unused_settings
 
 TEXT = "{% for m in messages %}{{ m.content }}{% endfor %}="
 PARTS = "{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endfor %}="
@@ -103,7 +103,7 @@ def test_templates_of_many_models(load):
     ("template", "said"),
     [
         ("{{ raise_exception('no system role') }}", "refuses the conversation: no system role. Change"),
-        ("{% if messages %}", "is not valid Jinja: .*, in its line 1. Put right"),
+        ("{% if messages %}", "is not valid Jinja: .* In its line 1. Put right"),
         ("{{ messages | nothing }}", "is not valid Jinja: No filter named 'nothing'"),
         ("{{ messages.__class__.__mro__ }}", "the sandbox stopped the chat template: .*unsafe"),
         ("{{ messages.append(1) }}", "the sandbox stopped the chat template: "),
@@ -223,11 +223,24 @@ def test_what_else_is_said_of_prompts(load, tiny, tmp_path):
     data.write_text(
         "".join(json.dumps({"prompt": "1", "answer": answer}) + "\n" for answer in ("None", "nan", "none of it"))
     )
-    assert said("1", dataset_name=str(data)) == [MISSING]
+    assert said("1", dataset_name=str(data)) == [MISSING] and said("NaN")[-1] == MISSING
     strict = tiny.make_tokenizer("1")
     strict.backend_tokenizer.model = WordLevel({"1": 0}, unk_token="none")
     with pytest.raises(UserError, match="line 2: the tokenizer cannot take the prompt: "):
         load("1", "2", tokenizer=strict)
+
+
+def test_a_template_that_writes_the_date_is_said(load, settings, tiny):
+    tokenizer = tiny.make_tokenizer()
+    models = {"student": tiny.make_model(1)}
+
+    def said(**changes):
+        prompts, _ = load(user("1+2"), tokenizer=tokenizer, **changes)
+        findings = check_prompts(Config.load(None, settings(**changes)), prompts, None, tokenizer, models)
+        return [line for line in findings if "today's date" in line]
+
+    tokenizer.chat_template = "{{ day or strftime_now('%Y-%m-%d') }}" + TEXT
+    assert len(said()) == 1 and not said(chat_template_kwargs={"day": "1"})
 
 
 def test_settings_that_change_nothing_are_said(load, settings, tiny):

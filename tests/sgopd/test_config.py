@@ -68,6 +68,7 @@ def test_numbers_that_yaml_reads_as_text(tmp_path):
         ({"system_prompt": "\udcff"}, "got '\\udcff', which UTF-8 cannot write"),
         ({"chat_template_kwargs": {"a": ["\ud800"]}}, "chat_template_kwargs: a: got '\\ud800'"),
         ({"learning_rate": 10**400}, "expected a number"),
+        ({"dataset_kwargs": {"a": 10**400, "size": 1}}, "use dataset_size"),
         ({"model_name_or_path": 3}, "expected text"),
         ({"max_steps": 0}, "max_steps: got 0, expected >= 1"),
         ({"temperature": 0}, "temperature: got 0.0, expected > 0"),

@@ -91,7 +91,8 @@ def test_a_puzzle_without_an_answer_is_for_its_scorer_alone(load):
     """Its answer was the text None, and every rollout incorrect."""
     pytest.importorskip("reasoning_gym")
     puzzles = {"dataset_name": "task:reasoning-gym:rubiks_cube", "dataset_size": 2}
-    assert load(**puzzles, verifier="reasoning-gym").examples[0]["answer"] is None
+    data = load(**puzzles, verifier="reasoning-gym")
+    assert data.examples[0]["answer"] is None and not any("missing" in remark for remark in data.remarks)
     with pytest.raises(UserError, match=r"rubiks_cube, row 0 .*column 'answer': got null"):
         load(**puzzles, verifier="math")
 
@@ -224,11 +225,11 @@ def test_answers_that_are_none_in_tables(tmp_path, load, answer, said):
 
 
 def test_answers_as_text(tmp_path, load):
-    answers = [72, -5, 10**40, 0.5, 3.0, 1e-7, 1e22, ["3", "4"], [1e-7, 2], ["x=1"], " 7 "]
+    answers = [72, -5, 10**400, 0.5, 3.0, 1e-7, 1e22, ["3", "4"], [1e-7, 2], ["x=1"], " 7 "]
     rows = [{"prompt": "1", "answer": answer} for answer in answers]
     data = load(dataset_name=write(tmp_path / "d.jsonl", rows), answer_column="answer")
     assert [example["answer"] for example in data.examples] == (
-        ["72", "-5", "1" + 40 * "0", "0.5", "3.0", "0.0000001", "1" + 22 * "0", "3, 4", "0.0000001, 2", "x=1", " 7 "]
+        ["72", "-5", "1" + 400 * "0", "0.5", "3.0", "0.0000001", "1" + 22 * "0", "3, 4", "0.0000001, 2", "x=1", " 7 "]
     )
     (remark,) = data.remarks
     assert remark.startswith("3 of 11 training prompts have a list as answer") and remark.endswith("d.jsonl, line 8)")

@@ -36,7 +36,7 @@ def load(name: str, path: Path) -> Any:
 
 
 kit = load("kernel_kit", HERE.parent / "kernels" / "conftest.py")
-table = load("errors", HERE.parents[1] / "bench" / "errors.py")
+table = load("errors", HERE.parents[1] / "tools" / "errors.py")
 door = load("door", HERE.parent / "kernels" / "test_door.py")
 table.N = 10
 OPTIONS = table.options()

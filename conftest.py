@@ -1,4 +1,4 @@
-"""The tests exercise the *installed* packages: the checkout must not shadow them.
+"""The tests and the benchmarks exercise the *installed* packages: the checkout must not shadow them.
 
 `SGOPD_TEST_SOURCE=1 pytest` tests the source tree instead, for development after
 `python setup.py build_ext --inplace`.
@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent
 FROM_SOURCE = os.environ.get("SGOPD_TEST_SOURCE") == "1"
 
 # `python -m pytest` and PYTHONPATH=. both put the checkout first; its packages lack the built extension.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
 if FROM_SOURCE:
     sys.path.insert(0, str(ROOT))
-sys.path.append(str(ROOT / "bench"))  # scripts that tests import by name
+sys.path += [str(ROOT / "tools"), str(ROOT / "bench")]  # what tests and benchmarks import by name
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

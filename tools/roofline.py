@@ -1,14 +1,14 @@
 """What each plan must cost on a GPU: operations, bytes and launches -> a lower bound in milliseconds, as Markdown.
 
-    python bench/roofline.py                                     # the target shape, all devices, a sweep of chunk sizes
-    python bench/roofline.py --tokens 4096 --chunk 2048 --output runs/roofline.md
-    python bench/roofline.py --page docs/gpu.md                  # brings the page's tables up to date
+    python tools/roofline.py                                     # the target shape, all devices, a sweep of chunk sizes
+    python tools/roofline.py --tokens 4096 --chunk 2048 --output runs/roofline.md
+    python tools/roofline.py --page docs/gpu.md                  # brings the page's tables up to date
 
 A model, not a measurement. Every product reads its operands and writes its result once (the cache is perfect within a
 product, and useless between two); a stage takes the longer of its arithmetic and its traffic; stages follow one
 another; each launch costs a gap. So a device should not be faster than this by more than the error of its assumed
 rates, and what it is slower by is what the kernels waste: tiles that don't fill the device, operands read twice,
-launches that wait for the host. `bench/gpu_suite.py` puts its measurements beside these numbers.
+launches that wait for the host. `tools/gpu_suite.py` puts its measurements beside these numbers.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Everything this project wants to know from a GPU, in one command, on one bare machine with PyTorch and Triton.
 
-    python bench/gpu_suite.py --minutes 8 --output runs/gpu         # runs/gpu/results.json, results.md, logs
-    python bench/gpu_suite.py --dry-run --output runs/dry           # the same code on the CPU, tiny, Triton interpreted
+    python tools/gpu_suite.py --minutes 8 --output runs/gpu         # runs/gpu/results.json, results.md, logs
+    python tools/gpu_suite.py --dry-run --output runs/dry           # the same code on the CPU, tiny, Triton interpreted
 
 In this order, so that a run that is cut early has the most important things: the environment and the two ceilings of
 the device; tests/gpu; the target shape, our plans beside the peers and beside the bare products, interleaved, with the
@@ -14,7 +14,6 @@ has a row that says so. docs/gpu.md says how to read the tables.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
 import json
 import os
@@ -30,11 +29,14 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))
 import roofline
+
+if TYPE_CHECKING:
+    from candidates import Meter
 
 ROOT = Path(__file__).resolve().parent.parent
 MARK = "@@ "  # a child's line that is a record
@@ -257,60 +259,15 @@ def say(kind: str, **fields: Any) -> None:
     print(MARK + json.dumps({"kind": kind, **fields}), flush=True)
 
 
-class Meter:
-    """Times, memory and faults of one device. The CPU's for dry runs."""
-
-    def __init__(self, dry: bool) -> None:
-        import torch
-
-        self.torch, self.cuda = torch, not dry
-        if self.cuda and not torch.cuda.is_available():
-            raise SystemExit("no CUDA device: torch.cuda.is_available() is False; --dry-run runs on the CPU")
-        self.device = "cuda" if self.cuda else "cpu"
-
-    def seconds(self, work: Callable[[], Any]) -> tuple[float, float]:
-        """(on the device, on the host until everything was queued)."""
-        if not self.cuda:
-            began = time.perf_counter()
-            work()
-            return (took := time.perf_counter() - began), took
-        cuda = self.torch.cuda
-        start, end = (cuda.Event(enable_timing=True) for _ in range(2))
-        cuda.synchronize()
-        began = time.perf_counter()
-        start.record()
-        work()
-        end.record()
-        host = time.perf_counter() - began
-        cuda.synchronize()
-        return start.elapsed_time(end) / 1e3, host
-
-    @contextlib.contextmanager
-    def peak(self) -> Iterator[Callable[[], int | None]]:
-        """Bytes above what was allocated at the start, at the worst moment."""
-        if not self.cuda:
-            yield lambda: None
-            return
-        cuda = self.torch.cuda
-        cuda.synchronize()
-        cuda.empty_cache()
-        cuda.reset_peak_memory_stats()
-        before = cuda.memory_allocated()
-        yield lambda: cuda.max_memory_allocated() - before
-
-    def alive(self) -> bool:
-        try:
-            if self.cuda:
-                self.torch.cuda.synchronize()
-            return True
-        except RuntimeError:
-            return False
-
-
 def child(args: argparse.Namespace) -> None:
     if args.dry_run:
         runpy.run_path(str(ROOT / "tests" / "triton" / "interpreter.py"))  # before anything imports Triton
-    meter = Meter(args.dry_run)
+    import torch
+    from candidates import Meter
+
+    if not args.dry_run and not torch.cuda.is_available():
+        raise SystemExit("no CUDA device: torch.cuda.is_available() is False; --dry-run runs on the CPU")
+    meter = Meter("cpu" if args.dry_run else "cuda")
     stages = args.child.split(",")
     names = list(WEIGHTS)
     for name in stages:
@@ -336,7 +293,8 @@ CLOCKS = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw", "power.lim
 
 def environment(meter: Meter, args: argparse.Namespace, until: float) -> bool:
     """Versions, device, clocks; the rates of a large product and a large copy, which the roofline is drawn with."""
-    torch = meter.torch
+    import torch
+
     import sgopd_kernels
 
     try:
@@ -386,7 +344,8 @@ def git_commit() -> str:
 
 def ceilings(meter: Meter, side: int, copied: int) -> Iterator[tuple[str, float | str]]:
     """FLOP/s and bytes/s, medians of ten, on random data: a product of zeros is faster than any real one."""
-    torch = meter.torch
+    import torch
+
     a, b = (torch.randn(side, side, device=meter.device).bfloat16() for _ in range(2))
     out = torch.empty_like(a)
     source = torch.randint(0, 255, (copied,), dtype=torch.uint8, device=meter.device)
@@ -408,13 +367,13 @@ def ceilings(meter: Meter, side: int, copied: int) -> Iterator[tuple[str, float 
 
 
 def compare(
-    meter: Meter, args: argparse.Namespace, table: str, shape: Any, case: Any, tried: list[Any], until: float
+    meter: Meter, args: argparse.Namespace, table: str, shape: Any, distribution: Any, tried: list[Any], until: float
 ) -> bool:
     """One table: every candidate once for error and memory, then all in turn until the time is over. True: cut."""
-    import gpu_candidates as g
+    import candidates as g
+    import torch
 
-    torch = meter.torch
-    operands = g.inputs(shape, case, torch.bfloat16, meter.device)
+    operands = g.inputs(shape, distribution, torch.bfloat16, meter.device)
     exact = g.truth(operands)
     say("facts", table=table, **vars(shape), KL=float(exact.loss), entropy=exact.entropy, dtype="bfloat16")
     samples: dict[str, list[tuple[float, float]]] = {}
@@ -434,7 +393,7 @@ def compare(
         return loss
 
     for candidate in tried:
-        why = g.missing(candidate)
+        why = g.missing(candidate, meter.device)
         if f"{table}:{candidate.name}" in args.without:
             continue
         if why is None and time.time() > until:
@@ -492,9 +451,10 @@ def compare(
 
 def backends_here(meter: Meter) -> list[str]:
     """Ours on this device, the automatic one first."""
+    import torch
+
     from sgopd_kernels import backends
 
-    torch = meter.torch
     automatic = backends.resolve("auto", torch.device(meter.device), torch.bfloat16)
     if not meter.cuda:
         automatic = "triton" if "triton" in backends.NAMES else "torch"
@@ -503,33 +463,33 @@ def backends_here(meter: Meter) -> list[str]:
 
 
 def target(meter: Meter, args: argparse.Namespace, until: float) -> bool:
-    import gpu_candidates as g
+    import candidates as g
 
     shape = g.TINY if args.dry_run else g.TARGET
-    tried = g.candidates(backends_here(meter), rows=4 if args.dry_run else 2048, dry=args.dry_run)
-    return compare(meter, args, "target", shape, g.CASES[0], tried, until)
+    tried = g.for_gpu_suite(backends_here(meter), rows=4 if args.dry_run else 2048, dry=args.dry_run)
+    return compare(meter, args, "target", shape, g.USUAL, tried, until)
 
 
 def distributions(meter: Meter, args: argparse.Namespace, until: float) -> bool:
-    import gpu_candidates as g
+    import candidates as g
 
     shape = g.TINY if args.dry_run else g.TARGET
-    tried = g.candidates(backends_here(meter)[:1], rows=4 if args.dry_run else 2048, dry=args.dry_run)
+    tried = g.for_gpu_suite(backends_here(meter)[:1], rows=4 if args.dry_run else 2048, dry=args.dry_run)
     tried = [c for c in tried if c.compared and c.backward]
-    others = g.CASES[1:]
+    others = (g.NEAR, g.FLAT)
     cut = False
-    for n, case in enumerate(others):
+    for n, other in enumerate(others):
         end = time.time() + max(0.0, until - time.time()) / (len(others) - n)
-        cut |= compare(meter, args, case.name, shape, case, tried, end)
+        cut |= compare(meter, args, other.name, shape, other, tried, end)
     return cut
 
 
 def sweep(meter: Meter, args: argparse.Namespace, until: float) -> bool:
-    import gpu_candidates as g
+    import candidates as g
 
     shape = g.TINY if args.dry_run else g.TARGET
     tried = g.swept(backends_here(meter)[0], shape, args.dry_run)
-    return compare(meter, args, "sweep", shape, g.CASES[0], tried, until)
+    return compare(meter, args, "sweep", shape, g.USUAL, tried, until)
 
 
 STAGES: dict[str, Callable[[Meter, argparse.Namespace, float], bool]] = {

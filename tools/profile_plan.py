@@ -1,8 +1,8 @@
 """Where the time of one call goes on the CPU: milliseconds a step of its plan, best of three calls.
 
-    python bench/hidden_states.py --output runs/hidden
-    python bench/profile_plan.py --hidden runs/hidden/high.safetensors
-    python bench/profile_plan.py --hidden runs/hidden/high.safetensors --precision exact
+    python tools/hidden_states.py --output runs/hidden
+    python tools/profile_plan.py --hidden runs/hidden/high.safetensors
+    python tools/profile_plan.py --hidden runs/hidden/high.safetensors --precision exact
 
 Steps are timed by wrapping the backend's methods; what is left over is allocation, gathering rows, and the call itself.
 """
@@ -10,12 +10,16 @@ Steps are timed by wrapping the backend's methods; what is left over is allocati
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import torch
-from loss import Inputs
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))
+from candidates import DISTRIBUTIONS, Case
 
 from sgopd_kernels import gated_kl_loss
 from sgopd_kernels.backends.cpu import CpuBackend
@@ -51,13 +55,15 @@ def timed(owner: type, name: str, spent: Counter[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden", default="", help="a file of bench/hidden_states.py (default: random inputs)")
-    parser.add_argument("--noise", default="0.03")
+    parser.add_argument("--hidden", default="", help="a file of tools/hidden_states.py (default: made ones)")
+    names = [distribution.name for distribution in DISTRIBUTIONS]
+    parser.add_argument("--distribution", default="usual", choices=names, help="near: teacher noise 0.003 of the file")
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--precision", default="auto")
     args = parser.parse_args()
-    operands = Inputs(args.tokens, 49_152, 576, args.dtype, args.hidden, args.noise).make()
+    distribution = DISTRIBUTIONS[names.index(args.distribution)]
+    operands = Case(args.dtype, distribution, hidden=args.hidden, tokens=args.tokens).operands()
     spent: Counter[str] = Counter()
     for owner, names in STEPS.items():
         for name in names:
