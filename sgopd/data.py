@@ -122,7 +122,8 @@ def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: Conf
                 ids = encode_text(prompt, tokenizer, said)
             else:
                 ids = encode_conversation(prompt, tokenizer, config, said)
-                if any(special.search(text) for message in prompt for text in texts_of(message["content"])):
+                texts = [text for message in prompt for text in texts_of(message["content"])]
+                if any(map(special.search, [config.system_prompt or "", *texts])):
                     said.append(SPECIAL)
         except UserError as error:
             raise UserError(f"{place}: {error}") from error
@@ -167,8 +168,9 @@ def encode_text(text: str, tokenizer: PreTrainedTokenizerBase, said: list[str]) 
         said.append(WRITTEN)
     encoded = tokenizer(text, return_special_tokens_mask=True)
     ids, added = list(encoded["input_ids"]), encoded["special_tokens_mask"]
-    if len(ids) > 1 and added[-1] and ids[-1] == tokenizer.eos_token_id:
+    while len(ids) > 1 and added[len(ids) - 1] and ids[-1] in (tokenizer.eos_token_id, tokenizer.sep_token_id):
         ids.pop()
+    if len(ids) < len(added):
         said.append(ENDED)
     if added[:1] == [1] and ids[:2] == [tokenizer.bos_token_id] * 2:
         del ids[0]

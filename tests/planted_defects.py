@@ -137,7 +137,7 @@ DEFECTS += [
     Defect("data: half a character let through", ROWS_OF_DATA, "        text.encode()\n", "        pass\n", "data"),
     Defect("data: the assistant's turn last", ROWS_OF_DATA, 'if role == "assistant":', "if False:", "data"),
     Defect("data: the last of two keys", ROWS_OF_DATA, "if len(row := dict(pairs)) < len(pairs):", "if len(row := dict(pairs)) < 0:", "data"),
-    Defect("prompts: the tokenizer's end of sequence stays", "sgopd/data.py", "        ids.pop()\n", "        pass\n", "chat"),
+    Defect("prompts: the tokenizer's end of sequence stays", "sgopd/data.py", "while len(ids) > 1 and", "while False and", "chat"),
     Defect("prompts: two beginnings", "sgopd/data.py", "        del ids[0]\n", "        pass\n", "chat"),
     Defect("chat: parts written out as Python has them", CHAT, "any(str(content) in text for content in parts)", "False", "chat"),
     Defect("chat: a template without a clock", CHAT, "signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)", "signal.setitimer(signal.ITIMER_REAL, 1e6, 1.0)", "chat"),

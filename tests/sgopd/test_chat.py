@@ -185,13 +185,16 @@ def test_special_tokens_in_messages_are_said(load):
     prompts, _ = load(user("1+2"), user("1<eos>2"), parts("<eos>"))
     (remark,) = prompts.remarks
     assert remark.startswith("warning: 2 of 3 training prompts hold special tokens as text") and "line 2)" in remark
+    assert load(user("1"), system_prompt="<eos>")[0].remarks
     assert not load("1<eos>2")[0].remarks  # plain text is written as the model is to read it
 
 
 def test_plain_text_is_not_closed_and_begins_once(load, tiny):
     tokenizer = tiny.make_tokenizer(bos_token="=")
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in ("=", "<eos>")}
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="= $A <eos>", special_tokens=[*ids.items()])
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="= $A <eos> <eos>", special_tokens=[*ids.items()]
+    )
     prompts, texts = load("1+2", "=3+4", "5", tokenizer=tokenizer)
     assert texts == ["=1+2", "=3+4", "=5"]
     assert [remark[:28] for remark in prompts.remarks] == [
