@@ -23,7 +23,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -643,6 +643,30 @@ def ordinary(count: int, seed: int = 0) -> tuple[list[str], list[Example]]:
     return responses, examples
 
 
+def surds(count: int, seed: int = 0) -> tuple[list[str], list[Example]]:
+    """Distinct constants with radicals, half of them wrong, each spelled in another way than its gold."""
+    draw = random.Random(seed)
+    responses, examples = [], []
+    for _ in range(count):
+        a, b, c, k = draw.randint(2, 99), draw.randint(2, 40), draw.randint(2, 40), draw.randint(2, 12)
+        d = a + draw.randint(0, 1)
+        gold, answer = draw.choice(
+            [
+                (rf"\sqrt{{{a * k * k}}}", rf"{k}\sqrt{{{d}}}"),
+                (rf"\frac{{{a}+\sqrt{{{b}}}}}{{{c}}}", rf"\frac{{\sqrt{{{b}}}}}{{{c}}}+\frac{{{d}}}{{{c}}}"),
+                (rf"\sqrt[3]{{{k**3 * a}}}", rf"{k}\sqrt[3]{{{d}}}"),
+                (rf"\frac{{{a}}}{{\sqrt{{{b}}}}}", rf"\frac{{{d}\sqrt{{{b}}}}}{{{b}}}"),
+                (rf"\sqrt{{{a + b}+2\sqrt{{{a * b}}}}}", rf"\sqrt{{{d}}}+\sqrt{{{b}}}"),
+                (rf"\frac{{1}}{{\sqrt{{{a}}}+{a}}}", rf"\frac{{{d}-\sqrt{{{a}}}}}{{{a * a - a}}}"),
+                (rf"{a}\pi\sqrt{{{b}}}", rf"\sqrt{{{b}}}\cdot{d}\pi"),
+                (rf"{a}+{b}\sqrt{{{c}}}-\sqrt{{{k}}}", rf"{b}\sqrt{{{c}}}+{d}-\sqrt{{{k}}}"),
+            ]
+        )
+        responses.append(box(answer))
+        examples.append({"answer": gold})
+    return responses, examples
+
+
 # --- the attack ---
 
 
@@ -770,13 +794,17 @@ def differences(first: Report, second: Report) -> list[int]:
     return [index for index, (x, y) in pairs if x != y and not {x[1], y[1]} & late]
 
 
-def rate(workers: int = 2, count: int = 2_000) -> float:
-    """Ordinary answers graded a second, each new to the pool."""
+def rate(
+    workers: int = 2,
+    count: int = 2_000,
+    draw: Callable[[int, int], tuple[list[str], list[Example]]] = ordinary,
+) -> float:
+    """Answers graded a second, each new to the pool."""
     from sgopd.verifier import VerifierPool
 
     with VerifierPool("math", workers=workers) as pool:
-        pool.verify(*ordinary(200, seed=1))  # all workers are there, and sympy is warm
-        responses, examples = ordinary(count)
+        pool.verify(*draw(200, 1))  # all workers are there, and sympy is warm
+        responses, examples = draw(count, 0)
         began = time.perf_counter()
         pool.verify(responses, examples)
         return count / (time.perf_counter() - began)
@@ -812,7 +840,8 @@ def main() -> None:
                 f"{r.neighbours} | {r.left_behind} | {'yes' if r.executed else 'no'} | {different} |",
                 flush=True,
             )
-    print(f"\nordinary answers a second, two workers: {max(rate() for _ in range(3)):.0f}")
+    for name, draw in ("ordinary answers", ordinary), ("surds and radicals", surds):
+        print(f"\n{name} a second, two workers: {max(rate(draw=draw) for _ in range(3)):.0f}")
     failed = [
         r
         for r in reports

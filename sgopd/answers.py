@@ -177,7 +177,29 @@ def clean(latex: str) -> str:
     text = re.sub(r"⟧\s*⟦", " ", "".join(bare))
     text = re.sub(r"\s+(?=[,;.)\]}])|(?<=[(\[])\s+|\s+(?=[\^_])", "", text)
     text = re.sub(r"⟦\s*|\s*⟧", lambda match: match[0].strip(), text)
-    return _trimmed(text)
+    return _trimmed(_without_doubles(text))
+
+
+def _without_doubles(text: str) -> str:
+    """Without braces around all, or right inside braces, or parentheses so: each doubles the work of sympy's parser."""
+    openings: list[tuple[str, int]] = []
+    partners: dict[int, int] = {}
+    for mark in re.finditer(r"\\.|[{}()]", text):
+        if mark[0] in ("{", "("):
+            openings.append((mark[0], mark.start()))
+        elif mark[0] in ("}", ")"):
+            opening, start = openings.pop() if openings else ("", 0)
+            if opening + mark[0] not in ("{}", "()"):  # a half-open interval, or nothing that closes
+                return text
+            partners[start] = mark.start()
+    superfluous = {
+        end
+        for start, last in partners.items()
+        if (text[start + 1] == text[start] and partners.get(start + 1) == last - 1)
+        or (text[: start + 1] == "{" * (start + 1) and last == len(text) - 1 - start)
+        for end in (start, last)
+    }
+    return "".join(character for place, character in enumerate(text) if place not in superfluous)
 
 
 def _trimmed(text: str) -> str:

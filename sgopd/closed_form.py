@@ -1,8 +1,7 @@
-r"""Whether two constants in closed form are equal, or two finite sets of them, in a fraction of a millisecond.
+r"""Whether two constants in closed form are equal, in a fraction of a millisecond and without sympy.
 
-What is read, of LaTeX as `grading.clean` leaves it, and by whole strings only:
+What is read, of LaTeX as `answers.clean` leaves it, and by whole strings only:
 
-    value   \{value, …\}  or  sum
     sum     terms joined by + and -, the first perhaps with a sign
     term    factors joined by \cdot \times * / \div, or side by side (2\sqrt3, 2(1+\pi), never 2 3)
     factor  base, or base^exponent with a rational exponent written out (2^{10}, 5^{-1/2})
@@ -20,7 +19,6 @@ equal to 400 digits and more.
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 from collections.abc import Callable
@@ -34,7 +32,6 @@ MAX_BITS = 20_000  # of a number, and of the precision
 MAX_DEGREE = 20  # of a root
 MAX_EXPONENT = 1_000
 MAX_DEPTH = 60  # of brackets within each other
-MAX_PAIRS = 1_000  # of elements to compare, where sets hold sets
 FIRST_BITS = 192  # of precision: tells most that differ
 
 Node = tuple[Any, ...]  # an operation's name and its operands
@@ -58,7 +55,7 @@ def equal(gold: str, answer: str) -> bool | None:
 
 # --- reading ---
 
-_TOKEN = re.compile(r"\\[a-zA-Z]+|\\[{}]|\d+|[-+*/^(){}\[\],]")
+_TOKEN = re.compile(r"\\[a-zA-Z]+|\d+|[-+*/^(){}\[\]]")
 _TIMES = ("*", r"\cdot", r"\times")
 _DIVIDE = ("/", r"\div")
 _FRACTIONS = (r"\frac", r"\dfrac", r"\tfrac", r"\cfrac")
@@ -69,7 +66,7 @@ _SIDE_BY_SIDE = ("(", r"\sqrt", r"\pi", *_FRACTIONS)
 def _read(text: str) -> Node | None:
     try:
         reader = _Reader(text)
-        value = reader.value()
+        value = reader.sum()
         return value if reader.token is None else None
     except _Unread:
         return None
@@ -93,19 +90,6 @@ class _Reader:
         if self.token is None or (expected and self.token not in expected):
             raise _Unread
         return self.tokens.pop()
-
-    def value(self) -> Node:
-        if self.token != r"\{":
-            return self.sum()
-        self.deeper()
-        self.take()
-        elements = [] if self.token == r"\}" else [self.value()]
-        while self.token == ",":
-            self.take()
-            elements.append(self.value())
-        self.take(r"\}")
-        self.depth -= 1
-        return "set", *elements
 
     def deeper(self) -> None:
         self.depth += 1
@@ -215,10 +199,6 @@ def _rational(node: Node) -> Fraction:
 
 
 def _equal(first: Node, second: Node) -> bool:
-    if first[0] == second[0] == "set":
-        return _equal_sets(first[1:], second[1:])
-    if "set" in (first[0], second[0]):
-        raise _Unread  # an element for its set: sympy's side says what that is
     difference = "-", first, second
     roots: set[Node] = set()
     above, below = _sizes(difference, roots)
@@ -239,31 +219,6 @@ def _equal(first: Node, second: Node) -> bool:
         if bits >= MAX_BITS or smallest > MAX_BITS:
             raise _Unread
         bits = min(max(2 * bits, smallest + 64), MAX_BITS)
-
-
-def _equal_sets(first: Node, second: Node) -> bool:
-    if len(first) * len(second) > MAX_PAIRS or not any(node[0] == "set" for node in first + second):
-        return _equal_numbers(first, second)
-    pairs = [[_equal(x, y) for y in second] for x in first]
-    return all(map(any, pairs)) and all(map(any, zip(*pairs)))
-
-
-def _equal_numbers(first: Node, second: Node) -> bool:
-    """Sets of numbers: sorted, if those of each are surely different, and then compared one by one."""
-    columns = []
-    for nodes in (first, second):
-        placed = sorted((_first_interval(node), index) for index, node in enumerate(nodes))
-        if any(x[0][1] >= y[0][0] for x, y in itertools.pairwise(placed)):
-            raise _Unread  # perhaps one number twice
-        columns.append([nodes[index] for _, index in placed])
-    return len(first) == len(second) and all(map(_equal, *columns))
-
-
-def _first_interval(node: Node) -> Interval:
-    try:
-        return _interval(node, FIRST_BITS)
-    except ZeroDivisionError:
-        raise _Unread from None
 
 
 def _holds(node: Node, name: str) -> bool:

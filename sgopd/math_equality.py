@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import math
 import random
-import re
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -92,30 +91,8 @@ def _check(value: Value, text: str) -> str:
 
 @lru_cache(maxsize=16_384)
 def _parse(latex: str) -> Any | None:
-    latex = _without_doubles(latex)
     parsed = parse(rf"\boxed{{{latex}}}", _EXTRACTION, fallback_mode="no_fallback", parsing_timeout=None)
     return parsed[0] if parsed and parsed[0] not in (nan, zoo) else None
-
-
-def _without_doubles(latex: str) -> str:
-    """`latex` without braces right inside braces, {{x}}, or parentheses so: each doubles the work of its parser."""
-    openings: list[tuple[str, int]] = []
-    partners: dict[int, int] = {}
-    for mark in re.finditer(r"\\.|[{}()]", latex):
-        if mark[0] in ("{", "("):
-            openings.append((mark[0], mark.start()))
-        elif mark[0] in ("}", ")"):
-            opening, start = openings.pop() if openings else ("", 0)
-            if opening + mark[0] not in ("{}", "()"):
-                return latex
-            partners[start] = mark.start()
-    doubled = {
-        end
-        for start, last in partners.items()
-        if latex[start + 1] == latex[start] and partners.get(start + 1) == last - 1
-        for end in (start, last)
-    }
-    return "".join(character for place, character in enumerate(latex) if place not in doubled)
 
 
 class _WithSympy(Comparer):

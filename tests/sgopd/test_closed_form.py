@@ -9,7 +9,7 @@ from fractions import Fraction
 import pytest
 
 from sgopd import closed_form, math_equality
-from sgopd.grading import clean
+from sgopd.answers import clean
 from sgopd.verifier import CORRECT, INCORRECT, VerifierPool
 
 
@@ -26,20 +26,13 @@ from sgopd.verifier import CORRECT, INCORRECT, VerifierPool
         (r"2(1+\sqrt2)\pi", r"2\pi+2\sqrt{2}\cdot\pi"),
         (r"-2^2", "-4"),
         (r"\left(\sqrt{3}\right)^2", "3"),
-        (r"\{1,2\}", r"\{2,1\}"),
-        (r"\{\sqrt4,-\sqrt3\}", r"\left\{-\sqrt{3}, 2\right\}"),
-        (r"\{\{1\},\{2,3\}\}", r"\{\{3,2\},\{1\}\}"),
-        (r"\{\}", r"\{\}"),
         ("{" * 24 + "3" + "}" * 24, "3"),
     ],
 )
 def test_one_value_in_two_spellings(gold: str, answer: str) -> None:
     assert closed_form.equal(gold, answer) is True
     assert closed_form.equal(answer, gold) is True
-    if gold.startswith((r"\{", r"\left\{")):
-        assert closed_form.equal(gold, answer.replace("2", "7").replace(r"\}", r",5\}")) is not True
-    else:
-        assert closed_form.equal(gold, rf"{answer}+\frac{{1}}{{10^{{60}}}}") is False
+    assert closed_form.equal(gold, rf"{answer}+\frac{{1}}{{10^{{60}}}}") is False
 
 
 @pytest.mark.parametrize(
@@ -48,10 +41,8 @@ def test_one_value_in_two_spellings(gold: str, answer: str) -> None:
         ("10^{50}+1", "10^{50}"),
         ("2^{-99}", "2^{-98}"),
         (r"\sqrt{2}", r"\sqrt{3}"),
-        (r"\{1,2\}", r"\{1,2,3\}"),
         ("1", "-1"),
         (r"\sqrt{10^{40}+1}", "10^{20}"),
-        (r"\{\{1\}\}", r"\{\{2\}\}"),
         (r"\pi", r"\frac{355}{113}"),
         ("-2^2", "4"),
         (r"1000^{1000}+1", r"1000^{1000}"),
@@ -66,12 +57,15 @@ def test_two_values_however_near(gold: str, answer: str) -> None:
 LEFT = r"""
 1.5 & x & i & e & 12\text{ cm} & 50\% & 2\frac12 & 2\frac{1}{2} & 1/2\sqrt3 & \frac12^2 & 2^10 & 2 3 & \sqrt 23
 & \frac123 & 1,2 & (1,2) & [1] & [1,2] & 2^3^4 & 0^0 & 0^{0} & --5 & 5+ & () & \frac{1}{0} & \sqrt{-4} & \sqrt[3]{-8}
-& (-8)^{1/3} & \sqrt{2-(\sqrt2)^2} & \frac{1}{2-(\sqrt2)^2} & 10^{10^{10}} & (1000^{1000})^{1000} & \sqrt[99]{2} & \sqrt[1]{2}
-& \pm 2 & 5! & |{-5}| & ① & x^{2} & \{1,1\} & \{1 & 2( & \{,\} & {1}{2} & 12{3} & x\{1\} & \sqrt[2 & \frac1 & \frac & ^2
+& (-8)^{1/3} & \sqrt{2-(\sqrt2)^2} & \frac{1}{2-(\sqrt2)^2} & 10^{10^{10}} & (1000^{1000})^{1000} & \sqrt[99]{2}
+& \sqrt[1]{2} & \pm 2 & 5! & |{-5}| & ① & x^{2} & \{1,1\} & \{1 & 2( & \{,\} & {1}{2} & 12{3} & x\{1\} & \sqrt[2 & \frac1
+& \frac & ^2
 """
 
 
-@pytest.mark.parametrize("text", [*(text.strip() for text in LEFT.split("&")), "", "(" * 200 + "1" + ")" * 200])
+@pytest.mark.parametrize(
+    "text", [*(text.strip() for text in LEFT.split("&")), "", r"\{\}", "(" * 200 + "1" + ")" * 200]
+)
 def test_what_is_left_to_sympy(text: str) -> None:
     assert closed_form.equal(text, "7+0") is None
     assert closed_form.equal("7+0", text) is None
@@ -126,7 +120,7 @@ def test_rational_expressions_are_exact() -> None:
 
 def test_hostile_constants_cost_little() -> None:
     texts = ["+".join(rf"\sqrt{{{k}}}" for k in range(2, 60)), r"\sqrt{" * 60 + "2" + "}" * 60, "9" * 512]
-    texts += [r"\sqrt[20]{2}^{999}" * 20, r"\frac{1}{" * 50 + "2" + "}" * 50, "(" * 256 + ")" * 256, r"\{" * 250]
+    texts += [r"\sqrt[20]{2}^{999}" * 20, r"\frac{1}{" * 50 + "2" + "}" * 50, "(" * 256 + ")" * 256]
     texts += [
         r"\{" + ",".join(rf"\{{{k}\}}" for k in range(80)) + r"\}",
         r"7^{1000}" * 60,
@@ -151,6 +145,9 @@ def test_surds_large_sets_and_nested_braces_are_answered_in_time() -> None:
         ("x+1", "{" * 24 + "1+x" + "}" * 24, CORRECT),
         ("{" * 24 + "x+1" + "}" * 24, "x+2", INCORRECT),
         ("x+1", "(" * 24 + "1+x" + ")" * 24, CORRECT),
+        (r"\sqrt{12}", "{" * 40 + r"2\sqrt3" + "}" * 40, CORRECT),
+        (r"\{\sqrt{8}, 3\pi\}", r"\{{3\pi}, {{2\sqrt{2}}}\}", CORRECT),
+        (r"\frac{1}{2}", r"\frac{{1}}{{{2}}}", CORRECT),
     ]
     with VerifierPool("math", workers=1) as pool:
         pool.check_golds([{"answer": "x+1"}])
