@@ -2,10 +2,13 @@ r"""Precision and recall of `VerifierPool("math")` beside plain math-verify, on 
 
     python bench/verifier_accuracy.py             the table, and whether the pool's size changes a verdict
     python bench/verifier_accuracy.py --wrong     and every row that our verifier gets wrong
+    python bench/verifier_accuracy.py --write docs/reliability.md      and puts the table into that page
 
 The rows are in tests/sgopd/corpora: those the rules were written against (answers_rules.txt), rows written later and
-then used to better them (answers_later.txt), rows of that same sitting that were set aside (answers_unseen.txt), and
-rows by someone who had not read the rules (answers_blind.txt), some of which led to a rule afterwards.
+then used to better them (answers_later.txt), rows of that same sitting that were set aside (answers_unseen.txt), rows
+by someone who had not read the rules (answers_blind.txt), some of which led to a rule afterwards, and rows by a third
+hand over what had gone wrong elsewhere: answers_dev.txt, on which rules were bettered, and answers_heldout.txt, on which
+none was. An interval is Wilson's, at 95 %: what the share may be on further rows of the same kind.
 "Plain math-verify" is its documented use, with its defaults: `verify(parse(gold), parse(response))`, the gold in a
 box. Endorsed means verdict correct; a gold that cannot be read (unknown) counts as not endorsed.
 """
@@ -14,13 +17,15 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 CORPORA = Path(__file__).resolve().parent.parent / "tests" / "sgopd" / "corpora"
-FILES = ("answers_rules.txt", "answers_later.txt", "answers_unseen.txt", "answers_blind.txt")
+FILES = tuple(f"answers_{name}.txt" for name in ("rules", "later", "unseen", "blind", "dev", "heldout"))
+MARKERS = "<!-- bench/verifier_accuracy.py writes this -->\n", "<!-- to here -->\n"
 POOLS = (1, 2, 4)
 
 
@@ -89,25 +94,56 @@ def figures(rows: list[Row], verdicts: list[int]) -> dict[str, float]:
     }
 
 
+def wilson(successes: int, trials: int) -> tuple[float, float]:
+    """The 95 % interval of a share (Wilson 1927)."""
+    if not trials:
+        return 0.0, 1.0
+    z, share = 1.96, successes / trials
+    middle = share + z * z / (2 * trials)
+    width = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
+    return max(0.0, (middle - width) / (1 + z * z / trials)), min(1.0, (middle + width) / (1 + z * z / trials))
+
+
+def share(successes: float, trials: float) -> str:
+    low, high = wilson(round(successes), round(trials))
+    return f"{100 * successes / trials:.1f} ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def write(page: Path, lines: list[str]) -> None:
+    """Puts the lines between the markers of a page."""
+    start, end = MARKERS
+    text = page.read_text(encoding="utf-8")
+    if text.count(start) != 1 or text.count(end) != 1:
+        sys.exit(f"{page}: expected the lines {start.strip()} and {end.strip()} once each")
+    before, _, rest = text.partition(start)
+    page.write_text(before + start + "\n".join(lines) + "\n" + end + rest.partition(end)[2], encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--wrong", action="store_true", help="list the rows that our verifier gets wrong")
     parser.add_argument("--plain-wrong", action="store_true", help="list the rows that plain math-verify gets wrong")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table between the markers of this page")
     parser.add_argument("--files", nargs="+", default=list(FILES), help="corpora to read")
     arguments = parser.parse_args()
     graders: dict[str, Callable[[list[Row]], list[int]]] = {"sgopd": ours, "plain math-verify": math_verify}
-    print("| rows | verifier | precision | recall | wrong rows endorsed | right rows rejected | unknown |")
-    print("|---|---|---|---|---|---|---|")
+    lines = [
+        "| rows | verifier | precision, % (95 %) | recall, % (95 %) | wrong endorsed | right rejected | unknown |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    print("\n".join(lines))
     wrong = []
     for name in arguments.files:
         rows = read(name)
         for grader, verdicts in ((grader, grade(rows)) for grader, grade in graders.items()):
             f = figures(rows, verdicts)
-            print(
-                f"| {name} ({len(rows)}) | {grader} | {f['precision']:.1%} | {f['recall']:.1%} "
-                f"| {f['false_correct']:.0f} | {f['false_incorrect']:.0f} | {f['unknown']:.0f} |",
-                flush=True,
+            right, endorsed = sum(row.correct for row in rows), sum(verdict == 1 for verdict in verdicts)
+            lines.append(
+                f"| {name} ({len(rows)}) | {grader} | {share(endorsed - f['false_correct'], endorsed)} "
+                f"| {share(f['recall'] * right, right)} "
+                f"| {f['false_correct']:.0f} | {f['false_incorrect']:.0f} | {f['unknown']:.0f} |"
             )
+            print(lines[-1], flush=True)
             if arguments.wrong if grader == "sgopd" else arguments.plain_wrong:
                 wrong += [(name, grader, row, v) for row, v in zip(rows, verdicts) if (v == 1) != row.correct]
     for name, grader, row, verdict in wrong:
@@ -121,6 +157,9 @@ def main() -> None:
         print(f"differs: {row}")
     if different:
         sys.exit("the size of the pool changed a verdict")
+    if arguments.write:
+        pools = f"{len(everything)} rows; pools of {', '.join(map(str, POOLS))} workers gave the same verdicts."
+        write(arguments.write, [*lines, "", pools])
 
 
 if __name__ == "__main__":

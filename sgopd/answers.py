@@ -60,7 +60,19 @@ _SYMBOLS = str.maketrans(
         "⟨": r"\langle ",
         "⟩": r"\rangle ",
     }
-    | {"，": ",", "（": "(", "）": ")", "％": "%", "：": ":", "；": ";", "＝": "=", "＋": "+", "．": ".", "。": "."}
+    | {
+        "¢": r"\text{ cents}",
+        "，": ",",
+        "（": "(",
+        "）": ")",
+        "％": "%",
+        "：": ":",
+        "；": ";",
+        "＝": "=",
+        "＋": "+",
+        "．": ".",
+        "。": ".",
+    }
     | {"\u00a0": " ", "~": " ", "\u2009": " ", "\u202f": " ", "\u200b": "", "⟦": "", "⟧": "", "∶": ":", "−": "-"}
 )
 _SUPERSCRIPTS = re.compile("[⁻⁺]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+|ⁿ")
@@ -234,6 +246,7 @@ _DECIMAL = re.compile(r"([+-]?) ?(\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+|\d*)(\.\
 _SCIENTIFIC = re.compile(r"([+-]? ?\d*(\.\d+)?) ?(?:\\times|\\cdot|\*) ?10 ?\^ ?(\d|\{ ?[+-]?\d{1,3} ?\})")
 _RATIO = re.compile(r"([+-]?) ?(?:\\frac ?\{ ?([+-]?\d+) ?\} ?\{ ?([+-]?\d+) ?\}|([+-]?\d+) ?/ ?([+-]?\d+))")
 _MIXED = re.compile(r"([+-]?) ?(\d+)( ?\\frac ?\{ ?(\d+) ?\} ?\{ ?(\d+) ?\}| (\d+) ?/ ?(\d+))")
+_ELLIPSIS = re.compile(r"([+-]?\d*\.\d{0,9}?)(\d{1,6}?)\2{2,20} ?\\ldots ?")
 _REPEATING = re.compile(
     r"([+-]?)(\d*)\.(\d*)(?:\\overline ?\{?(\d+)\}?|\\dot ?\{?(\d)\}?(?:(\d*)\\dot ?\{?(\d)\}?)?|\((\d+)\))"
 )
@@ -271,6 +284,8 @@ def number(text: str) -> Number | None:
             return None
         value = int(match[2]) + Fraction(numerator, denominator)
         return Number(-value if match[1] == "-" else value, None)
+    if match := _ELLIPSIS.fullmatch(text):  # 0.1666...
+        return number(rf"{match[1]}\overline{{{match[2]}}}")
     if match := _REPEATING.fullmatch(text):
         sign, whole, decimals, over, first, middle, last, brackets = match.groups()
         period = over or brackets or first + (middle or "") + (last or "")
@@ -369,7 +384,7 @@ _BASE_UNITS = {
     "kelvin": "K:1 kelvin:1",
     "celsius": "celsius:1",
     "fahrenheit": "fahrenheit:1",
-    "dollar": "dollar:1 USD:1 buck:1 cent:0.01 ¢:0.01",
+    "dollar": "dollar:1 USD:1 buck:1 cent:0.01",
     "euro": "euro:1 EUR:1",
     "sterling": "sterling:1 GBP:1",
     "yen": "yen:1",
@@ -482,17 +497,20 @@ def unit(text: str) -> Unit | None:
 # Say nothing of the answer; what stands before or after a number besides these is a noun, or matters.
 _NEUTRAL = _word_set(
     "so thus hence therefore final correct the answer answers result value values there are is it equals equal to we "
-    "get have exactly a an total of solution solutions approximately about in all altogether such integers integer "
+    "old get have exactly a an total of solution solutions approximately about in all altogether such integers integer "
     "different distinct possible them ways way units unit square points point numbers number that which only"
 )
 _MATTERS = _word_set(
     "or and more less least most not no than between remainder over under above below before after increase decrease "
     "increased decreased up down east west north south left right clockwise counterclockwise anticlockwise am pm odd "
-    "even per profit loss gain negative minus plus times half double twice percent each every either neither never "
+    "even per profit loss gain extraneous tens tenths halves thirds quarters fifths hundredths ones gross score "
+    "negative minus plus times half double twice percent each every either neither never "
     "none fewer greater smaller larger at any except without isn't ago later earlier until since short extra bc ad "
     "bce ce dozen dozens million thousand billion hundred trillion wins losses lower higher base mod modulo outside "
     "inside factorial degrees radians does cannot wrong incorrect false pairs"
 )
+_PHRASES = {"or more": "at least", "or greater": "at least", "no less than": "at least", "or les": "at most"}
+_PHRASES |= {"or less": "at most", "or fewer": "at most", "no more than": "at most", "increase of": "increase"}
 _DENY = _word_set("not no or nor neither between except")  # of these, it is another answer
 _MULTIPLIERS = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _PEOPLE = _word_set("people children men women feet mice geese teeth students sheep fish deer cattle person percent")
@@ -501,7 +519,7 @@ _SYNONYMS = {
     name: meant
     for meant, names in {
         "no solution": "no solutions|empty set|empty|no solution exists|no solutions exist",
-        "infinitely many": "infinitely many solutions|infinite solutions|infinitely many solution|an infinite number",
+        "infinitely many": "infinite|infinitely many solutions|infinite solutions|an infinite number",
         "does not exist": "dne|doesn't exist",
         "no real solution": "no real solutions",
         "no real root": "no real roots",
@@ -669,6 +687,8 @@ def empty(text: str) -> Value | None:
     """The empty set, all reals."""
     if re.fullmatch(r"\\emptyset|\\\{ ?\\\}", text):
         return Value("set", ())
+    if re.fullmatch(r"(?:[a-z] ?\\in ?)?\\mathbb ?\{?R\}? ?\^ ?\{?\+\}?", text):
+        return Value("interval", ((("0", "\\infty", False, False),), ""))
     if re.fullmatch(r"(?:[a-z] ?\\in ?)?\\mathbb ?\{?R\}?", text):
         return Value("interval", (_CONSTANT_SETS[r"\mathbb{R}"], ""))
     return None
@@ -865,7 +885,7 @@ _NAME = re.compile(
     r"|\\bar|\\widehat|\\overrightarrow|\\Delta|\\mathbf|\\mathbb)? ?"
     r"(?:\{ ?[a-zA-Z]{1,4} ?\}|[a-zA-Z]|[A-Z]{2,4}|\\[a-zA-Z]+|⟦[^⟧]*⟧)(?:_ ?(?:\w|\{[^{}]*\}))?"
     r"(?:'{0,3}|\^ ?\{ ?(?:-1|\\prime|\(\d\)|'{1,3}) ?\})"
-    r" ?(?:\([^()=]{1,12}\))?|\|[a-zA-Z]{2}\||\[[A-Z]{3,6}\]|\\frac ?\{d[a-z]?\} ?\{d[a-z]\}"
+    r" ?(?:\([^()=]{1,12}\))?|\|[a-zA-Z]{2}\||\[[A-Z]{3,6}\]|\\frac ?\{d[a-z]?\} ?\{d[a-z]\}|d[a-z] ?/ ?d[a-z]"
     r"|\( ?[a-zA-Z](?:_\d)?(?: ?, ?[a-zA-Z](?:_\d)?)* ?\)|P ?\([^()]*\)"
 )
 
@@ -888,6 +908,8 @@ def sequence(text: str) -> Value | None:
         return None
     joined = {before for before, _ in parts[1:]} & {"and", "or", r"\wedge", r"\vee"}
     join = "or" if joined & {"or", r"\vee"} else "and" if joined else ""
+    if joined & {r"\wedge", r"\vee"} and not all(value.kind in ("interval", "relation", "named") for value in values):
+        return None  # of statements, which are not read
     if "or" in join and joined & {"and", r"\wedge"}:
         return None
     # Without a blank, two whole numbers may be one with a decimal comma.
@@ -1087,6 +1109,7 @@ _MONEY = re.compile(r"([+-]?) ?(\\\$|€|£|¥|⟦US⟧ ?\\\$|⟦(?:Rs\.?)⟧ ?)
 _CURRENCIES = {"$": "dollar", "€": "euro", "£": "sterling", "¥": "yen", "s": "rupee"}
 _QUALIFIED = re.compile(r"⟦([A-Za-z' ,.()\-]+)⟧ ?([^⟦]+(?:⟦[^⟧]*⟧[^⟦]*)?)")
 _COMPOUND = re.compile(r"(\d[\d.,]*) ?⟦([A-Za-z]+)\.?(?: and)?⟧,? ?")
+_UNITS_OF_NOTHING = re.compile(r"⟦(?:square |cubic |sq\.? )?units?⟧ ?(?:\^ ?\{?[23]\}?)?")
 _UNIT_START = r"\\frac ?\{ ?⟦|⟦|\\mu ?⟦|\^\\circ ?⟦?[CF]⟧?$|k?\\Omega ?$"
 _HEAD = re.compile(rf"((?:(?!{_UNIT_START}).)*?) *(?:\\cdot|\\times)? ?((?:{_UNIT_START}).*)")
 
@@ -1106,6 +1129,8 @@ def quantity(text: str) -> Value | None:
         return _compound(_COMPOUND.findall(text))
     if match := _QUALIFIED.fullmatch(text):
         value = read(match[2])
+        if match[1].casefold() in ("negative", "minus"):
+            return Value(value.kind, ("-" + value.parts[0],)) if value.kind == "formula" and number(match[2]) else None
         if value.kind in ("formula", "percent", "degrees", "quantity") and (
             value.kind != "quantity" or not value.parts[3]
         ):
@@ -1119,12 +1144,15 @@ def quantity(text: str) -> Value | None:
     if head.kind not in ("formula",):
         return None
     made = unit(tail)
-    if made:
+    if made or _UNITS_OF_NOTHING.fullmatch(tail):
         return Value("quantity", (head.parts[0], made, "", ()))
     said = _plain(tail)
     if not re.fullmatch(r"[A-Za-z' .,()\-/]+", said):
         return None
-    said = re.sub(r"^\((.*)\)$", r"\1", said)
+    remark = re.fullmatch(r"\((.*)\)", said)
+    if remark and not all(word.casefold() in _NEUTRAL | {"degrees"} for word in remark[1].split()):
+        return None
+    said = remark[1] if remark else said
     listed = said.split()
     times, figure = _MULTIPLIERS.get(listed[0].casefold()), _plain_value(head.parts[0])
     if times and figure is not None:
@@ -1155,6 +1183,7 @@ def _modified(value: Value, said: str, before: bool = False) -> Value:
         and (not matters or listed[-1] in _NEUTRAL | _PEOPLE or listed[-1].endswith("s") or " of " in said)
     ):
         noun, matters = " ".join(matters), ()
+    matters = tuple(_PHRASES.get(" ".join(matters), " ".join(matters)).split())
     made = value.parts[1] if value.kind == "quantity" else None if value.kind == "formula" else value.kind
     noun = noun or (value.parts[2] if value.kind == "quantity" else "")
     return Value("quantity", (value.parts[0], made, noun, matters))
@@ -1209,7 +1238,7 @@ def formula(text: str) -> Value | None:
         if piece[0] in "0123456789." and piece.count(".") > (len(piece) > 1):
             return None
     if position != len(text) or re.search(
-        r"(?<![_^\d])\d+ \d|[+\-*/^_=,]$|^[*/^_=,!]|\( ?\)|\{ ?\}(?! ?\{)|[+\-]{3}", bare
+        r"(?<![_^\d])\d+ \d|(?<![\d.])0\d|[+\-*/^_=,]$|^[*/^_=,!]|\( ?\)|\{ ?\}(?! ?\{)|[+\-]{3}", bare
     ):
         return None
     if equals > len(re.findall(r"\\(?:sum|prod)(?![a-z])", text)):
@@ -1411,10 +1440,11 @@ class Comparer:
             return gold.kind != "unread" or None
         if gold.kind == answer.kind:
             return RULES[gold.kind](self, gold.parts, answer.parts)
-        for first, second, turned in ((gold, answer, False), (answer, gold, True)):
-            rule = MIXED.get((first.kind, second.kind)) or MIXED.get((first.kind, "any"))
-            if rule:
-                return rule(self, first, second, turned)
+        for second_kind in (None, "any"):
+            for first, second, turned in ((gold, answer, False), (answer, gold, True)):
+                rule = MIXED.get((first.kind, second_kind or second.kind))
+                if rule:
+                    return rule(self, first, second, turned)
         if answer.kind == "unread":  # unless nothing in it is of the gold
             return None if _characters(gold) & _characters(answer) else False
         return None if gold.kind == "unread" else False
@@ -1763,6 +1793,8 @@ def _measured(comparer: Comparer, measured: Value, other: Value, turned: bool) -
     kind = made if isinstance(made, str) else "formula"
     if other.kind == "ratio" and made is None:
         return None
+    if other.kind in ("interval", "relation") and said:
+        return None  # at least 5
     if other.kind not in ("formula", "percent", "degrees"):
         return False
     if said == ("compound",):
@@ -1820,6 +1852,24 @@ def _assigned(comparer: Comparer, point: Value, assignments: Value, turned: bool
     return comparer.in_order(point.parts[1], [value for _, value in assignments.parts])
 
 
+def _indexed(comparer: Comparer, assignments: Value, listed: Value, turned: bool) -> bool | None:
+    """x_1 = 1, x_2 = 2 beside 1, 2; with other names, which is which would be lost."""
+    same = comparer.unordered([value for _, value in assignments.parts], listed.parts[0])
+    indexed = len({name.partition("_")[0] for name, _ in assignments.parts}) == 1
+    return same if indexed or same is False else None
+
+
+def _residues(comparer: Comparer, congruence: Value, other: Value, turned: bool) -> bool | None:
+    """A class of residues beside the residue, or beside 4k + 1."""
+    _, residue, modulus = congruence.parts
+    match = re.fullmatch(r"(-?\d+) ?([a-zA-Z]) ?([+-] ?\d+)?", other.parts[0]) if other.kind == "formula" else None
+    if match:
+        return abs(int(match[1])) == modulus and (int((match[3] or "0").replace(" ", "")) - residue) % modulus == 0
+    if other.kind != "formula":
+        return None
+    return (str(residue) == other.parts[0]) and (turned or None)
+
+
 def _listed(comparer: Comparer, listed: Value, collection: Value, turned: bool) -> bool | None:
     return comparer.unordered(listed.parts[0], _distinct(comparer, collection.parts))
 
@@ -1857,7 +1907,7 @@ MIXED: dict[tuple[str, str], Mixed] = {
     ("tuple", "list"): lambda c, x, y, turned: (
         _pair(c, x, y, turned) if _relations(y.parts[0]) else c.in_order(x.parts[1], y.parts[0]) and None
     ),
-    ("assignments", "list"): lambda c, x, y, _: c.unordered([v for _, v in x.parts], y.parts[0]) and None,
+    ("assignments", "list"): _indexed,
     ("list", "set"): _listed,
     ("list", "formula"): _one_of,
     ("set", "formula"): _one_of,
@@ -1880,19 +1930,19 @@ MIXED: dict[tuple[str, str], Mixed] = {
         if not x.parts[3] and x.parts[1]
         else False
     ),
-    ("based", "formula"): lambda c, x, y, _: _based(x, y),
-    ("congruence", "formula"): lambda c, x, y, turned: (str(x.parts[1]) == y.parts[0]) and (True if turned else None),
-    ("congruence", "named"): lambda c, x, y, turned: None,
-    ("family", "any"): lambda c, x, y, turned: None,
+    ("based", "formula"): lambda c, x, y, turned: _based(x, y, turned),
+    ("congruence", "formula"): lambda c, x, y, turned: _residues(c, x, y, turned),
+    ("congruence", "named"): lambda c, x, y, turned: _residues(c, x, y.parts[1], turned),
+    ("family", "any"): lambda c, x, y, turned: c.compare(x.parts[0], y) or None,
     ("pieces", "any"): lambda c, x, y, turned: None,
 }
 
 
-def _based(based: Value, plain: Value) -> bool | None:
+def _based(based: Value, plain: Value, turned: bool) -> bool | None:
     """The base may be left out; a number in base ten is one, but who asks for a base wants that base."""
     digits, base = based.parts
     if plain.parts[0].lstrip("0") == digits:
-        return True
+        return True if base == 10 or not turned else None
     value = number(plain.parts[0])
     if value is None or re.search("[^0-9A-F]", digits):
         return False if value else None
