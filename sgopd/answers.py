@@ -637,7 +637,7 @@ def clock(text: str) -> Value | None:
 
 def _lead(text: str) -> str:
     """`text` without words before it that say nothing: the answer is, there are, approximately."""
-    text = re.sub(r"^(?:\\approx|≈|=|:|\\therefore|\\Rightarrow|\\implies) ?", "", text)
+    text = re.sub(r"^(?:(?:\\approx|≈|=|:|\\therefore|\\Rightarrow|\\implies) ?)+", "", text)
     match = re.match(r"⟦([^⟧]*)⟧ ?", text)
     if match and match.end() < len(text):
         said = re.findall(r"[^\s,:]+", match[1].casefold())
@@ -1090,7 +1090,7 @@ def ordinal(text: str) -> Value | None:
 
 def percent(text: str) -> Value | None:
     """A percentage: what stands before the sign."""
-    match = re.fullmatch(r"(.*?) ?(?:\\?%|⟦(?:percent|per cent|%)⟧)", text)
+    match = re.fullmatch(r"([^%]*?) ?(?:\\?%|⟦(?:percent|per cent|%)⟧)", text)
     value = read(match[1]) if match and match[1] else None
     return Value("percent", (value.parts[0],)) if value and value.kind == "formula" else None
 

@@ -19,6 +19,7 @@ from sgopd.answers import Comparer, NeedsWorker, clean, number, read, spelling
 
 Example = dict[str, Any]
 
+RESPONSE_CHARS = 2**21  # a longer response is a flood, and not searched
 TAIL_CHARS = 65_536  # an answer is looked for in the last 64 Ki characters outside thoughts
 MAX_ANSWER_CHARS = 512  # of LaTeX: a final answer of that length is a derivation, and sympy needs seconds for it
 MAX_NESTING = 24
@@ -74,31 +75,27 @@ _MARKED = re.compile(
 
 
 @lru_cache(maxsize=16)
-def _tag_pattern(tags: tuple[str, ...]) -> re.Pattern[str]:
-    return re.compile("|".join(map(re.escape, sorted(tags, key=len, reverse=True))), re.IGNORECASE)
+def _thought_patterns(tags: tuple[tuple[str, str], ...]) -> tuple[re.Pattern[str], re.Pattern[str]]:
+    """A thought to its end, and all up to the last closing tag."""
+    thoughts = "|".join(rf"{re.escape(start)}.*?(?:{re.escape(end)}|\Z)" for start, end in tags)
+    ends = "|".join(re.escape(end) for _, end in tags)
+    return re.compile(thoughts, re.DOTALL | re.IGNORECASE), re.compile(f".*(?:{ends})", re.DOTALL | re.IGNORECASE)
 
 
 def visible_text(response: str, tags: Tags = THOUGHT_TAGS) -> str:
-    """The last `TAIL_CHARS` characters of `response` outside thoughts.
+    """The last `TAIL_CHARS` characters of `response` outside thoughts; nothing of one above `RESPONSE_CHARS`.
 
     A lone closing tag closes a thought that the chat template opened; an unclosed thought runs to the end. Inside a
     thought only its own closing tag counts: whatever else stands there is what the model thought about.
     """
-    if not tags:
-        return response[-TAIL_CHARS:]
-    closes = {start.casefold(): end.casefold() for start, end in tags}
-    kept, position, awaited = [], 0, ""
-    for match in _tag_pattern(tuple(tag for pair in tags for tag in pair)).finditer(response):
-        tag = match[0].casefold()
-        if awaited:
-            if tag == awaited:
-                awaited, position = "", match.end()
-        elif tag in closes:
-            kept.append(response[position : match.start()])
-            awaited = closes[tag]
-        else:
-            kept, position = [], match.end()
-    return "".join([*kept, "" if awaited else response[position:]])[-TAIL_CHARS:]
+    if len(response) > RESPONSE_CHARS:
+        return ""
+    if tags:
+        thought, closed = _thought_patterns(tuple((start, end) for start, end in tags))
+        response = thought.sub("", response)
+        lone = closed.match(response)
+        response = response[lone.end() :] if lone else response
+    return response[-TAIL_CHARS:]
 
 
 def boxes(text: str) -> list[tuple[int, int, str]]:
