@@ -140,7 +140,7 @@ DEFECTS += [
     Defect("prompts: the tokenizer's end of sequence stays", "sgopd/data.py", "while len(ids) > 1 and", "while False and", "chat"),
     Defect("prompts: two beginnings", "sgopd/data.py", "        del ids[0]\n", "        pass\n", "chat"),
     Defect("chat: parts written out as Python has them", CHAT, "any(str(content) in text for content in parts)", "False", "chat"),
-    Defect("chat: a template without a clock", CHAT, "signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)", "signal.setitimer(signal.ITIMER_REAL, 1e6, 1.0)", "chat"),
+    Defect("chat: the clock's handler stays", CHAT, "        signal.signal(signal.SIGALRM, handler)", "        pass", "chat"),
     Defect("chat: any role", CHAT, "if role not in ROLES and", "if False and", "data chat"),
     Defect("config: the last of two keys", "sgopd/config.py", "and key.value in lines:", "and False:", "config"),
     Defect("prompts: no room in a table of positions", STARTUP, "if has_position_table(model, room):", "if False:", "startup numbers"),
