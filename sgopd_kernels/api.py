@@ -11,13 +11,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import backends, plan, sparse
+from . import backends
 from ._checks import FLOATS, INTEGERS, constant, integer, number, one_of, positive, require, scale, tensor
 from .gate import Gate, cell_weights, choose, draw_agreement, resolve_gate
 from .ops import TENSORS, fused_loss, problem_of, refuse_transforms, scale_of
-from .plan import check_logprob
+from .plans.base import KEPT, PLANS
+from .plans.calibration import budget_of
 from .problem import Spec
-from .reference import TokenValues, token_values
+from .reference import STATS, token_values
+from .values import check_logprob, check_sampled, check_values
 
 Divergence = str | tuple[str, float]
 # Tensors whose values the reference looks at on the host.
@@ -59,16 +61,16 @@ class Stats:
     gate: Tensor
     agree: Tensor
     backend: str
-    # [3] float64, sparse.Report; None: the reference backend. Read late: under torch.compile there are no values yet.
+    # [3] float64, plans.base.Report; None: the reference backend. Read late: torch.compile has no values yet.
     report: Tensor | None = None
 
     @property
     def plan(self) -> str:
-        return "reference" if self.report is None else sparse.PLANS[int(self.report[0])]
+        return "reference" if self.report is None else PLANS[int(self.report[0])]
 
     @property
     def kept(self) -> float:
-        return 1.0 if self.report is None else float(self.report[sparse.KEPT])
+        return 1.0 if self.report is None else float(self.report[KEPT])
 
     @property
     def error_estimate(self) -> float:
@@ -542,7 +544,7 @@ class _Call:
             keep=chosen.keep,
             reduction=reduction,
             workspace=workspace or 0,
-            budget=sparse.budget_of(precision),
+            budget=budget_of(precision),
             **choices,  # type: ignore[arg-type]
         )
         all_tensors = {**self.tensors, **tensors}
@@ -596,7 +598,7 @@ class _Call:
             )
         problem = problem_of(spec, tensors)
         rows = problem.valid_rows()
-        plan.check_values(problem, rows, problem.vocabulary)
+        check_values(problem, rows, problem.vocabulary)
         values = token_values(problem, problem.student_hidden, problem.student, torch.float64)
         loss = torch.zeros(self.token_ids.numel(), dtype=torch.float64, device=self.device)
         loss = loss.index_put((rows,), values.loss)
@@ -605,15 +607,15 @@ class _Call:
         else:
             loss = (loss * scale_of(problem, tensors["denominator"])).sum()
         loss = loss.to(torch.float64 if problem.student_hidden.dtype == torch.float64 else torch.float32)
-        table = torch.zeros(self.token_ids.numel(), plan.COLUMNS, dtype=torch.float64, device=self.device)
+        table = torch.zeros(self.token_ids.numel(), len(STATS), dtype=torch.float64, device=self.device)
         table = table.index_put((rows,), torch.stack([v.detach().double() for v in values], -1))
-        plan.check_sampled(problem, table)
+        check_sampled(problem, table)
         if not return_stats:
             return loss
         return loss, self._stats(table, "reference", None)
 
     def _stats(self, table: Tensor, backend: str, report: Tensor | None) -> Stats:
-        columns = dict(zip(TokenValues._fields, table.unbind(-1)))
+        columns = dict(zip(STATS, table.unbind(-1)))
         logratio = columns["teacher_logprob"] - columns["student_logprob"]
         fields = {k: v.float().reshape(self.shape) for k, v in columns.items() if k not in ("loss", "agree")}
         return Stats(

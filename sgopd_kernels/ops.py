@@ -14,11 +14,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import plan
+from . import driver
 from ._checks import require
 from .backends import get
+from .plans.base import KEPT, Need
 from .problem import Head, Problem, Spec
-from .sparse import KEPT
+from .reference import STATS
+from .values import check_sampled
 
 # Order of the op's tensor arguments; the first three take gradients.
 TENSORS = (
@@ -159,13 +161,13 @@ def fused_loss(
     refuse_transforms("the fused loss")  # of a graph that was compiled outside
     chosen = Spec.decode(words, numbers)
     problem = problem_of(chosen, {name: arguments[name] for name in TENSORS})
-    wanted = plan.Need(*need) if _makes_gradients(chosen, row_scale) else plan.Need()
+    wanted = Need(*need) if _makes_gradients(chosen, row_scale) else Need()
     scale = row_scale if row_scale is not None else scale_of(problem, denominator)
-    result = plan.run(problem, get(backend), scale, wanted, group_of(group))
-    plan.check_sampled(problem, result.stats)
+    result = driver.run(problem, get(backend), scale, wanted, group_of(group))
+    check_sampled(problem, result.stats)
     if not wanted:
         result.report[KEPT] = torch.nan  # there is no gradient, or not yet
-    losses = result.stats[:, plan.LOSS]
+    losses = result.stats[:, STATS["loss"]]
     if chosen.reduction == "none":
         loss = losses.float()
     else:
@@ -214,9 +216,9 @@ def _(
     chosen = Spec.decode(words, numbers)
     makes = _makes_gradients(chosen, row_scale)
     loss = student_hidden.new_empty((n,) if chosen.reduction == "none" else (), dtype=torch.float32)
-    stats = student_hidden.new_empty((n, plan.COLUMNS), dtype=torch.float64)
+    stats = student_hidden.new_empty((n, len(STATS)), dtype=torch.float64)
     gradients = [
-        torch.empty_like(leaf, dtype=plan.gradient_dtype(leaf))
+        torch.empty_like(leaf, dtype=driver.gradient_dtype(leaf))
         if wanted and makes and leaf is not None
         else student_hidden.new_empty(0)
         for wanted, leaf in zip(need, (student_hidden, student_weight, student_bias))

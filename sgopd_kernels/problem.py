@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -47,6 +47,11 @@ class Spec:
     student_softcap: float | None = None
     teacher_softcap: float | None = None
     reference_softcap: float | None = None
+
+    @property
+    def may_weigh_0(self) -> bool:
+        """Whether a gate's weight can be 0, which takes rows out of the backward."""
+        return self.keep != "all" or 0 in (*self.agree, *self.conflict, self.neutral)
 
     def encode(self) -> tuple[str, list[float]]:
         """A custom op takes no dataclass: the spec crosses as words and numbers (None as 0: a cap is > 0)."""
@@ -131,3 +136,37 @@ class Problem:
 
     def reliability_of(self, rows: Tensor) -> Tensor | None:
         return None if self.reliability is None else self.reliability[rows]
+
+
+@dataclass
+class Chunk:
+    """n of a call's tokens, with space for their logits in all V columns. A plan computes it, the driver takes over."""
+
+    rows: Tensor  # [n] positions in the problem
+    hidden: Tensor  # [n, Hs] the student's, 0 where the token is none
+    z_student: Tensor  # [n, V] fp32: projections; after the row pass their gradient
+    z_teacher: Tensor | None
+    z_reference: Tensor | None
+    weights: Tensor  # [3, n] float64: what a token may weigh, of `gate.cell_weights`
+    forced: Tensor | None  # [n] int8: agreement, where it is drawn
+    scale: Tensor  # [n] multiplies each row's gradient
+    valid: Tensor | None = None  # [n] bool: which rows are tokens; None: all
+    stats: Tensor = field(default_factory=lambda: torch.empty(0))  # [n, 8] float64, in the order of reference.STATS
+
+    def part(self, rows: slice) -> Chunk:
+        """Some of its tokens, in the same space."""
+
+        def cut(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[rows]
+
+        return Chunk(
+            self.rows[rows],
+            self.hidden[rows],
+            self.z_student[rows],
+            cut(self.z_teacher),
+            cut(self.z_reference),
+            self.weights[:, rows],
+            cut(self.forced),
+            self.scale[rows],
+            cut(self.valid),
+        )

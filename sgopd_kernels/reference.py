@@ -29,6 +29,9 @@ class TokenValues(NamedTuple):
     agree: Tensor
 
 
+STATS = {name: column for column, name in enumerate(TokenValues._fields)}  # columns of a table of them
+
+
 def logits(hidden: Tensor, head: Head, vocabulary: int, temperature: float) -> Tensor:
     """[N, V] logits of one head: projection, bias, logit scale, softcap, temperature, in this order."""
     z = hidden @ head.weight[:vocabulary].to(hidden.dtype).T

@@ -3,8 +3,8 @@
     python tests/bits.py record before.json       on the tree before
     python tests/bits.py compare before.json      on the tree after: which calls give other bits
 
-Loss, statistics, gradients, plan, share kept and error estimate of seeded calls, hashed. For changes that must not move a
-number. Bits depend on processor, torch and thread count, so that the file is of one machine and not kept.
+Loss, statistics, gradients, plan, share kept and error estimate of seeded calls, hashed. For changes that must not
+move a number. Bits depend on processor, torch and thread count, so that the file is of one machine and not kept.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE / "triton"), str(HERE.parent / "bench")]
+sys.path[:0] = [str(HERE / "triton"), str(HERE.parent / "tools")]
 with contextlib.suppress(ImportError):
     import interpreter  # noqa: F401  before anything imports Triton
 import errors  # noqa: E402
@@ -57,7 +57,9 @@ def outcome(function: Any, leaves: list[Tensor], *rest: Any, **options: Any) -> 
     leaves = [leaf.clone().requires_grad_() for leaf in leaves]
     loss, stats = function(*leaves, *rest, return_stats=True, generator=torch.Generator().manual_seed(5), **options)
     loss.backward(torch.linspace(0.5, 2, loss.numel()).reshape(loss.shape).to(loss.dtype))
-    fields = [getattr(stats, name) for name in ("kl", "logratio", "student_entropy", "teacher_entropy", "gate", "agree")]
+    fields = [
+        getattr(stats, name) for name in ("kl", "logratio", "student_entropy", "teacher_entropy", "gate", "agree")
+    ]
     said = [stats.backend, stats.plan, stats.kept, stats.error_estimate]
     return [loss, *fields, stats.student_logprob, stats.teacher_logprob, *(leaf.grad for leaf in leaves), *said]
 
@@ -125,13 +127,18 @@ def at_any_size() -> None:
     """Plans that only large calls take are taken by small ones."""
     for name, module in list(sys.modules.items()):
         if name.startswith("sgopd_kernels") and hasattr(module, "WORTHWHILE"):
+            module.COLUMNS_WORTHWHILE = module.NARROW_WORTHWHILE = 0.0
             module.WORTHWHILE = 0.0
 
 
 def fingerprint(values: list[Any]) -> str:
     sha = hashlib.sha256()
     for value in values:
-        raw = value.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes() if isinstance(value, Tensor) else repr(value).encode()
+        raw = (
+            value.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+            if isinstance(value, Tensor)
+            else repr(value).encode()
+        )
         sha.update(raw)
     said = [value for value in values if isinstance(value, (str, float))]
     return f"{sha.hexdigest()[:24]} {' '.join(map(str, said))}"

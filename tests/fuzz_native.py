@@ -34,7 +34,7 @@ from torch import Tensor
 
 from sgopd_kernels import _cpu
 from sgopd_kernels.backends.torch import TorchBackend
-from sgopd_kernels.problem import Head, Problem, Spec
+from sgopd_kernels.problem import Chunk, Head, Problem, Spec
 
 PAGE = mmap.PAGESIZE
 PROT_NONE = 0
@@ -235,7 +235,8 @@ def rows_case(rng: random.Random, wild: bool) -> Case:
         assert inputs[0] is not None
         want = inputs[0].clone()
         others = [None if x is None else x.clone() for x in inputs[1:]]
-        truth = TorchBackend().rows(problem, torch.arange(n), want, *others, weights, forced, scale, gradient)
+        chunk = Chunk(torch.arange(n), problem.student_hidden, want, *others, weights, forced, scale)
+        truth = TorchBackend().rows(problem, chunk, torch.float32 if gradient else None)
         # fp32 logits of this size are given to this much
         caps = [h.softcap or 0.0 for h in (s, q, r)]  # what an infinite one comes to
         pairs = [(x, cap) for x, cap in zip(inputs, caps) if x is not None]

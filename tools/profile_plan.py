@@ -23,7 +23,7 @@ from candidates import DISTRIBUTIONS, Case
 
 from sgopd_kernels import gated_kl_loss
 from sgopd_kernels.backends.cpu import CpuBackend
-from sgopd_kernels.sparse import Sparse
+from sgopd_kernels.plans.directions import Directions
 
 STEPS: dict[type, tuple[str, ...]] = {
     CpuBackend: (
@@ -37,7 +37,7 @@ STEPS: dict[type, tuple[str, ...]] = {
         "add_hidden_gradient",
         "add_weight_gradient",
     ),
-    Sparse: ("probe", "directions"),
+    Directions: ("along",),
 }
 
 

@@ -1,4 +1,4 @@
-"""Backends: the primitives a plan is made of, on one kind of device. No policy lives here (see plan.py).
+"""Backends: the primitives a plan is made of, on one kind of device. No policy lives here (see plans/).
 
 project(hidden, weight, out)             out [n, V] fp32 = hidden @ weight.T, accurate to fp32
 rows(problem, rows, z_s, z_t, z_r, ...)  statistics [n, 8] fp64; gradient in place of z_s

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from .. import _extension
 from ..problem import Problem
-from ..sparse import Pairs, Rounding, Sparse
 from .native import NativeBackend
 
 _ELEMENTS = (torch.float32, torch.bfloat16)
+LONG_SEGMENT = 576  # products
 HUGE = 32 * 2**20  # bytes from which the C library maps an allocation of its own, that huge pages can be asked for
 LINE = 16  # floats in a cache line
 
@@ -29,6 +29,23 @@ def _matrix(tensor: Tensor) -> tuple[int, int, bool]:
     return tensor.data_ptr(), tensor.stride(0), tensor.dtype == torch.bfloat16
 
 
+class TakenPairs(Protocol):
+    """(token, column) pairs of a chunk with their gradient: `_cpu.Pairs`."""
+
+    count: int
+    taken: float  # sum of their squares
+    left: float  # ... of what stayed in the block
+    dense: bool  # too many: nothing was taken
+
+    def restore(self, gradient: int, stride: int) -> None: ...
+
+    def add_hidden_gradient(self, **arguments: object) -> None: ...
+
+    def add_weight_gradient(self, **arguments: object) -> None: ...
+
+    def add_bias_gradient(self, out: int) -> None: ...
+
+
 class CpuBackend(NativeBackend):
     name = "cpu"
     module = _extension.CPU
@@ -37,9 +54,9 @@ class CpuBackend(NativeBackend):
     def launch(self) -> dict[str, Any]:
         return {"threads": torch.get_num_threads(), "isa": self.isa}
 
-    def held_bytes(self, problem: Problem) -> tuple[int, int]:
+    def held_bytes(self, problem: Problem, narrow: bool) -> tuple[int, int]:
         """Beside a tile of a head: the fp32 sum of a bf16 head's gradient, which at the most halves the chunks."""
-        fixed, row_bytes = super().held_bytes(problem)
+        fixed, row_bytes = super().held_bytes(problem, narrow)
         head = problem.student.weight
         total = 4 * head.numel() if head.dtype == torch.bfloat16 else 0
         return fixed + min(total, (problem.spec.workspace or self.default_workspace) // 2), row_bytes
@@ -83,27 +100,27 @@ class CpuBackend(NativeBackend):
             threads=torch.get_num_threads(),
         )
 
-    def sparse(self, problem: Problem) -> Sparse | None:
-        """For fp32 and bf16 heads. The screen sees plain logits: neither bias, softcap nor a third model."""
-        if self.module is None or problem.student.weight.dtype not in _ELEMENTS:
-            return None
-        heads = [h for h in (problem.student, problem.teacher) if h is not None]
-        operands = [problem.student_hidden, *(h.weight for h in heads)]
-        operands += [] if problem.teacher_hidden is None else [problem.teacher_hidden]
-        screens = (
-            self.module.has_int16()
-            and len(heads) == 2
-            and problem.reference is None
-            and problem.spec.estimator == "full"
-            and all(h.bias is None and h.softcap is None for h in heads)
-            and all(t.dtype in _ELEMENTS for t in operands)
-        )
-        return Sparse(problem, self, problem.vocabulary, screens)
+    # --- what the filtered and screened plans are made of: fp32 and bf16 heads ---
+
+    def has_pairs(self, weight: Tensor) -> bool:
+        """Whether the products over pairs take this head."""
+        return self.module is not None and weight.dtype in _ELEMENTS
+
+    def screens(self, *operands: Tensor) -> bool:
+        """Whether there are 16-bit projections of these operands on this processor."""
+        return self.module is not None and self.module.has_int16() and all(t.dtype in _ELEMENTS for t in operands)
+
+    def screened_product(self, hidden: Tensor, weight: Tensor, out: Tensor) -> None:
+        """The fastest product, with 16-bit rounding where there is one."""
+        self.project_screened(hidden, weight, out, LONG_SEGMENT)
 
     def project_screened(
-        self, hidden: Tensor, weight: Tensor, out: Tensor, segment: int, rounding: Rounding | None = None
+        self, hidden: Tensor, weight: Tensor, out: Tensor, segment: int, feedback: tuple[Tensor, Tensor] | None = None
     ) -> None:
-        """out [n, V] = hidden @ weight.T in 16-bit integers where the processor can: csrc/cpu/project_int16.cpp."""
+        """out [n, V] = hidden @ weight.T in 16-bit integers where the processor can: csrc/cpu/project_int16.cpp.
+
+        `segment`: products summed in one int32. `feedback`: coefficients [H, 16] of rounding the hidden states.
+        """
         assert self.module is not None
         if not self.module.has_int16():
             self.project(hidden, weight, out)
@@ -118,8 +135,8 @@ class CpuBackend(NativeBackend):
             out=out.data_ptr(),
             out_stride=out.stride(0),
             segment=segment,
-            along=0 if rounding is None else rounding.along.data_ptr(),
-            absorb=0 if rounding is None else rounding.absorb.data_ptr(),
+            along=0 if feedback is None else feedback[0].data_ptr(),
+            absorb=0 if feedback is None else feedback[1].data_ptr(),
             threads=torch.get_num_threads(),
         )
 
@@ -154,29 +171,30 @@ class CpuBackend(NativeBackend):
         )
         return report
 
-    def take_large(self, g: Tensor, budget: float, most: float) -> Pairs:
+    def take_large(self, g: Tensor, budget: float, most: float) -> TakenPairs:
+        """The largest entries out of g [n, V], until the others hold budget^2 of ||g||^2; at most `most` of all."""
         assert self.module is not None
         n, v = g.shape
-        pairs: Pairs = self.module.take_large(
+        pairs: TakenPairs = self.module.take_large(
             gradient=g.data_ptr(), stride=g.stride(0), n=n, v=v, budget=budget, most=most, **self.launch()
         )
         return pairs
 
-    def restore(self, pairs: Any, g: Tensor) -> None:
+    def restore(self, pairs: TakenPairs, g: Tensor) -> None:
         pairs.restore(g.data_ptr(), g.stride(0))
 
-    def add_pairs_hidden(self, pairs: Any, weight: Tensor, out: Tensor) -> None:
+    def add_pairs_hidden(self, pairs: TakenPairs, weight: Tensor, out: Tensor) -> None:
         weight = _unit_stride(weight)
         pairs.add_hidden_gradient(
             weight=_matrix(weight), h=weight.shape[1], out=out.data_ptr(), out_stride=out.stride(0), **self.launch()
         )
 
-    def add_pairs_weight(self, pairs: Any, hidden: Tensor, out: Tensor) -> None:
+    def add_pairs_weight(self, pairs: TakenPairs, hidden: Tensor, out: Tensor) -> None:
         pairs.add_weight_gradient(
             hidden=_matrix(hidden), h=hidden.shape[1], out=out.data_ptr(), out_stride=out.stride(0), **self.launch()
         )
 
-    def add_pairs_bias(self, pairs: Any, out: Tensor) -> None:
+    def add_pairs_bias(self, pairs: TakenPairs, out: Tensor) -> None:
         pairs.add_bias_gradient(out.data_ptr())
 
     def instruction_sets(self) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..problem import Head, Problem
+from ..problem import Chunk, Head, Problem
 from .torch import Columns, TorchBackend
 
 _ESTIMATORS = {"full": 0, "sampled": 1}
@@ -26,26 +26,16 @@ class NativeBackend(TorchBackend):
     def launch(self) -> dict[str, Any]:
         raise NotImplementedError
 
-    def held_bytes(self, problem: Problem) -> tuple[int, int]:
+    def held_bytes(self, problem: Problem, narrow: bool) -> tuple[int, int]:
         return self.cast_bytes(problem), 0
 
     def rows(
-        self,
-        problem: Problem,
-        rows: Tensor,
-        z_student: Tensor,
-        z_teacher: Tensor | None,
-        z_reference: Tensor | None,
-        weights: Tensor,
-        forced: Tensor | None,
-        row_scale: Tensor,
-        gradient: bool,
-        columns: Columns | None = None,
+        self, problem: Problem, chunk: Chunk, gradient: torch.dtype | None, columns: Columns | None = None
     ) -> Tensor:
         assert self.module is not None and columns is None, "a native pass sees whole rows"
-        spec = problem.spec
-        n, v = z_student.shape
-        stats = torch.empty(n, self.module.COLUMNS, dtype=torch.float64, device=z_student.device)
+        spec, rows = problem.spec, chunk.rows
+        n, v = chunk.z_student.shape
+        stats = torch.empty(n, self.module.COLUMNS, dtype=torch.float64, device=chunk.z_student.device)
         # Everything the call reads stays referenced in this list until it returns.
         held: list[Tensor | None] = []
 
@@ -68,7 +58,7 @@ class NativeBackend(TorchBackend):
             return None if tensor is None else tensor[rows]
 
         (student, student_stride), (teacher, teacher_stride), (reference, reference_stride) = map(
-            logits, (z_student, z_teacher, z_reference)
+            logits, (chunk.z_student, chunk.z_teacher, chunk.z_reference)
         )
         self.module.rows(
             n=n,
@@ -84,9 +74,9 @@ class NativeBackend(TorchBackend):
             reference_head=head(problem.reference),
             token_ids=take(problem.token_ids[rows], torch.int64),
             verdict=take(problem.verdict[rows]),
-            weights=take(weights, torch.float64),
-            forced=take(forced, torch.int8),
-            row_scale=take(row_scale),
+            weights=take(chunk.weights, torch.float64),
+            forced=take(chunk.forced, torch.int8),
+            row_scale=take(chunk.scale),
             teacher_logprob=take(select(problem.teacher_logprob)),
             behaviour_logprob=take(select(problem.behaviour_logprob)),
             stats=stats.data_ptr(),
@@ -96,7 +86,7 @@ class NativeBackend(TorchBackend):
             tolerance=spec.tolerance,
             ratio_clip=spec.ratio_clip,
             temperature=spec.temperature,
-            gradient=gradient,
+            gradient=gradient is not None,
             **self.launch(),
         )
         return stats

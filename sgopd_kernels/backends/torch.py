@@ -12,8 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..gate import choose
-from ..problem import PLAIN, Head, Problem, Spec
-from ..sparse import SparsePlan
+from ..problem import PLAIN, Chunk, Head, Problem, Spec
 
 # Bytes of one cast tile of a low-precision head: the cast is done again for every token chunk, in pieces that
 # stay in the last-level cache.
@@ -101,8 +100,10 @@ class TorchBackend:
     name = "torch"
     default_workspace = 256 * 2**20  # bytes, where the caller names none
     row_multiple = 16  # tokens a chunk
+    waits = False  # whether the host waits for the device where a plan reads a value
+    filters_columns = False  # whether dense products are so fast that filtering by columns may pay
 
-    def held_bytes(self, problem: Problem) -> tuple[int, int]:
+    def held_bytes(self, problem: Problem, narrow: bool) -> tuple[int, int]:
         """(bytes, bytes a token of the chunk) that `rows` and the products hold beside logits, for the plan's count."""
         return self.cast_bytes(problem) + _block_bytes(problem.token_ids.device.type), 0
 
@@ -116,17 +117,13 @@ class TorchBackend:
         """Whether a CUDA graph is being captured: nothing may depend on a value."""
         return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
-    def waits(self, problem: Problem) -> bool:
-        """Whether the plan may read a count of rows, chunk by chunk, to take those without weight out."""
-        return True
+    def narrows(self, *operands: Tensor) -> bool:
+        """Whether the row pass can leave G in bf16, and its products with these take it so."""
+        return False
 
-    def gradient_of(self, problem: Problem, z_student: Tensor) -> Tensor:
-        """The gradient that `rows` left in a chunk's logits."""
+    def gradient_of(self, z_student: Tensor, narrow: bool) -> Tensor:
+        """Where `rows` left the gradient in a chunk's logits."""
         return z_student
-
-    def gradient_error(self, problem: Problem) -> float:
-        """Relative error of the gradients beyond fp32 products."""
-        return 0.0
 
     def move_rows(self, z: Tensor, to: Tensor, origin: Tensor) -> None:
         """z[to] = z[origin], row numbers [m] that have none in common."""
@@ -140,10 +137,6 @@ class TorchBackend:
     def zeros(self, rows: int, columns: int, device: torch.device) -> Tensor:
         """fp32 [rows, columns], for the head's gradient."""
         return torch.zeros(rows, columns, dtype=torch.float32, device=device)
-
-    def sparse(self, problem: Problem) -> SparsePlan | None:
-        """The parts of the filtered and screened plans, where this backend has them for the problem."""
-        return None
 
     def project(self, hidden: Tensor, weight: Tensor, out: Tensor) -> None:
         with ieee_matmul():
@@ -161,42 +154,19 @@ class TorchBackend:
             out.addmm_(gradient.T, hidden.float())
 
     def rows(
-        self,
-        problem: Problem,
-        rows: Tensor,
-        z_student: Tensor,
-        z_teacher: Tensor | None,
-        z_reference: Tensor | None,
-        weights: Tensor,
-        forced: Tensor | None,
-        row_scale: Tensor,
-        gradient: bool,
-        columns: Columns | None = None,
+        self, problem: Problem, chunk: Chunk, gradient: torch.dtype | None, columns: Columns | None = None
     ) -> Tensor:
-        """Statistics of a chunk, [n, 8] float64 in the order of `reference.TokenValues`.
+        """Statistics of a chunk, [n, 8] float64 in the order of `reference.STATS`, from its raw projections.
 
-        `rows` [n] are the chunk's positions in the problem; z_* [n, V] fp32 hold raw projections. With
-        `gradient`, z_student is overwritten by row_scale * d(loss)/d(projection); rows of weight 0 become 0.
-        `columns`: which part of the vocabulary z_* hold; None: all of it.
+        With `gradient`, a dtype, z_student is overwritten by scale * d(loss)/d(projection) in it; rows of weight 0
+        become 0. `columns`: which part of the vocabulary the projections are; None: all of it.
         """
-        n, v = z_student.shape
-        stats = torch.empty(n, 8, dtype=torch.float64, device=z_student.device)
-        step = max(1, _block_bytes(z_student.device.type) // (_LIVE_COPIES * 8 * v))
+        n, v = chunk.z_student.shape
+        stats = torch.empty(n, 8, dtype=torch.float64, device=chunk.z_student.device)
+        step = max(1, _block_bytes(stats.device.type) // (_LIVE_COPIES * 8 * v))
         for first in range(0, n, step):
-            part = slice(first, first + step)
-            _block(
-                problem,
-                rows[part],
-                z_student[part],
-                None if z_teacher is None else z_teacher[part],
-                None if z_reference is None else z_reference[part],
-                weights[:, part],
-                None if forced is None else forced[part],
-                row_scale[part],
-                gradient,
-                stats[part],
-                columns or Columns(),
-            )
+            block = chunk.part(slice(first, first + step))
+            stats[first : first + step] = _block(problem, block, gradient is not None, columns or Columns())
         return stats
 
 
@@ -254,20 +224,10 @@ def _divergence(
     return value, gradient
 
 
-def _block(
-    problem: Problem,
-    rows: Tensor,
-    z_student: Tensor,
-    z_teacher: Tensor | None,
-    z_reference: Tensor | None,
-    weights: Tensor,
-    forced: Tensor | None,
-    row_scale: Tensor,
-    gradient: bool,
-    stats: Tensor,
-    columns: Columns,
-) -> None:
+def _block(problem: Problem, block: Chunk, gradient: bool, columns: Columns) -> Tensor:
     spec, temperature = problem.spec, problem.spec.temperature
+    rows, z_student, z_teacher, z_reference = block.rows, block.z_student, block.z_teacher, block.z_reference
+    weights = block.weights
     y = problem.token_ids[rows].unsqueeze(-1)
     verdict = problem.verdict[rows].double()
     log_q = log_r = outside = None
@@ -293,7 +253,7 @@ def _block(
         entropy_q = -_expectation(q, log_q, columns)
         del q
     d = log_q_y - log_p_y
-    gate, agree = choose(d, verdict, weights, spec.tolerance, forced)
+    gate, agree = choose(d, verdict, weights, spec.tolerance, block.forced)
 
     row_weight, advantage, value = gate, d, kl
     if log_r is not None:
@@ -313,24 +273,22 @@ def _block(
 
     loss = row_weight * value if spec.estimator == "full" else -row_weight * advantage * log_p_y
     off = row_weight == 0
-    stats.copy_(
-        torch.stack(
-            [
-                loss.masked_fill(off, 0.0),
-                kl,
-                log_p_y,
-                log_q_y,
-                -_expectation(p, log_p, columns),
-                entropy_q,
-                gate,
-                agree.double(),
-            ],
-            -1,
-        )
+    stats = torch.stack(
+        [
+            loss.masked_fill(off, 0.0),
+            kl,
+            log_p_y,
+            log_q_y,
+            -_expectation(p, log_p, columns),
+            entropy_q,
+            gate,
+            agree.double(),
+        ],
+        -1,
     )
     if not gradient:
-        return
-    coefficient = row_weight * row_scale.double()
+        return stats
+    coefficient = row_weight * block.scale.double()
     if spec.estimator == "full":
         assert dense is not None
     else:
@@ -346,3 +304,4 @@ def _block(
         dense = (dense * slope).masked_fill_(p == 0, 0.0)
     dense = dense * (coefficient * (head.logit_scale / temperature)).unsqueeze(-1)
     z_student.copy_(dense.masked_fill_(off.unsqueeze(-1), 0.0))
+    return stats

@@ -19,15 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import sparse
-from ..columns import ColumnFilter
-from ..problem import Problem
+from ..problem import Chunk, Problem
 from .torch import Columns, TorchBackend
 
 # Columns a program holds at once, and its warps. Fewer where JSD works in float64 or a third model's logits are held.
 BLOCK, BLOCK_SMALL, WARPS = 2048, 1024, 8
 MOVE_BLOCK = 4096
-WORTHWHILE = 2.0**33  # multiply-adds of one projection from which G may be rounded
 SPLIT_COLUMNS = 8192  # of G that are split at once
 
 _DIVERGENCES = {"reverse-kl": 0, "forward-kl": 1, "jsd": 2}
@@ -46,6 +43,8 @@ class TritonBackend(TorchBackend):
     # accumulating the weight's gradient decide.
     default_workspace = 2 * 2**30
     row_multiple = 128  # tokens a chunk: whole tiles of a product
+    waits = True
+    filters_columns = True
 
     def available(self) -> bool:
         if importlib.util.find_spec("triton") is None:
@@ -68,19 +67,14 @@ class TritonBackend(TorchBackend):
     def logits(self, rows: int, columns: int, device: torch.device) -> Tensor:
         return super().logits(rows, -(-columns // 16) * 16, device)[:, :columns]  # aligned rows
 
-    def held_bytes(self, problem: Problem) -> tuple[int, int]:
-        if not self._tensor_cores(problem.student_hidden, problem.student.weight):
+    def held_bytes(self, problem: Problem, narrow: bool) -> tuple[int, int]:
+        if not self.narrows(problem.student_hidden, problem.student.weight):
             return self.cast_bytes(problem), 0
-        return 0, 0 if self.narrow(problem) else 8 * SPLIT_COLUMNS  # a tile in bf16 twice, and a difference in fp32
-
-    def waits(self, problem: Problem) -> bool:
-        """One wait a chunk for a count of rows pays where a gate of 0 can take rows out of the backward."""
-        spec = problem.spec
-        return spec.keep != "all" or 0 in (*spec.agree, *spec.conflict, spec.neutral)
+        return 0, 0 if narrow else 8 * SPLIT_COLUMNS  # a tile in bf16 twice, and a difference in fp32
 
     # products
 
-    def _tensor_cores(self, *operands: Tensor) -> bool:
+    def narrows(self, *operands: Tensor) -> bool:
         return all(t.dtype == torch.bfloat16 for t in operands) and torch.version.hip is None
 
     def multiply(self, a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
@@ -100,22 +94,9 @@ class TritonBackend(TorchBackend):
         else:
             super().project(hidden, weight, out)
 
-    def narrow(self, problem: Problem) -> bool:
-        """Whether G is rounded to bf16."""
-        return (
-            problem.spec.budget >= sparse.AUTO
-            and problem.student_hidden.numel() * problem.vocabulary >= WORTHWHILE
-            and self._tensor_cores(problem.student_hidden, problem.student.weight)
-        )
-
-    def gradient_error(self, problem: Problem) -> float:
-        return sparse.AUTO if self.narrow(problem) else 0.0
-
-    def gradient_of(self, problem: Problem, z_student: Tensor) -> Tensor:
+    def gradient_of(self, z_student: Tensor, narrow: bool) -> Tensor:
         """Where `rows` leaves the gradient: over the logits, row by row; a narrow one over each row's first half."""
-        if not self.narrow(problem):
-            return z_student
-        return z_student.view(torch.bfloat16)[:, : z_student.shape[1]]
+        return z_student.view(torch.bfloat16)[:, : z_student.shape[1]] if narrow else z_student
 
     def _parts(self, gradient: Tensor) -> Iterator[tuple[slice, list[Tensor]]]:
         """(columns, the bf16 tensors whose sum the gradient is there)."""
@@ -128,7 +109,7 @@ class TritonBackend(TorchBackend):
             yield columns, [high, (gradient[:, columns] - high).bfloat16()]
 
     def add_hidden_gradient(self, gradient: Tensor, weight: Tensor, out: Tensor) -> None:
-        if not self._tensor_cores(weight):
+        if not self.narrows(weight):
             super().add_hidden_gradient(gradient, weight, out)
             return
         for columns, parts in self._parts(gradient):
@@ -136,39 +117,27 @@ class TritonBackend(TorchBackend):
                 self.multiply(part, weight[columns], out, add=True)
 
     def add_weight_gradient(self, gradient: Tensor, hidden: Tensor, out: Tensor) -> None:
-        if not self._tensor_cores(hidden):
+        if not self.narrows(hidden):
             super().add_weight_gradient(gradient, hidden, out)
             return
         for columns, parts in self._parts(gradient):
             for part in parts:
                 self.multiply(part.T, hidden, out[columns], add=True)
 
-    def sparse(self, problem: Problem) -> ColumnFilter | None:
-        return None if self.capturing(problem.token_ids.device) else ColumnFilter(problem, self)
-
     # rows
 
     def rows(
-        self,
-        problem: Problem,
-        rows: Tensor,
-        z_student: Tensor,
-        z_teacher: Tensor | None,
-        z_reference: Tensor | None,
-        weights: Tensor,
-        forced: Tensor | None,
-        row_scale: Tensor,
-        gradient: bool,
-        columns: Columns | None = None,
+        self, problem: Problem, chunk: Chunk, gradient: torch.dtype | None, columns: Columns | None = None
     ) -> Tensor:
         assert columns is None, "the row pass sees whole rows"
         spec = problem.spec
+        z_student, z_teacher, z_reference = chunk.z_student, chunk.z_teacher, chunk.z_reference
         n, v = z_student.shape
         stats = torch.empty(n, 8, dtype=torch.float64, device=z_student.device)
         if n == 0:
             return stats
         student, teacher, reference = problem.student, problem.teacher, problem.reference
-        g = self.gradient_of(problem, z_student) if gradient else None
+        g = None if gradient is None else self.gradient_of(z_student, gradient == torch.bfloat16)
 
         def flat(tensor: Tensor | None) -> Tensor | None:  # a number for all tokens comes expanded
             return None if tensor is None else tensor.contiguous()
@@ -198,15 +167,15 @@ class TritonBackend(TorchBackend):
             teacher_softcap=None if teacher is None else teacher.softcap,
             reference_softcap=None if reference is None else reference.softcap,
             inverse_temperature=1 / spec.temperature,
-            rows=rows,
+            rows=chunk.rows,
             token_ids=flat(problem.token_ids),
             verdict=flat(problem.verdict),
             teacher_logprob=flat(problem.teacher_logprob),
             behaviour_logprob=flat(problem.behaviour_logprob),
-            weights=weights,
-            weights_stride=weights.stride(0),
-            forced=flat(forced),
-            row_scale=flat(row_scale),
+            weights=chunk.weights,
+            weights_stride=chunk.weights.stride(0),
+            forced=flat(chunk.forced),
+            row_scale=flat(chunk.scale),
             stats=stats,
             V=v,
             beta=spec.beta,

@@ -334,7 +334,7 @@ def rows_kernel(
 ):
     n = tl.program_id(0)
     at = tl.load(rows + n)
-    # An id out of range has been reported (plan.check_values); it must not become an address.
+    # An id out of range has been reported (values.check_values); it must not become an address.
     y = tl.minimum(tl.maximum(tl.load(token_ids + at), 0), V - 1).to(tl.int32)
     z_row = student + n.to(tl.int64) * student_stride
     t_row = None

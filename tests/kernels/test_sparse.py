@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from sgopd_kernels import backends, gated_kl_loss, sparse
+from sgopd_kernels import backends, gated_kl_loss
 from sgopd_kernels.backends.cpu import CpuBackend
+from sgopd_kernels.plans import calibration
+from sgopd_kernels.plans.directions import Coefficients, Directions, feedback
 
 pytestmark = pytest.mark.skipif(not backends.usable("cpu"), reason="the native CPU extension is not built")
 
@@ -19,7 +21,7 @@ SCREENS = CpuBackend.module is not None and CpuBackend.module.has_int16()
 
 @pytest.fixture(autouse=True)
 def any_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sparse, "WORTHWHILE", 0.0)
+    monkeypatch.setattr(calibration, "WORTHWHILE", 0.0)
 
 
 def inputs(spread: float, distance: float, dtype: torch.dtype, n: int = 70, v: int = 4103, h: int = 65) -> list[Tensor]:
@@ -51,7 +53,7 @@ def error(got: Tensor, true: Tensor) -> float:
 
 
 def change_settings(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
-    monkeypatch.setattr(sparse, "SETTINGS", tuple(replace(s, **changes) for s in sparse.SETTINGS))
+    monkeypatch.setattr(calibration, "SETTINGS", tuple(replace(s, **changes) for s in calibration.SETTINGS))
 
 
 @pytest.mark.parametrize("gate", ["opd", "sg-opd", "opdvr"])
@@ -64,10 +66,10 @@ def test_within_the_budget(spread: float, distance: float, dtype: torch.dtype, g
     exact = gradients(operands, gate=gate, backend="cpu", precision="exact")
     for mine, other, true in zip(got[:3], exact[:3], truth[:3]):
         # what exact arithmetic can't give (a gradient's own dtype, near-equal models) is not the plan's
-        assert error(mine, true) <= sparse.AUTO + 1.5 * error(other, true)
+        assert error(mine, true) <= calibration.AUTO + 1.5 * error(other, true)
     assert torch.equal(got[3].agree, exact[3].agree)
     assert exact[3].plan == "exact" and exact[3].kept == 1 and exact[3].error_estimate == 0
-    assert got[3].error_estimate <= sparse.AUTO
+    assert got[3].error_estimate <= calibration.AUTO
 
 
 def shared_directions(spread: float, rank: int, distance: float) -> list[Tensor]:
@@ -97,11 +99,11 @@ def test_the_estimate_refuses_a_screen_whose_noise_adds_up(
     change_settings(monkeypatch, kl=1e-30)
     operands = shared_directions(spread, rank, distance)
     truth = gradients([t.double() if t.is_floating_point() else t for t in operands])
-    assert error(gradients(operands, backend="cpu")[1], truth[1]) <= sparse.AUTO
+    assert error(gradients(operands, backend="cpu")[1], truth[1]) <= calibration.AUTO
     change_settings(monkeypatch, coherence=1.0)
     unguarded = gradients(operands, backend="cpu")
     if unguarded[3].plan == "screened":  # not on a processor without a screen
-        assert error(unguarded[1], truth[1]) > 1.5 * sparse.AUTO
+        assert error(unguarded[1], truth[1]) > 1.5 * calibration.AUTO
 
 
 def test_each_plan_is_taken_where_it_pays() -> None:
@@ -130,13 +132,13 @@ def test_the_estimate_bounds_the_error() -> None:
         assert max(error(m, t) for m, t in zip(got[1:3], truth[1:3])) <= got[3].error_estimate
 
 
-@pytest.mark.parametrize("setting", [s for s in sparse.SETTINGS if s.feedback], ids=lambda s: str(s.segment))
+@pytest.mark.parametrize("setting", [s for s in calibration.SETTINGS if s.feedback], ids=lambda s: str(s.segment))
 @pytest.mark.parametrize(("spread", "rank", "distance"), [(4.0, 1, 1e-2), (6.0, 16, 3e-3), (6.0, 48, 3e-3)])
 def test_the_estimate_holds_with_feedback(
-    monkeypatch: pytest.MonkeyPatch, setting: sparse.Setting, spread: float, rank: int, distance: float
+    monkeypatch: pytest.MonkeyPatch, setting: calibration.Setting, spread: float, rank: int, distance: float
 ) -> None:
     """With shared directions fewer, as many and three times as many as those that rounding feeds back."""
-    monkeypatch.setattr(sparse, "SETTINGS", (replace(setting, kl=1e-30),))
+    monkeypatch.setattr(calibration, "SETTINGS", (replace(setting, kl=1e-30),))
     operands = shared_directions(spread, rank, distance)
     truth = gradients([t.double() if t.is_floating_point() else t for t in operands])
     got = gradients(operands, precision=5e-3)
@@ -152,9 +154,9 @@ def test_feedback_takes_the_screens_error_off_the_heads_directions(segment: int,
         pytest.skip("this processor has neither AVX2 nor AVX512-VNNI")
     backend = CpuBackend()
     exact = hidden.double() @ weight.double().T
-    rounding = sparse.Rounding(sparse.Directions.of(weight))
+    rounding = feedback(Directions.of(weight))
 
-    def noise(rounding: sparse.Rounding | None) -> tuple[float, float]:
+    def noise(rounding: Coefficients | None) -> tuple[float, float]:
         out = torch.empty(exact.shape)
         backend.project_screened(hidden, weight, out, segment, rounding)
         e = out.double() - exact
@@ -164,15 +166,15 @@ def test_feedback_takes_the_screens_error_off_the_heads_directions(segment: int,
     assert fed_along < 0.2 * along
     assert fed < 1.1 * plain
     # Directions that are none: every element stays within 1.5 steps of its place, and no accumulator overflows.
-    rounding.absorb.fill_(1e6)
+    rounding[1].fill_(1e6)
     assert noise(rounding)[0] < 4 * plain
 
 
 def test_the_estimate_knows_what_was_refined(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the KL leaves room, fewer logits are computed again in fp32: with far fewer, the screen must be refused."""
     change_settings(monkeypatch, kl=1e-30)
-    monkeypatch.setattr(sparse, "MOST_MASS", 0.1)
-    monkeypatch.setattr(sparse, "GATE", 1.0)  # the sign's guard would refuse it as well
+    monkeypatch.setattr(calibration, "MOST_MASS", 0.1)
+    monkeypatch.setattr(calibration, "GATE", 1.0)  # the sign's guard would refuse it as well
     for distance in (0.01, 0.003, 0.001):
         operands = inputs(4.0, distance, torch.float32)
         truth = gradients([t.double() if t.is_floating_point() else t for t in operands])
@@ -198,7 +200,7 @@ def test_options_beside_the_plans(options: dict[str, Any]) -> None:
     double = {k: x.double() if isinstance(x, Tensor) else x for k, x in options.items()}
     truth = gradients([t.double() if t.is_floating_point() else t for t in operands], **double)
     got = gradients(operands, **options)
-    assert max(error(m, t) for m, t in zip(got[:3], truth[:3])) <= sparse.AUTO
+    assert max(error(m, t) for m, t in zip(got[:3], truth[:3])) <= calibration.AUTO
     assert got[3].plan == ("screened" if "divergence" in options else "filtered")
 
 

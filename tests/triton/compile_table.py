@@ -25,7 +25,7 @@ from triton.runtime import driver
 
 from sgopd_kernels.backends import triton as backend_module
 from sgopd_kernels.backends.triton import TritonBackend
-from sgopd_kernels.problem import Head, Problem, Spec
+from sgopd_kernels.problem import Chunk, Head, Problem, Spec
 
 TARGETS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 # Registers a thread: 256 threads at 128 leave room for two programs a multiprocessor. Shared memory: bytes.
@@ -69,15 +69,11 @@ class Launch(NamedTuple):
 class Recorder(TritonBackend):
     """Keeps what would be launched."""
 
-    def __init__(self, narrow: bool = False) -> None:
+    def __init__(self) -> None:
         self.launches: list[tuple[Any, dict[str, Any]]] = []
-        self.is_narrow = narrow
 
     def launch(self, kernel: Any, grid: tuple[int, ...], /, **arguments: Any) -> None:
         self.launches.append((kernel, arguments))
-
-    def narrow(self, problem: Problem) -> bool:
-        return self.is_narrow
 
 
 def problem_of(options: dict[str, Any]) -> Problem:
@@ -142,21 +138,22 @@ def every() -> list[dict[str, Any]]:
 def launches(options: dict[str, Any]) -> list[Launch]:
     problem = problem_of(options)
     n, v = problem.token_ids.numel(), problem.vocabulary
-    recorder = Recorder(options.get("narrow", False))
+    recorder = Recorder()
     rows, weights = torch.arange(n), torch.ones(3, n, dtype=torch.float64)
     forced = torch.zeros(n, dtype=torch.int8) if options.get("forced") else None
     logits = [torch.empty(n, v) for _ in range(3)]
-    recorder.rows(
-        problem,
+    chunk = Chunk(
         rows,
+        problem.student_hidden,
         logits[0],
         None if problem.teacher is None else logits[1],
         None if problem.reference is None else logits[2],
         weights,
         forced,
         torch.ones(n, dtype=torch.float64),
-        options.get("gradient", True),
     )
+    form = torch.bfloat16 if options.get("narrow") else torch.float32
+    recorder.rows(problem, chunk, form if options.get("gradient", True) else None)
     if not options:
         recorder.move_rows(logits[0], rows[:2], rows[2:4])
     name = ", ".join(f"{k}" if x is True else f"{k}={x}" for k, x in options.items()) or "default"

@@ -20,10 +20,10 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from sgopd_kernels import backends, columns, gated_kl_loss, gated_logprob_loss, gated_topk_kl_loss, sparse  # noqa: E402
-from sgopd_kernels.backends import triton as triton_backend  # noqa: E402
+from sgopd_kernels import backends, gated_kl_loss, gated_logprob_loss, gated_topk_kl_loss  # noqa: E402
 from sgopd_kernels.backends.triton import TritonBackend  # noqa: E402
-from sgopd_kernels.problem import Head, Problem, Spec  # noqa: E402
+from sgopd_kernels.plans import calibration  # noqa: E402
+from sgopd_kernels.problem import Chunk, Head, Problem, Spec  # noqa: E402
 
 
 def load(name: str, path: Path) -> Any:
@@ -121,18 +121,18 @@ def test_models_a_large_constant_apart() -> None:
 def test_a_narrow_gradient_where_the_budget_allows_it(
     monkeypatch: pytest.MonkeyPatch, gate: str, near: float | None
 ) -> None:
-    monkeypatch.setattr(triton_backend, "WORTHWHILE", 0.0)
+    monkeypatch.setattr(calibration, "NARROW_WORTHWHILE", 0.0)
     # Several blocks a row: the bf16 gradient is written over logits that are still to be read.
-    monkeypatch.setattr(triton_backend, "BLOCK", 256)
+    monkeypatch.setattr("sgopd_kernels.backends.triton.BLOCK", 256)
     inputs = kit.make_inputs(n=12, v=1003, near=near, seed=5, dtype=torch.bfloat16)
     truth = kit.call(inputs.to(torch.float64), gate=gate)
     exact = kit.call(inputs, backend="triton", gate=gate, precision="exact")
     auto = kit.call(inputs, backend="triton", gate=gate)
     stats = auto[3]
-    assert stats.error_estimate == sparse.AUTO and stats.plan == "exact"
+    assert stats.error_estimate == calibration.AUTO and stats.plan == "exact"
     assert torch.equal(stats.kl, exact[3].kl), "the statistics are those of fp32 logits"
     for got, other, true in zip(auto[1:3], exact[1:3], truth[1:3]):
-        assert kit.relative(got, true) <= kit.relative(other, true) + sparse.AUTO
+        assert kit.relative(got, true) <= kit.relative(other, true) + calibration.AUTO
 
 
 @pytest.mark.parametrize("estimator", ["full", "sampled"])
@@ -292,10 +292,11 @@ def test_without_gradients_nothing_is_written() -> None:
     )
     before = z.clone(), t.clone()
     backend = backends.get("triton")
-    arguments = (torch.arange(4), z, t, None, torch.ones(3, 4, dtype=torch.float64), None, torch.ones(4))
-    stats = backend.rows(problem, *arguments, gradient=False)
+    weights = torch.ones(3, 4, dtype=torch.float64)
+    chunk = Chunk(torch.arange(4), problem.student_hidden, z, t, None, weights, None, torch.ones(4))
+    stats = backend.rows(problem, chunk, None)
     assert torch.equal(z, before[0]) and torch.equal(t, before[1])
-    assert torch.equal(stats, backend.rows(problem, *arguments, gradient=True)) and not torch.equal(z, before[0])
+    assert torch.equal(stats, backend.rows(problem, chunk, torch.float32)) and not torch.equal(z, before[0])
     assert torch.equal(t, before[1])
 
 
@@ -335,14 +336,14 @@ def peaked(n: int, v: int, spread: float, dtype: torch.dtype = torch.float32, di
 @pytest.mark.parametrize("gate", ["sg-opd", "opdvr"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_filtered_within_the_budget(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, gate: str) -> None:
-    monkeypatch.setattr(columns, "WORTHWHILE", 0.0)
-    monkeypatch.setattr(triton_backend, "WORTHWHILE", 0.0)
+    monkeypatch.setattr(calibration, "COLUMNS_WORTHWHILE", 0.0)
+    monkeypatch.setattr(calibration, "NARROW_WORTHWHILE", 0.0)
     inputs = peaked(12, 4099, 20.0, dtype)
     bias = torch.randn(4099, generator=torch.Generator().manual_seed(1))
     truth = kit.call(inputs.to(torch.float64), gate=gate, student_bias=bias.double())
     exact = kit.call(inputs, gate=gate, student_bias=bias, backend="triton", precision="exact")
     got = kit.call(inputs, gate=gate, student_bias=bias, backend="triton", workspace=600_000_000)
-    assert got[3].plan == "filtered" and got[3].kept < 0.35 and 0 < got[3].error_estimate <= sparse.AUTO
+    assert got[3].plan == "filtered" and got[3].kept < 0.35 and 0 < got[3].error_estimate <= calibration.AUTO
     assert exact[3].plan == "exact" and exact[3].error_estimate == 0
     for mine, other, true in zip(got[1:3], exact[1:3], truth[1:3]):
         # what the gradient's own dtype costs is not the plan's
@@ -353,19 +354,20 @@ def test_filtered_within_the_budget(monkeypatch: pytest.MonkeyPatch, dtype: torc
 
 
 def test_a_flat_gradient_is_not_filtered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(columns, "WORTHWHILE", 0.0)
-    monkeypatch.setattr(triton_backend, "WORTHWHILE", 0.0)
+    monkeypatch.setattr(calibration, "COLUMNS_WORTHWHILE", 0.0)
+    monkeypatch.setattr(calibration, "NARROW_WORTHWHILE", 0.0)
     inputs = kit.make_inputs(n=12, v=2000, peak=0.1, dtype=torch.bfloat16, seed=2)
     truth = kit.call(inputs.to(torch.float64))
     # Small chunks: the first finds that the filter does not pay, the others round their gradient to bf16 instead.
     got = kit.call(inputs, backend="triton", workspace=1_000_000)
     assert got[3].plan == "exact" and got[3].kept == 1
     for mine, true in zip(got[1:3], truth[1:3]):
-        assert kit.relative(mine, true) <= kit.relative(true.bfloat16(), true) + sparse.AUTO
+        assert kit.relative(mine, true) <= kit.relative(true.bfloat16(), true) + calibration.AUTO
 
 
 def test_nan_is_not_filtered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(columns, "WORTHWHILE", 0.0)
+    monkeypatch.setattr(calibration, "COLUMNS_WORTHWHILE", 0.0)
+    monkeypatch.setattr(calibration, "NARROW_WORTHWHILE", 0.0)
     inputs = peaked(6, 1000, 20.0)
     inputs.student_hidden[1] = math.nan
     loss, d_hidden, d_weight, stats = kit.call(inputs, backend="triton")

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sgopd_kernels import plan, sparse
+from sgopd_kernels import driver
 from sgopd_kernels.backends.triton import TritonBackend
+from sgopd_kernels.plans.base import Need
+from sgopd_kernels.plans.calibration import AUTO
 from sgopd_kernels.problem import Head, Problem, Spec
 
 pytest.importorskip("triton", reason="Triton is not installed (pip install triton)")
@@ -68,7 +70,7 @@ class Memory(TorchDispatchMode):
         return result
 
 
-def run(spec: Spec, need: plan.Need, capture: bool = True, **heads: Any) -> tuple[Recorder, Memory, plan.Result]:
+def run(spec: Spec, need: Need, capture: bool = True, **heads: Any) -> tuple[Recorder, Memory, driver.Result]:
     inputs: list[Tensor] = []
 
     def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -87,15 +89,15 @@ def run(spec: Spec, need: plan.Need, capture: bool = True, **heads: Any) -> tupl
     )
     scale = empty(N, dtype=torch.float64)
     with Memory(inputs) as memory:
-        result = plan.run(problem, backend, scale, need)
+        result = driver.run(problem, backend, scale, need)
     return backend, memory, result
 
 
-BOTH = plan.Need(hidden=True, weight=True)
+BOTH = Need(hidden=True, weight=True)
 
 
 def test_launches_and_memory_of_the_default() -> None:
-    backend, memory, result = run(Spec(budget=sparse.AUTO), BOTH)
+    backend, memory, result = run(Spec(budget=AUTO), BOTH)
     chunks = backend.launches.count("rows_kernel")
     assert chunks == 5  # of 1,664 tokens: few enough that accumulating dW does not decide
     assert backend.launches == ["product", "product", "rows_kernel", "product", "product"] * chunks
@@ -118,14 +120,14 @@ def test_exact_splits_the_gradient() -> None:
 
 
 def test_without_gradients() -> None:
-    backend, memory, _ = run(Spec(), plan.Need())
+    backend, memory, _ = run(Spec(), Need())
     assert backend.launches == ["product", "product", "rows_kernel"] * backend.launches.count("rows_kernel")
     assert memory.peak <= TritonBackend.default_workspace + 64 * N * 8
 
 
 @pytest.mark.parametrize("workspace", [512 * 2**20, 2**30, 4 * 2**30])
 def test_the_workspace_is_kept(workspace: int) -> None:
-    _, memory, _ = run(Spec(budget=sparse.AUTO, workspace=workspace), BOTH)
+    _, memory, _ = run(Spec(budget=AUTO, workspace=workspace), BOTH)
     assert memory.peak - (4 + 2) * V * HS - 2 * N * HS <= workspace + 64 * N * 8
 
 
@@ -137,5 +139,5 @@ def test_the_loop_waits_only_where_rows_may_leave(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(Exception, match="meta"):  # opdvr: the count of rows that stay is read
         run(Spec(conflict=(0.0, 0.0)), BOTH, capture=False)
     with pytest.raises(Exception, match="meta"):  # the filtered plan: how many columns
-        run(Spec(budget=sparse.AUTO), BOTH, capture=False)
-    run(Spec(budget=sparse.AUTO, conflict=(0.0, 0.0)), BOTH, capture=True)
+        run(Spec(budget=AUTO), BOTH, capture=False)
+    run(Spec(budget=AUTO, conflict=(0.0, 0.0)), BOTH, capture=True)

@@ -1,0 +1,230 @@
+"""A call from its operands to statistics and gradients: chunks of tokens, each by the cheapest plan within the budget.
+
+The memory is bounded by `workspace`, not by the number of tokens: chunks share their logits' space.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .backends.cpu import CpuBackend
+from .backends.torch import ShardedColumns, TorchBackend
+from .gate import cell_weights, draw_agreement
+from .plans import calibration
+from .plans.base import Gradients, Need, Plan, Report
+from .plans.columns import Columns
+from .plans.directions import Rest
+from .plans.exact import Exact
+from .plans.pairs import Pairs
+from .plans.screen import screens
+from .problem import Chunk, Problem
+from .reference import STATS
+from .values import check_values
+
+
+@dataclass
+class Result:
+    stats: Tensor  # [N, 8] float64, columns as STATS; rows of ignored tokens are 0
+    # Accumulated in fp32 and rounded once, to `gradient_dtype`.
+    hidden: Tensor | None  # [N, Hs]
+    weight: Tensor | None  # [V_S, Hs]
+    bias: Tensor | None  # [V_S]
+    report: Tensor  # [3] float64, Report.tensor
+
+
+def gradient_dtype(leaf: Tensor) -> torch.dtype:
+    """A leaf's dtype; fp32 for fp16, whose range a mean's gradient underflows before a loss scale has multiplied it."""
+    return torch.float32 if leaf.dtype == torch.float16 else leaf.dtype
+
+
+def run(
+    problem: Problem,
+    backend: TorchBackend,
+    row_scale: Tensor,
+    need: Need,
+    group: dist.ProcessGroup | None = None,
+) -> Result:
+    """Runs the cheapest plans within `problem.spec.budget`.
+
+    `row_scale` [N] multiplies each token's gradient (not `stats`).
+
+    With `group` the plan is exact: each rank holds a slice of every head and the same hidden states; statistics and
+    `hidden` are equal on all ranks, `weight` and `bias` are the slice's.
+    """
+    shard = None
+    if group is not None:
+        problem, shard = same_everywhere(problem, group), shard_of(problem, group)
+    spec, device = problem.spec, problem.token_ids.device
+    valid = None
+    if backend.capturing(device):
+        # How many tokens are valid is not known while a graph is captured: all take part, the ignored with weight 0.
+        rows = torch.arange(problem.token_ids.numel(), device=device)
+        valid = problem.token_ids != spec.ignore_index
+        check_values(problem, rows, shard.total if shard else problem.vocabulary)
+        problem = replace(problem, token_ids=problem.token_ids.where(valid, 0))
+    else:
+        rows = problem.valid_rows()
+        check_values(problem, rows, shard.total if shard else problem.vocabulary)
+    weights = cell_weights(
+        problem.verdict[rows], problem.reliability_of(rows), spec.agree, spec.conflict, spec.neutral, spec.keep
+    )
+    if valid is not None:
+        weights *= valid
+    call = Call(problem, backend, rows, valid, weights, row_scale, shard)
+    if problem.uniform is None:
+        return call.compute(None, need)
+    # The `random` control draws agreement at the measured rate: measure it first.
+    measured = call.compute(None, Need()).stats[rows]
+    d = measured[:, STATS["teacher_logprob"]] - measured[:, STATS["student_logprob"]]
+    forced = draw_agreement(d, problem.verdict[rows].double(), spec.tolerance, problem.uniform[rows])
+    return call.compute(forced, need)
+
+
+@dataclass
+class Call:
+    """A call whose tokens and weights are known. `valid`: which of `rows` are tokens at all; None: all of them."""
+
+    problem: Problem
+    backend: TorchBackend
+    rows: Tensor  # [M] positions in the problem
+    valid: Tensor | None  # [M]
+    weights: Tensor  # [3, M]
+    row_scale: Tensor  # [N]
+    shard: Shard | None
+
+    def compute(self, forced: Tensor | None, need: Need) -> Result:
+        """`forced` [M]: agreement, where the `random` control draws it."""
+        hidden, head = self.problem.student_hidden, self.problem.student
+        device, (v_all, h) = hidden.device, head.weight.shape
+        stats = torch.zeros(hidden.shape[0], len(STATS), dtype=torch.float64, device=device)
+        ladder = self.ladder(need)
+        size = self.chunk_rows(ladder[0])
+        out = Gradients(
+            torch.zeros_like(hidden, dtype=gradient_dtype(hidden)) if need.hidden else None,
+            self.backend.zeros(v_all, h, device) if need.weight else None,
+            torch.zeros(v_all, dtype=torch.float32, device=device) if need.bias else None,
+        )
+        report = self.walk(ladder, size, forced, need, stats, out)
+        return Result(
+            stats,
+            out.hidden,
+            None if out.weight is None else out.weight.to(gradient_dtype(head.weight)),
+            None if out.bias is None or head.bias is None else out.bias.to(gradient_dtype(head.bias)),
+            report.tensor(),
+        )
+
+    def ladder(self, need: Need) -> list[Plan]:
+        """Plans from the cheapest that the call may take to one that always keeps within the budget."""
+        problem, backend = self.problem, self.backend
+        columns = self.shard.columns if self.shard else None
+        budget, v, width = problem.spec.budget, problem.vocabulary, problem.student_hidden.shape[1]
+        narrow = (
+            budget >= calibration.AUTO
+            and problem.student_hidden.numel() * v >= calibration.NARROW_WORTHWHILE
+            and backend.narrows(problem.student_hidden, problem.student.weight)
+        )
+        exact = Exact(problem, backend, need, columns=columns, narrow=narrow)
+        if budget == 0 or self.shard is not None:
+            return [exact]
+        work = self.rows.numel() * v * width
+        if isinstance(backend, CpuBackend) and backend.has_pairs(problem.student.weight):
+            if work < calibration.WORTHWHILE:
+                return [exact]
+            rest = Rest(problem.student.weight[:v], backend.screened_product)
+            return [*screens(problem, backend, need, rest, self.rows), Pairs(problem, backend, need, rest)]
+        if backend.filters_columns and self.valid is None and work >= calibration.COLUMNS_WORTHWHILE:
+            return [Columns(problem, backend, need), exact]
+        return [exact]
+
+    def chunk_rows(self, plan: Plan) -> int:
+        """Tokens a chunk: as many as the workspace holds fp32 logits for, in chunks of equal size.
+
+        Ranks must agree on it: their collectives pair up.
+        """
+        problem, valid = self.problem, self.rows.numel()
+        v = self.shard.widest if self.shard else problem.vocabulary
+        heads = [h for h in (problem.student, problem.teacher, problem.reference) if h is not None]
+        blocks = len(heads) + (0 if problem.topk_ids is None else 3)  # the completed teacher; what completing it takes
+        widest = max(h.weight.shape[1] for h in heads)
+        fixed, row_bytes = plan.held_bytes()
+        row_bytes += 4 * (v * blocks + 3 * widest)  # logits; gathered hidden states and a gradient row
+        room = (problem.spec.workspace or self.backend.default_workspace) - fixed
+        rows = max(1, room // row_bytes)
+        if rows >= valid:
+            return max(1, valid)
+        unit = self.backend.row_multiple
+        rows = rows // unit * unit if rows > unit else rows
+        size = -(-valid // -(-valid // rows))
+        return size if unit == 16 else min(rows, -(-size // unit) * unit)
+
+    def walk(
+        self, ladder: list[Plan], size: int, forced: Tensor | None, need: Need, stats: Tensor, out: Gradients
+    ) -> Report:
+        """Every chunk, by the first plan of the ladder whose error is within the budget. Its logits go with it."""
+        problem, backend, report = self.problem, self.backend, Report()
+        v, device, total = problem.vocabulary, problem.token_ids.device, self.rows.numel()
+        z_student = backend.logits(size, v, device)
+        has_teacher = problem.teacher is not None or problem.topk_ids is not None
+        z_teacher = backend.logits(size, v, device) if has_teacher else None
+        z_reference = backend.logits(size, v, device) if problem.reference is not None else None
+        for first in range(0, total, size):
+            part = slice(first, min(first + size, total))
+            rows = self.rows[part]
+            n, valid = rows.numel(), None if self.valid is None else self.valid[part]
+            hidden = problem.student_hidden[rows]
+            chunk = Chunk(
+                rows=rows,
+                # 0 * NaN of an ignored token is no gradient
+                hidden=hidden if valid is None else hidden.masked_fill(~valid.unsqueeze(-1), 0.0),
+                z_student=z_student[:n],
+                z_teacher=None if z_teacher is None else z_teacher[:n],
+                z_reference=None if z_reference is None else z_reference[:n],
+                weights=self.weights[:, part],
+                forced=None if forced is None else forced[part],
+                scale=self.row_scale[rows],
+                valid=valid,
+            )
+            plan = ladder[0]
+            error = plan.forward(chunk)
+            if not plan.pays:
+                ladder.pop(0)
+            if not error <= problem.spec.budget and plan is not ladder[-1]:  # what cannot be estimated is NaN
+                plan = ladder[-1]
+                error = plan.forward(chunk)
+            stats[rows] = chunk.stats if valid is None else chunk.stats.masked_fill(~valid.unsqueeze(-1), 0.0)
+            report.add(plan, n * v, error)
+            if need:
+                plan.gradients(chunk, out)
+        return report
+
+
+@dataclass(frozen=True)
+class Shard:
+    """This rank's part of a vocabulary that is spread over a group: equal work, in chunks of equal size, everywhere."""
+
+    columns: ShardedColumns
+    total: int  # vocabulary over all ranks
+    widest: int  # the largest slice
+
+
+def shard_of(problem: Problem, group: dist.ProcessGroup) -> Shard:
+    """Slices are contiguous in the order of ranks; every rank learns every width."""
+    width = torch.tensor([problem.vocabulary], device=problem.token_ids.device)
+    widths = [torch.zeros_like(width) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(widths, width, group=group)
+    sizes = [int(w) for w in widths]
+    return Shard(ShardedColumns(sum(sizes[: dist.get_rank(group)]), group), sum(sizes), max(sizes))
+
+
+def same_everywhere(problem: Problem, group: dist.ProcessGroup) -> Problem:
+    """Randomness is the first rank's: of the controls, and of a verdict that was shuffled."""
+    verdict = problem.verdict.clone()
+    uniform = None if problem.uniform is None else problem.uniform.contiguous()
+    for tensor in (verdict, uniform):
+        if tensor is not None:
+            dist.broadcast(tensor, src=dist.get_global_rank(group, 0), group=group)
+    return replace(problem, verdict=verdict, uniform=uniform)

@@ -1,0 +1,99 @@
+"""The leading directions of a head's rows: what keeps the rest of a gradient, and what rounding feeds back.
+
+The rest of a row of the gradient, thousands of entries below the threshold, is no noise: heads' rows share
+directions, along which it adds up. B [r, H] are those directions (the leading ones of a sample of the head's rows) and
+U = W B^T, so that the rest moves dH within them; what is lost is its part outside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from . import calibration
+
+Product = Callable[[Tensor, Tensor, Tensor], None]  # hidden [n, H], weight [V, H], out [n, V] fp32
+
+
+@dataclass
+class Directions:
+    """Leading directions of a head's rows: B [r, H] orthonormal, and what lies along and outside them."""
+
+    basis: Tensor
+    inside: Tensor  # [r, r] second moments of a row's part along them
+    outside: float  # root mean square norm of a row's part outside them
+
+    @staticmethod
+    def of(weight: Tensor) -> Directions:
+        v, h = weight.shape
+        sample = weight[:: max(1, v // calibration.SAMPLED_ROWS)].float()
+        start = torch.randn(h, min(calibration.RANK, h), generator=torch.Generator().manual_seed(0)).to(weight.device)
+        for _ in range(2):
+            start = torch.linalg.qr(sample.T @ (sample @ start))[0]
+        along = sample @ start
+        rest = sample.square().sum() - along.square().sum()
+        outside = float((rest / sample.shape[0]).clamp(min=0).sqrt())
+        return Directions(start.T.contiguous(), along.T @ along / sample.shape[0], outside)
+
+    def along(self, weight: Tensor, project: Product) -> Tensor:
+        """U^T = B W^T [r, V] fp32."""
+        out = torch.empty(self.basis.shape[0], weight.shape[0], device=weight.device)
+        project(self.basis, weight, out)
+        return out
+
+
+Coefficients = tuple[Tensor, Tensor]  # [H, RANK] fp32 each
+
+
+def feedback(directions: Directions) -> Coefficients:
+    """(b_k, a_k) of rounding with error feedback: `_cpu.project_int16`.
+
+    An element k of a hidden state x is rounded to q_k = round(x_k - a_k . s), s = B (q - x) over the elements before
+    it. a_k = (sum_{j >= k} b_j b_j^T + L^-1)^-1 b_k is what makes |W (q - x)|^2 least if the elements from k on could
+    take any value, with B the head's directions, b_k its columns, and L their second moments beyond those of all
+    others, in units of these (GPTQ's recursion, arXiv 2210.17323, for a matrix of that form).
+    """
+    basis = directions.basis.double()
+    r, h = basis.shape
+    power, axes = torch.linalg.eigh(directions.inside.double())
+    others = max(directions.outside**2 / max(h - r, 1), 1e-12 * float(power.sum()), 1e-300)
+    inverse = axes @ torch.diag(1 / (power / others - 1).clamp(1e-6, 1e6)) @ axes.T
+    behind = torch.einsum("rk,sk->krs", basis, basis).flip(0).cumsum(0).flip(0)
+    absorb = torch.linalg.solve(behind + inverse, basis.T)
+
+    def padded(x: Tensor) -> Tensor:
+        return torch.nn.functional.pad(x, (0, calibration.RANK - r)).float().contiguous()
+
+    return padded(basis.T), padded(absorb)
+
+
+class Rest:
+    """What a call's plans leave out of their products: kept along the directions of `weight` [V, H], which it owns.
+
+    `product` computes U^T; its rounding matters to the rest alone. Directions are made when they are first asked for.
+    """
+
+    def __init__(self, weight: Tensor, product: Product) -> None:
+        self.weight, self.product = weight, product
+
+    @cached_property
+    def directions(self) -> Directions:
+        return Directions.of(self.weight)
+
+    @cached_property
+    def along(self) -> Tensor:
+        return self.directions.along(self.weight, self.product)
+
+    def error(self, left: float, energy: float, hidden: Tensor) -> float:
+        """Estimated error of both gradients: `left` of `energy` = ||G||^2 stayed; hidden [n, H], what was taken."""
+        reach = float(hidden.norm())
+        lost = calibration.COHERENCE * left**0.5 * self.directions.outside / reach if reach > 0 else float("inf")
+        return max(lost, calibration.SPREAD * (left / energy) ** 0.5)
+
+    def add_to(self, hidden: Tensor, rest: Tensor) -> Tensor:
+        """The hidden gradient [n, H]: of what was taken, and of the rest [n, V] along the directions."""
+        return torch.addmm(hidden, rest @ self.along.T, self.directions.basis)

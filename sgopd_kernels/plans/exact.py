@@ -1,0 +1,126 @@
+"""The exact plan, the oracle of the others: both models' logits of a chunk in fp32; one fused row pass that leaves the
+gradient in the student's logits; two dense gradient products. Nothing is recomputed: 6 Hs + 2 Ht FLOP for each of the
+N V logits.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..backends.torch import ShardedColumns, TorchBackend
+from ..problem import Chunk, Problem
+from ..reference import STATS
+from . import calibration
+from .base import Gradients, Need
+
+
+class Exact:
+    """`columns`: of a vocabulary that is spread over a group. `narrow`: G is rounded to bf16 for its products."""
+
+    pays = True
+
+    def __init__(
+        self,
+        problem: Problem,
+        backend: TorchBackend,
+        need: Need,
+        *,
+        columns: ShardedColumns | None = None,
+        narrow: bool = False,
+    ) -> None:
+        self.problem, self.backend, self.need, self.columns, self.narrow = problem, backend, need, columns, narrow
+        self.v = problem.vocabulary
+        self.head = problem.student.weight[: self.v]
+        self.ran, self.kept = "exact", 0
+
+    def held_bytes(self) -> tuple[int, int]:
+        return self.backend.held_bytes(self.problem, self.narrow)
+
+    def forward(self, chunk: Chunk) -> float:
+        self.project(chunk)
+        form = (torch.bfloat16 if self.narrow else torch.float32) if self.need else None
+        chunk.stats = self.backend.rows(self.problem, chunk, form, self.columns)
+        self.kept = chunk.z_student.numel()
+        return calibration.AUTO if self.narrow and self.need else 0.0
+
+    def project(self, chunk: Chunk) -> None:
+        """All models' logits."""
+        p, at, backend = self.problem, chunk.rows, self.backend
+        backend.project(p.student_hidden[at], self.head, chunk.z_student)
+        if p.teacher is not None:
+            assert chunk.z_teacher is not None and p.teacher_hidden is not None
+            backend.project(p.teacher_hidden[at], p.teacher.weight[: self.v], chunk.z_teacher)
+        if p.reference is not None:
+            assert chunk.z_reference is not None and p.reference_hidden is not None
+            backend.project(p.reference_hidden[at], p.reference.weight[: self.v], chunk.z_reference)
+        if p.topk_ids is not None:
+            assert chunk.z_teacher is not None
+            complete_teacher(p, at, chunk.z_student, chunk.z_teacher)
+
+    def gradients(self, chunk: Chunk, out: Gradients) -> None:
+        g, h, at = self.backend.gradient_of(chunk.z_student, self.narrow), chunk.hidden, chunk.rows
+        if chunk.valid is None and (not self.backend.waits or self.problem.spec.may_weigh_0):
+            order = compact(self.backend, g, self.active(chunk))
+            if order.numel() == 0:
+                return
+            if order.numel() < at.numel():
+                g, h, at = g[: order.numel()], h[order], at[order]
+        if out.hidden is not None:
+            g_h = torch.zeros(at.numel(), h.shape[1], dtype=torch.float32, device=h.device)
+            self.backend.add_hidden_gradient(g, self.head, g_h)
+            if self.columns is not None:
+                dist.all_reduce(g_h, group=self.columns.group)
+            out.hidden[at] = g_h.to(out.hidden.dtype)
+        if out.weight is not None:
+            self.backend.add_weight_gradient(g, h, out.weight[: self.v])
+        if out.bias is not None:
+            out.bias[: self.v] += g.sum(0, dtype=torch.float32)
+
+    def active(self, chunk: Chunk) -> Tensor:
+        """[n] bool: rows with a weight; the others leave the backward."""
+        weighs = chunk.stats[:, STATS["gate"]] if self.problem.reference is None else (chunk.weights != 0).any(0)
+        return (weighs != 0) & (chunk.scale != 0)
+
+
+def compact(backend: TorchBackend, g: Tensor, active: Tensor) -> Tensor:
+    """Moves the active rows [n] of g to its front; their row numbers, in the order in which they now stand.
+
+    Rows from the end fill the gaps: the fewest moves, and no row is written that is still to be read.
+    """
+    order = torch.arange(int(active.sum()), device=g.device)
+    gaps = torch.nonzero(~active[: order.numel()]).squeeze(-1)
+    last = torch.nonzero(active[order.numel() :]).squeeze(-1) + order.numel()
+    backend.move_rows(g, gaps, last)
+    order[gaps] = last
+    return order
+
+
+def complete_teacher(problem: Problem, rows: Tensor, z_student: Tensor, out: Tensor) -> Tensor:
+    """Teacher logits [n, V] of top-k log-probabilities: the tail's mass is shared out as the student shares its own.
+
+    With q_v = p_v * q_tail / p_tail beyond the top k, the reverse KL over all columns *is* the one over k + 1 buckets,
+    sum_k p_k (log p_k - log q_k) + p_tail (log p_tail - log q_tail) >= 0, and its logit gradient is that one's too.
+    """
+    assert problem.topk_ids is not None and problem.topk_logprob is not None
+    spec, head = problem.spec, problem.student
+    ids, log_q = problem.topk_ids[rows], problem.topk_logprob[rows].double()
+    # The student's logits, as the row pass will make them; it divides `out` by the temperature as well.
+    z = out.copy_(z_student)
+    if head.bias is not None:
+        z += head.bias[: z.shape[1]].float()
+    z *= head.logit_scale
+    if head.softcap is not None:
+        z.div_(head.softcap).tanh_().mul_(head.softcap)
+    z /= spec.temperature
+    log_p_tail = torch.logsumexp(z.scatter(-1, ids, -torch.inf), -1).double()  # not 1 - sum: that cancels
+    log_q_tail = tail_logprob(log_q)
+    z += (log_q_tail - log_p_tail).unsqueeze(-1).float()
+    z.scatter_(-1, ids, log_q.float())
+    return z.mul_(spec.temperature)
+
+
+def tail_logprob(log_q: Tensor) -> Tensor:
+    """log(1 - sum q) of top-k log-probabilities [..., k], float64; -inf where nothing is left."""
+    return torch.log1p(-log_q.exp().sum(-1).clamp(max=1.0))

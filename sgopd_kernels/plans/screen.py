@@ -1,0 +1,130 @@
+"""The screened plan: logits in 16-bit integers; those that carry probability again in fp32; then as filtered.
+
+The screen's error is measured on the logits that are computed twice, and estimated from there for loss, gradients and
+the gate's sign.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ..backends.cpu import CpuBackend
+from ..problem import Chunk, Problem
+from ..reference import STATS
+from . import calibration
+from .base import Need, worst
+from .calibration import Setting
+from .directions import Coefficients, Directions, Rest, feedback
+from .pairs import Pairs
+
+
+class Feedback:
+    """Both models' roundings, made when they are first asked for."""
+
+    def __init__(self, rest: Rest, teacher: Tensor) -> None:
+        self.rest, self.teacher_weight = rest, teacher
+
+    @cached_property
+    def student(self) -> Coefficients:
+        return feedback(self.rest.directions)
+
+    @cached_property
+    def teacher(self) -> Coefficients:
+        return feedback(Directions.of(self.teacher_weight))
+
+
+class Screen(Pairs):
+    """`mass`: the probability from which a logit is computed again."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        backend: CpuBackend,
+        need: Need,
+        rest: Rest,
+        feedback: Feedback | None,
+        setting: Setting,
+        mass: float,
+    ) -> None:
+        super().__init__(problem, backend, need, rest)
+        self.feedback, self.setting, self.mass = feedback, setting, mass
+        self.measured = rest.weight.new_empty(0)  # [n, 6], of a chunk's screen (csrc/cpu/screen.cpp)
+
+    def project(self, chunk: Chunk) -> None:
+        p, at, feedback = self.problem, chunk.rows, self.feedback
+        assert p.teacher is not None and p.teacher_hidden is not None and chunk.z_teacher is not None
+        student, teacher = (feedback.student, feedback.teacher) if feedback else (None, None)
+        segment, project = self.setting.segment, self.backend.project_screened
+        project(p.student_hidden[at], self.head, chunk.z_student, segment, student)
+        project(p.teacher_hidden[at], p.teacher.weight[: self.v], chunk.z_teacher, segment, teacher)
+        self.measured = self.backend.refine(p, at, chunk.z_student, chunk.z_teacher, self.mass)
+
+    def forward(self, chunk: Chunk) -> float:
+        super(Pairs, self).forward(chunk)
+        loss, noise = self.error(chunk.stats, chunk.scale)
+        error = worst(loss, self.take(chunk, noise))
+        self.ran = "screened"
+        self.pays = error <= self.budget  # nor would it hold on the chunks to come
+        return error
+
+    def error(self, stats: Tensor, scale: Tensor) -> tuple[float, float]:
+        """(estimate of the loss's error, inf where a gate's sign may flip; noise in dH, as large as an error of G)."""
+        report = self.measured
+        tail = torch.maximum(report[:, 2], report[:, 3])
+        variance = report[:, 4] + report[:, 5]
+        at_most = self.mass * tail * variance  # bounds the sum over the tail of p^2 times the variance
+        ratio = 5 * float(at_most.max().sqrt())
+        loss = float((tail * variance).sum() / stats[:, STATS["kl"]].abs().sum().clamp(min=1e-300))
+        row_weight = (stats[:, STATS["gate"]] * scale).double()
+        noise = self.setting.coherence * float((row_weight.square() * at_most).sum().sqrt())
+        return loss if ratio <= calibration.GATE else math.inf, noise
+
+
+def screens(problem: Problem, backend: CpuBackend, need: Need, rest: Rest, rows: Tensor) -> list[Screen]:
+    """The screens that may hold for the tokens `rows`, the fastest first; none for flat or nearly equal models.
+
+    The screen sees plain logits: neither bias, softcap nor a third model. A probe of every sixteenth column of up to 16
+    tokens, in fp32: how many carry probability, and the KL between the two distributions restricted to them. Worth
+    under 1 % of a chunk.
+    """
+    p = problem
+    if (
+        p.teacher is None
+        or p.teacher_hidden is None
+        or p.reference is not None
+        or p.spec.estimator != "full"
+        or any(h.bias is not None or h.softcap is not None for h in (p.student, p.teacher))
+        or not backend.screens(p.student_hidden, p.student.weight, p.teacher_hidden, p.teacher.weight)
+        or rows.numel() == 0
+    ):
+        return []
+    probed, stride = calibration.PROBED_ROWS, calibration.PROBED_STRIDE
+    at = rows[:: max(1, rows.numel() // probed)][:probed]
+    columns = slice(0, p.vocabulary, stride)
+    scale = 1 / p.spec.temperature
+
+    def logits(hidden: Tensor, weight: Tensor, logit_scale: float) -> Tensor:
+        z = hidden[at].float() @ weight[columns].float().T
+        return torch.log_softmax(z * (logit_scale * scale), -1)
+
+    log_p = logits(p.student_hidden, p.student.weight, p.student.logit_scale)
+    log_q = logits(p.teacher_hidden, p.teacher.weight, p.teacher.logit_scale)
+    # Restricted to a sixteenth of the columns a probability is sixteen times as large.
+    mass = (torch.maximum(log_p, log_q) - torch.tensor(stride).log()).exp()
+    if float((mass > calibration.MASS).float().mean()) >= calibration.MOST:
+        return []
+    kl = float((log_p.exp() * (log_p - log_q)).sum(-1).median())
+    room = kl * p.spec.budget**2
+    both = Feedback(rest, p.teacher.weight[: p.vocabulary])
+    first = next((i for i, s in enumerate(calibration.SETTINGS) if room > s.kl), len(calibration.SETTINGS))
+    at_first = min(calibration.MOST_MASS, calibration.MASS * max(1.0, room / calibration.SETTINGS[0].kl) ** 0.75)
+    return [
+        Screen(
+            p, backend, need, rest, both if setting.feedback else None, setting, calibration.MASS if later else at_first
+        )
+        for later, setting in enumerate(calibration.SETTINGS[first:])
+    ]
