@@ -166,7 +166,7 @@ _AFTER_WORDS = _rewrites(
 # Words that stand in mathematics without a font: and, or; long words; and a unit after a number and a blank.
 _BARE = re.compile(
     r"(?<![\\a-zA-Z⟦'_^{])(and|or|[a-zA-Z]{4,})(?![a-zA-Z(])"
-    r"|(?<=[\d)}] )(cm|mm|km|kg|mg|mL|ml|min|ft|mph|am|pm|AM|PM|hrs?|lbs?|oz|yd|mi|to)(?![a-zA-Z(])"
+    r"|(?<=[\d)}] )(cm|mm|km|kg|mg|mL|ml|min|ft|mph|am|pm|AM|PM|USD|EUR|GBP|hrs?|lbs?|oz|yd|mi|to)(?![a-zA-Z(])"
 )
 _DOTTED = re.compile(r"\b([ap])\.\s?m\.?(?![a-zA-Z])", re.IGNORECASE)
 
@@ -348,6 +348,8 @@ def items(text: str, bare: bool = False) -> list[tuple[str, str]]:
         without = re.sub(rf"(?<![\d,.]){_THOUSANDS.pattern}(?![\d.]|,\d)", lambda m: m[0].replace(",", ""), text)
         text = text if re.search(r"\d,\d", without) else without
     parts = split(text, _SEPARATORS)
+    if len(parts) > 1 and any(re.fullmatch(r"0\d+", part) for _, part in parts):
+        return [("", "")]  # a group of thousands, cut off
     words = {"and", "or"}
     return [
         (before, part)
@@ -532,6 +534,8 @@ _SYNONYMS = {
 
 
 def _stem(word: str) -> str:
+    if word[2:8] == "crease":  # increased by, decreases by
+        return word[:8]
     return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word
 
 
@@ -563,7 +567,9 @@ def words(text: str) -> Value | None:
 # --- readers ---
 
 _LETTERS = re.compile(
-    r"(?:options?|choices?|answers?|statements?)? ?((?:\(?[A-J]\)?(?: ?(?:,|;|and|&|or|/|, and) ?| )?)+)", re.IGNORECASE
+    r"(?:(?:the )?(?:correct )?(?:options?|choices?|answers?|statements?)(?: is| are)?)?:? ?"
+    r"((?:\(?[A-J]\)?(?: ?(?:,|;|and|&|or|/|, and) ?| )?)+)",
+    re.IGNORECASE,
 )
 
 
@@ -574,10 +580,9 @@ def choice(text: str) -> Value | None:
     if not match or " or " in plain or "/" in plain or re.search(r"(?<![a-zA-Z])[a-j](?![a-zA-Z])", match[1]):
         return None
     letters = re.findall(r"[A-J]", match[1])
-    if len(letters) > 1 and "(" in plain and "," not in plain and "and" not in plain:
-        return None
-    listed = len(letters) == 1 or bool(re.search(r"[,;&]| and ", plain))
-    if "".join(letters) != re.sub(r"[^A-J]", "", plain.replace("and", "")) or (not listed and " " in plain):
+    said = match[1].strip()
+    listed = len(letters) == 1 or bool(re.search(r"[,;&]| and |^(?:\([A-J]\) ?)+$", said))
+    if not listed and (" " in said or "(" in said):
         return None
     return Value("choice", (tuple(letters), listed))
 
@@ -805,7 +810,7 @@ _CONGRUENT = re.compile(
 )
 _LINEAR = re.compile(
     r"(?:([a-zA-Z]) ?= ?)?(?:(-?\d*) ?([a-zA-Z]) ?([+-] ?\d+)?|(-?\d+) ?([+-] ?\d*) ?([a-zA-Z]))"
-    r" ?(?:, ?|⟦(?:where|for|with|for some|for all|for any|for every|for integers?|for any integer|where) ?⟧ ?|\( ?)"
+    r" ?(?:|, ?|⟦(?:where|for|with|for some|for all|for any|for every|for integers?|for any integer|where) ?⟧ ?|\( ?)"
     r"(?:([a-zA-Z]) ?\\in ?\\mathbb ?\{?Z\}?|⟦(?:for )?(?:any |some |an |every |all )?integers? ?⟧ ?([a-zA-Z])"
     r"|([a-zA-Z]) ?⟦(?:is )?(?:an |any )?integers?⟧)\)?"
 )
@@ -816,6 +821,12 @@ def congruence(text: str) -> Value | None:
     if match := _CONGRUENT.fullmatch(text):
         modulus = int(match[3] or match[4] or match[5])
         return Value("congruence", (match[1] or "", int(match[2]) % modulus, modulus)) if modulus else None
+    if match := re.fullmatch(r"(?:([a-zA-Z]) ?\\equiv ?)?([\d\-, ]+,[\d\-, ]+|\\pm ?\d+) ?\\pmod ?\{?(\d+)\}?", text):
+        residues = re.findall(r"-?\d+", match[2])
+        residues += ["-" + residue for residue in residues if "pm" in match[2]]
+        modulus = int(match[3])
+        found = {Value("congruence", (match[1] or "", int(r) % modulus, modulus)) for r in residues if modulus}
+        return Value("set", tuple(sorted(found))) if found else None
     if match := _LINEAR.fullmatch(text):
         name, factor, letter, shift, start, step, other, a, b, c = match.groups()
         slope, offset = (factor, shift or "0") if letter else (step, start)
@@ -823,6 +834,12 @@ def congruence(text: str) -> Value | None:
         if (letter or other) == (a or b or c) and slope:
             return Value("congruence", (name or "", int(offset.replace(" ", "")) % abs(slope), abs(slope)))
     return None
+
+
+def _linear(text: str) -> Value | None:
+    """4k + 1, where k is a whole number though nobody says so."""
+    letters = _letters(text)
+    return congruence(rf"{text}, {letters.pop()} \in \mathbb{{Z}}") if len(letters) == 1 else None
 
 
 def family(text: str) -> Value | None:
@@ -847,6 +864,8 @@ def relation(text: str) -> Value | None:
         return None
     parts = split(text, _RELATIONS)
     signs, sides = [sign for sign, _ in parts[1:]], [side for _, side in parts]
+    if match := re.fullmatch(r"([a-zA-Z]) ?\\ne ?([^,]+(?:, ?[^,]+)+)", text):  # x is not 1, 2
+        return _all_but([part for _, part in items(match[2])], match[1])
     if not signs or "=" in signs or any(read(side).kind not in ("formula", "percent", "degrees") for side in sides):
         return None
     letters = [index for index, side in enumerate(sides) if re.fullmatch(r"[a-zA-Z]|\\theta|[a-z]_\{?\w\}?", side)]
@@ -988,7 +1007,7 @@ def brackets(text: str) -> Value | None:
         content = inside(text, opening, closing)
         if not content:
             continue
-        values = tuple(read(part) for part in (part for _, part in split(content, {",", ";"})))
+        values = tuple(read(part) for part in (part for _, part in items(content)))
         if any(
             value.kind in ("unread", "words", "list", "choice")
             and not re.fullmatch("[A-Z]", value.parts[0][0] if value.kind == "choice" else "")
@@ -1057,7 +1076,8 @@ def ratio(text: str) -> Value | None:
 _BASES = _word_list("zero one two three four five six seven eight nine ten eleven twelve 13 14 15 sixteen")
 _BASE = re.compile(
     rf"\(?([0-9A-F]+(?:\.[0-9A-F]+)?)\)? ?"
-    rf"(?:_ ?\{{? ?(?:⟦?(?:\\?\(?base ?)?)?(\d+|{'|'.join(_BASES)})\)?⟧? ?\}}?| ⟦(?:\(|in )?base⟧ ?(\d+)\)?)"
+    rf"(?:_ ?\{{? ?(?:⟦? ?\(?base ?⟧? ?|⟦)?(\d+|{'|'.join(_BASES)})\)?⟧? ?\}}?| ⟦(?:\(|in )?base⟧ ?(\d+)\)?|"
+    rf" ?⟦\(?(?:in )?base (\d+)\)?⟧)"
 )
 
 
@@ -1066,7 +1086,7 @@ def based(text: str) -> Value | None:
     match = _BASE.fullmatch(text)
     if not match:
         return None
-    base = match[2] or match[3]
+    base = match[2] or match[3] or match[4]
     return Value("based", (match[1].lstrip("0") or "0", int(base) if base.isdecimal() else _BASES.index(base)))
 
 
@@ -1116,6 +1136,8 @@ _HEAD = re.compile(rf"((?:(?!{_UNIT_START}).)*?) *(?:\\cdot|\\times)? ?((?:{_UNI
 
 def quantity(text: str) -> Value | None:
     """A number with something after it: (number, unit, noun, words that matter)."""
+    if match := re.fullmatch(r"([^€£¥⟦]+?) ?([€£¥])", text):
+        text = match[2] + match[1]
     if match := _MONEY.fullmatch(text):
         value = read(match[3].strip())
         dimension = _CURRENCIES[match[2].strip("⟦⟧ .")[-1]]
@@ -1223,6 +1245,8 @@ def formula(text: str) -> Value | None:
         text = re.sub(r"\\cancel ?\{((?:[^{}]|\{[^{}]*\})*)\}", r"{\1}", text)
     if _TRIGONOMETRIC.search(text):
         text = _ANGLE.sub(r"{\\frac{\1\\pi}{180}}", text)
+    if re.search(r"[\d} ]k? ?\\Omega$", text):  # ohms
+        return None
     text = text.replace("{,}", "").replace(r"\%", "%")
     bare = text
     position = 0
@@ -1628,7 +1652,8 @@ def _quantity(comparer: Comparer, gold: tuple, answer: tuple) -> bool | None:
         and isinstance(y_unit, tuple)
     ):
         if x_unit[1] != y_unit[1]:
-            return False
+            pounds = {x_unit, y_unit} == {UNITS["pound"], UNITS["sterling"]}
+            return comparer.formula(x, y) if pounds else False
         same = comparer.formula(_times(x, x_unit[0]), _times(y, y_unit[0]))
     elif x_unit == y_unit:
         same = comparer.formula(x, y)
@@ -1840,6 +1865,15 @@ def _pair(comparer: Comparer, pair: Value, interval: Value, turned: bool) -> boo
     return _interval(comparer, ours, interval.parts) if not turned else _interval(comparer, interval.parts, ours)
 
 
+def _timed(comparer: Comparer, clock: Value, ratio: Value, turned: bool) -> bool | None:
+    """8:10 beside 4:5, which is no time: as the gold's ratio. The other way round, the gold may be a time."""
+    hour, minute, second, half = clock.parts
+    if half or second:
+        return False
+    terms = tuple(Value("formula", (str(term),)) for term in (hour, minute))
+    return _ratio(comparer, ratio.parts, terms) if turned else None
+
+
 def _column(comparer: Comparer, point: Value, column: Value, turned: bool) -> bool | None:
     rows = column.parts
     if len(rows) > 1 and len(rows[0]) > 1:
@@ -1861,13 +1895,13 @@ def _indexed(comparer: Comparer, assignments: Value, listed: Value, turned: bool
 
 def _residues(comparer: Comparer, congruence: Value, other: Value, turned: bool) -> bool | None:
     """A class of residues beside the residue, or beside 4k + 1."""
-    _, residue, modulus = congruence.parts
-    match = re.fullmatch(r"(-?\d+) ?([a-zA-Z]) ?([+-] ?\d+)?", other.parts[0]) if other.kind == "formula" else None
-    if match:
-        return abs(int(match[1])) == modulus and (int((match[3] or "0").replace(" ", "")) - residue) % modulus == 0
+    name, residue, _ = congruence.parts
+    linear = _linear(other.parts[0]) if other.kind == "formula" else None
+    if linear:
+        return linear.parts[1:] == congruence.parts[1:]
     if other.kind != "formula":
         return None
-    return (str(residue) == other.parts[0]) and (turned or None)
+    return (str(residue) == other.parts[0]) and (turned or not name or None)
 
 
 def _listed(comparer: Comparer, listed: Value, collection: Value, turned: bool) -> bool | None:
@@ -1924,7 +1958,7 @@ MIXED: dict[tuple[str, str], Mixed] = {
     ("words", "formula"): lambda c, x, y, _: (
         _words(c, x.parts, ((y.parts[0].casefold(),), y.parts[0].casefold())) if y.parts[0].isalpha() else False
     ),
-    ("clock", "ratio"): lambda c, x, y, _: None if not x.parts[3] else False,
+    ("clock", "ratio"): lambda c, x, y, turned: _timed(c, x, y, turned),
     ("clock", "formula"): lambda c, x, y, _: (
         _divided(c, Value("ratio", tuple(Value("formula", (str(p),)) for p in x.parts[:2])), y, _)
         if not x.parts[3] and x.parts[1]

@@ -54,7 +54,7 @@ Tags = Sequence[Sequence[str]]
 
 # The bounded repeats keep this linear: an unbounded one rescans a run of backslashes or blanks from every start.
 _BRACE = re.compile(
-    r"(?P<box>\\{1,3}(?:boxed|fbox)\s{0,9}\{)|\\{1,3}boxed\s{0,9}(?P<bare>-?\d[\d.,/]{0,99}|[a-zA-Z](?![a-zA-Z]))"
+    r"(?P<box>\\{1,3}(?:boxed|fbox|framebox)\s{0,9}\{)|\\{1,3}boxed\s{0,9}(?P<bare>-?\d[\d.,/]{0,99}|[a-zA-Z](?![a-zA-Z]))"
     r"|\\\\|\\[{}]|(?P<open>\{)|(?P<close>\})"
 )
 _ANSWER_TAG = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL)
@@ -63,11 +63,14 @@ _QUOTED = re.compile(r"'([^']*)'|\"([^\"]*)\"")
 _LISTED = re.compile(r"\[(?:(?:'[^']*'|\"[^\"]*\")(?:, ?|(?=\])))+\]")
 # Between two boxes that are one answer: x = \boxed{2} and y = \boxed{3}, \boxed{2} or \boxed{3}.
 _JOINT = re.compile(
-    r"[\s$.,]{0,5}(?P<word>and|or)[\s$]{1,5}(?:[a-zA-Z] ?= ?)?(?:[a-zA-Z] ?= ?)?|[\s$]{0,5},[\s$]{1,5}[a-zA-Z] ?= ?"
+    r"[\s$.,]{0,5}(?:\\text\s?\{\s?)?(?P<word>and|or)[\s$}]{1,5}(?:[a-zA-Z] ?= ?){0,2}"
+    r"|[\s$]{0,5},[\s$]{1,5}[a-zA-Z] ?= ?"
 )
 _NAMED = re.compile(r"(?<![a-zA-Z\\])([a-zA-Z]) ?= ?$")
-_DENIED = re.compile(r"(?:\bnot|n't|\bneither|\bnor)(?: be| equal to| equal)?[\s$]{1,3}(?:[a-zA-Z] ?= ?)?$")
-_DENIED_AFTER = re.compile(r"[\s$]{0,3}(?:is|was|would be) (?:not|wrong|incorrect|false)\b|[\s$]{0,3}isn't")
+_DENIED = re.compile(r"(?:\bnot|\bcannot|n't|\bneither|\bnor)(?: be| equal to| equal)?[\s$]{1,3}(?:[a-zA-Z] ?= ?)?$")
+_DENIED_AFTER = re.compile(
+    r"[\s$]{0,3}(?:is|was|would be) (?:not|wrong|incorrect|false)\b|[\s$]{0,3}isn't (?!it)|[\s$]{0,3}\? ?(?:No\b|Wrong)"
+)
 # Where nothing is boxed, an answer that is marked as one in the last line: #### 17, **17**, Answer: 17.
 _MARKED = re.compile(
     r"#{4} ?(.+)|.*\*\*([^*:]+)\*\*[.\s]*|[*#\s]*(?:final )?answer\s?[*\s]*:[*\s]*([^*]+?)[*\s]*", re.IGNORECASE
@@ -130,9 +133,11 @@ def boxed_answer(response: str, tags: Tags = THOUGHT_TAGS) -> str | None:
     found = boxes(text)
     if not found:
         return None if "boxed" in text else _marked(text)
-    start, end, answer = found[-1]
-    if _DENIED.search(text[max(0, start - 40) : start]) or _DENIED_AFTER.match(text[end : end + 40]):
+    while found and _denied(text, *found[-1][:2]):
+        found.pop()
+    if not found:
         return None
+    start, _, answer = found[-1]
     joined = [_named(text, start) + answer]
     for (before, closes, content), (opens, _, _) in zip(found[-2::-1], found[:0:-1]):
         joint = _JOINT.fullmatch(text[closes:opens]) if opens - closes < 40 else None
@@ -140,6 +145,10 @@ def boxed_answer(response: str, tags: Tags = THOUGHT_TAGS) -> str | None:
             break
         joined += [r"\text{ or }" if joint["word"] == "or" else ", ", _named(text, before) + content]
     return ("".join(joined[::-1]) if len(joined) > 1 else answer).strip() or None
+
+
+def _denied(text: str, start: int, end: int) -> bool:
+    return bool(_DENIED.search(text[max(0, start - 40) : start]) or _DENIED_AFTER.match(text[end : end + 40]))
 
 
 def _named(text: str, start: int) -> str:
