@@ -498,9 +498,10 @@ def unit(text: str) -> Unit | None:
 
 # Say nothing of the answer; what stands before or after a number besides these is a noun, or matters.
 _NEUTRAL = _word_set(
-    "so thus hence therefore final correct the answer answers result value values there are is it equals equal to we "
-    "old get have exactly a an total of solution solutions approximately about in all altogether such integers integer "
-    "different distinct possible them ways way units unit square points point numbers number that which only"
+    "so thus hence therefore final correct the answer answers result value values there are is it equals equal "
+    "to we old long wide tall high deep get have exactly a an total of solution solutions approximately about "
+    "in all altogether such integers integer different distinct possible them ways way units unit square "
+    "points point numbers number that which only"
 )
 _MATTERS = _word_set(
     "or and more less least most not no than between remainder over under above below before after increase decrease "
@@ -1212,12 +1213,12 @@ def _modified(value: Value, said: str, before: bool = False) -> Value:
 
 
 def _compound(parts: Sequence[tuple[str, str]]) -> Value | None:
-    total, dimensions = Fraction(0), None
+    total, smallest, dimensions = Fraction(0), Fraction(0), None
     for figure, name in parts:
         made, value = unit(name), number(figure)
-        if made is None or value is None or (dimensions is not None and made[1] != dimensions):
+        if made is None or value is None or (dimensions is not None and (made[1] != dimensions or made[0] >= smallest)):
             return None
-        dimensions = made[1]
+        smallest, dimensions = made
         total += value.value * made[0]
     assert dimensions is not None
     return Value("quantity", (_fraction(total), (Fraction(1), dimensions), "", ("compound",)))
@@ -1245,7 +1246,7 @@ def formula(text: str) -> Value | None:
         text = re.sub(r"\\cancel ?\{((?:[^{}]|\{[^{}]*\})*)\}", r"{\1}", text)
     if _TRIGONOMETRIC.search(text):
         text = _ANGLE.sub(r"{\\frac{\1\\pi}{180}}", text)
-    if re.search(r"[\d} ]k? ?\\Omega$", text):  # ohms
+    if re.search(r"[\d} ]k? ?\\Omega$|\\frac ?\{ ?d ?(?:\^ ?\{?\d\}? ?)?[a-zA-Z(]", text):  # ohms, dy/dx
         return None
     text = text.replace("{,}", "").replace(r"\%", "%")
     bare = text
@@ -1537,6 +1538,14 @@ def _distinct(comparer: Comparer, values: Sequence[Value]) -> list[Value]:
     return list(kept.values())
 
 
+def _list(comparer: Comparer, gold: tuple, answer: tuple) -> bool | None:
+    if {gold[1], answer[1]} == {"and", "or"} and _relations(gold[0]):
+        return None
+    nouns = [{value.parts[2] for value in values if value.kind == "quantity"} for values, _ in (gold, answer)]
+    same = comparer.unordered(gold[0], answer[0])
+    return same if same is False or nouns[0] == nouns[1] or max(map(len, nouns)) < 2 else None  # 3 dogs, 5 cats
+
+
 def _named(comparer: Comparer, gold: tuple, answer: tuple) -> bool | None:
     if gold[0] == answer[0]:
         return comparer.compare(gold[1], answer[1])
@@ -1729,7 +1738,7 @@ RULES: dict[str, Rule] = {
     "date": _date,
     "clock": _clock,
     "set": lambda c, x, y: c.unordered(_distinct(c, x), _distinct(c, y)),
-    "list": lambda c, x, y: c.unordered(x[0], y[0]) if {x[1], y[1]} != {"and", "or"} or not _relations(x[0]) else None,
+    "list": _list,
     "tuple": lambda c, x, y: (
         c.in_order(x[1], y[1]) if x[0] == y[0] or not {x[0], y[0]} - {"(", r"\langle"} else _vectors(c, x, y)
     ),
@@ -1792,7 +1801,9 @@ def _percent(comparer: Comparer, gold: Value, answer: Value, turned: bool) -> bo
         return None if answer.kind == "unread" else False
     value = number(gold.parts[0])
     hundredth = _fraction(value.value / 100) if value else rf"\frac{{{gold.parts[0]}}}{{100}}"
-    figures = [(gold.parts[0], answer.parts[0]), (hundredth, answer.parts[0])]
+    figures = [(hundredth, answer.parts[0])]
+    if not turned or re.fullmatch(r"[\d.,]+", gold.parts[0]):  # 50 may be 50 %, but 1/3 is not 1/3 %
+        figures.append((gold.parts[0], answer.parts[0]))
     verdicts = [comparer.formula(*(pair if not turned else pair[::-1])) for pair in figures]
     return True in verdicts or (None if None in verdicts else False)
 
@@ -1919,6 +1930,8 @@ def _divided(comparer: Comparer, ratio: Value, other: Value, turned: bool) -> bo
     x, y = _plain_value(first), _plain_value(second)
     if y == 0:
         return False
+    if turned and re.fullmatch(r"-?\d+", other.parts[0]):
+        return None if number(first) else False  # 10:1 is more than 10
     quotient = rf"\frac{{{first}}}{{{second}}}" if x is None or y is None else _fraction(x / y)
     return comparer.formula(quotient, other.parts[0])
 

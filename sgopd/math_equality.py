@@ -27,6 +27,7 @@ from sympy import (
     Limit,
     Matrix,
     MatrixBase,
+    Pow,
     Product,
     Rational,
     Set,
@@ -34,6 +35,7 @@ from sympy import (
     Symbol,
     Union,
     default_sort_key,
+    log,
     nan,
     oo,
     simplify,
@@ -200,30 +202,27 @@ def _apart(x: Expr, y: Expr, digits: int) -> bool | None:
 def _same_at_points(x: Expr, y: Expr) -> bool | None:
     """Whether two expressions are equal at random real points, to so many digits that coefficients are equal too.
 
-    Points where one is real and the other is not are left out: ln(x^2) and 2 ln(x) are the same where both are real.
+    None where they are equal at positive points alone, because of roots and logarithms: ln|x| and ln x may be the same
+    or not.
     """
     symbols = sorted(x.free_symbols | y.free_symbols, key=default_sort_key)
     exact = {number: Rational(str(number)) for number in x.atoms(Float) | y.atoms(Float)}
     x, y = x.xreplace(exact), y.xreplace(exact)
+    branches = any(value.has(log) or any(not power.exp.is_integer for power in value.atoms(Pow)) for value in (x, y))
     draw, compared = random.Random(0), 0
     for point in range(2 * _POINTS):
-        sign = 1 if point % 2 == 0 else -1
-        at = {
-            s: Rational(draw.randint(10**6, 4 * 10**6) * (sign if draw.random() < 0.7 else 1), 10**6) for s in symbols
-        }
+        positive = point < _POINTS
+        sizes = [Rational(draw.randint(10**6, 4 * 10**6), 10**6) for _ in symbols]
+        at = {s: size if positive or draw.random() < 0.3 else -size for s, size in zip(symbols, sizes)}
         try:
             a, b = (value.subs(at).evalf(_POINT_DIGITS) for value in (x, y))
         except (ValueError, ZeroDivisionError, OverflowError, TypeError):
             continue
         if not (a.is_number and b.is_number and a.is_finite and b.is_finite):
             continue
-        if bool(a.is_real) != bool(b.is_real) and abs(a.as_real_imag()[1]) + abs(b.as_real_imag()[1]) > 1e-20:
-            continue
         if abs(a - b) > Float(10) ** (10 - _POINT_DIGITS) * max(1, abs(a)):
-            return False
+            return False if positive or not branches else None
         compared += 1
-        if compared == _POINTS:
-            break
     return True if compared >= 3 else None
 
 
