@@ -74,7 +74,7 @@ def prepare(batch: int) -> Callable[[str, bool], tuple[float, dict[str, Any]]]:
 
 
 @pytest.mark.parametrize("candidate", ["sgopd", "transformers generate"])
-@pytest.mark.parametrize("case", [32, 128, pytest.param(4, marks=pytest.mark.smoke)], ids="{} prompts".format)
-def test_rollout(case: int, candidate: str, in_turn: Any) -> None:
-    seen = in_turn(lambda: prepare(case))
+@pytest.mark.parametrize("case", ["32 prompts", "128 prompts", pytest.param("4 prompts", marks=pytest.mark.smoke)])
+def test_rollout(case: str, candidate: str, in_turn: Any) -> None:
+    seen = in_turn(lambda: prepare(int(case.split()[0])))
     assert seen["log-probability error"] <= 1e-4
