@@ -106,8 +106,8 @@ long-sanitize: $(VENV)/.test
 	PATH="$$PWD/$(VENV)/bin:$$PATH" $(VENV)/bin/python tests/sanitize.py
 
 long-hostile: $(VENV)/.test
-	$(VENV)/bin/python bench/verifier_accuracy.py --wrong
-	$(VENV)/bin/python bench/verifier_hostile.py
+	$(VENV)/bin/python tools/verifier_accuracy.py --wrong
+	$(VENV)/bin/python tests/verifier_hostile.py
 
 long-wheel-check: $(VENV)/.torch
 	$(PIP) -r requirements/build.txt

@@ -1,4 +1,4 @@
-r"""The verifier under attack: a short form of bench/verifier_hostile.py, fuzzed answers, the backstop for errors."""
+r"""The verifier under attack: a short form of tests/verifier_hostile.py, fuzzed answers, the backstop for errors."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from hypothesis import strategies as st
 from sgopd import grading
 from sgopd.verifier import CORRECT, INCORRECT, UNKNOWN, VALUES, VerifierPool
 
-BENCH = str(Path(__file__).resolve().parents[2] / "bench")
+TESTS = str(Path(__file__).resolve().parents[1])
 
 
 @pytest.fixture(scope="module")
 def hostile() -> Iterator[ModuleType]:
-    """bench/verifier_hostile.py, importable by the workers too: one of its verifiers is a killer of workers."""
-    sys.path.append(BENCH)
+    """tests/verifier_hostile.py, importable by the workers too: one of its verifiers is a killer of workers."""
+    sys.path.append(TESTS)
     yield importlib.import_module("verifier_hostile")
-    sys.path.remove(BENCH)
+    sys.path.remove(TESTS)
 
 
 def test_one_in_twelve_of_the_hostile_answers(hostile: ModuleType, tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def test_what_the_attack_reports_is_not_a_constant(hostile: ModuleType, tmp_path
 
 
 def test_throughput_on_ordinary_answers(hostile: ModuleType) -> None:
-    assert hostile.rate(count=600) > 50  # bench/verifier_hostile.py measures it: an idle machine does ten times that
+    assert hostile.rate(count=600) > 50  # tests/verifier_hostile.py measures it: an idle machine does ten times that
 
 
 # --- whatever a model may write ---

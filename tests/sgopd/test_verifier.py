@@ -3,7 +3,6 @@ r"""The verifier: right answers, and survival. Every test here can hang the call
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import re
 import signal
@@ -16,19 +15,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import verifier_accuracy as accuracy
 
 from sgopd import grading
 from sgopd.answers import READERS, RULES, Reader, clean, read
 from sgopd.verifier import CORRECT, INCORRECT, UNKNOWN, VerifierPool
 
 SLACK = 0.5  # seconds past the deadline within which every verdict is due
-
-_path = Path(__file__).resolve().parents[2] / "bench" / "verifier_accuracy.py"
-_spec = importlib.util.spec_from_file_location("verifier_accuracy", _path)
-assert _spec is not None and _spec.loader is not None
-accuracy = importlib.util.module_from_spec(_spec)
-sys.modules["verifier_accuracy"] = accuracy  # where its NamedTuple looks for its annotations
-_spec.loader.exec_module(accuracy)
 
 
 def corpus() -> list[tuple[str, str, int]]:

@@ -1,8 +1,8 @@
 r"""Precision and recall of `VerifierPool("math")` beside plain math-verify, on hand-checked answers, as Markdown.
 
-    python bench/verifier_accuracy.py             the table, and whether the pool's size changes a verdict
-    python bench/verifier_accuracy.py --wrong     and every row that our verifier gets wrong
-    python bench/verifier_accuracy.py --write docs/reliability.md      and puts the table into that page
+    python tools/verifier_accuracy.py             the table, and whether the pool's size changes a verdict
+    python tools/verifier_accuracy.py --wrong     and every row that our verifier gets wrong
+    python tools/verifier_accuracy.py --write docs/reliability.md      and puts the table into that page
 
 The rows are in tests/sgopd/corpora: those the rules were written against (answers_rules.txt), rows written later and
 then used to better them (answers_later.txt), rows of that same sitting that were set aside (answers_unseen.txt), rows
@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 CORPORA = Path(__file__).resolve().parent.parent / "tests" / "sgopd" / "corpora"
 FILES = tuple(f"answers_{name}.txt" for name in ("rules", "later", "unseen", "blind", "dev", "heldout"))
-MARKERS = "<!-- bench/verifier_accuracy.py writes this -->\n", "<!-- to here -->\n"
+MARKERS = "<!-- tools/verifier_accuracy.py writes this -->\n", "<!-- to here -->\n"
 POOLS = (1, 2, 4)
 
 

@@ -1,7 +1,7 @@
 r"""The verifier under attack: hostile and hard answers among ordinary neighbours, as a Markdown table of what was held.
 
-    python bench/verifier_hostile.py                 every answer, pools of 1, 2 and 4 workers (`make hostile`)
-    python bench/verifier_hostile.py --every 8       one in eight, as the tests do
+    python tests/verifier_hostile.py               every answer, pools of 1, 2 and 4 workers (`make long ONLY=hostile`)
+    python tests/verifier_hostile.py --every 8     one in eight, as the tests do
 
 An answer may be called incorrect or unknown, never correct. What is checked of every one: its verdict comes within the
 deadline and half a second; neither deciding it in the caller's process nor anything a worker does with it takes more
