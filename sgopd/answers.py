@@ -129,6 +129,7 @@ _BEFORE_WORDS = _rewrites(
     (r"(\\frac\s?\{[^{}]*\})\s?([\da-z])", r"\1{\2}"),
     (r"\\sqrt\s?(\d)", r"\\sqrt{\1}"),
     (r"\\d?binom\s?(\d)\s?(\d)", r"\\binom{\1}{\2}"),
+    (r"(?:\{\}\s?)?[_^]\{?(\d+)\}?\s?C\s?_\{?(\d+)\}?", r"\\binom{\1}{\2}"),
     (r"\\(?:leqslant|leqq|leq)(?![a-zA-Z])", r"\\le "),
     (r"\\(?:geqslant|geqq|geq)(?![a-zA-Z])", r"\\ge "),
     (r"\\lt(?![a-zA-Z])", "<"),
@@ -515,6 +516,10 @@ _MATTERS = _word_set(
 _PHRASES = {"or more": "at least", "or greater": "at least", "no less than": "at least", "or les": "at most"}
 _PHRASES |= {"or less": "at most", "or fewer": "at most", "no more than": "at most", "increase of": "increase"}
 _DENY = _word_set("not no or nor neither between except")  # of these, it is another answer
+_MEASURES = _word_set(
+    "area volume perimeter probability length distance speed sum product mean median average age cost price radius "
+    "diameter height circumference slope remainder percentage total amount maximum minimum range mode"
+)
 _MULTIPLIERS = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _PEOPLE = _word_set("people children men women feet mice geese teeth students sheep fish deer cattle person percent")
 _ARTICLES = _word_set("the a an is are it to of there that be in solution value number answer")
@@ -560,8 +565,9 @@ def words(text: str) -> Value | None:
     content = [word for word in re.findall(r"[^\s,]+", name) if word not in _ARTICLES] or [name]
     if name in _SYNONYMS.values():
         content = [name]
-    if "and" in content and len(content) == 3:
-        content = sorted(content)
+    listed = re.split(r",? and |, ", name)
+    if len(listed) > 1 and not any(" " in word for word in listed):  # names, in any order
+        content = sorted(listed)
     return Value("words", (tuple(sorted(content)) if len(content) == 2 else tuple(content), name))
 
 
@@ -581,6 +587,8 @@ def choice(text: str) -> Value | None:
     if not match or " or " in plain or "/" in plain or re.search(r"(?<![a-zA-Z])[a-j](?![a-zA-Z])", match[1]):
         return None
     letters = re.findall(r"[A-J]", match[1])
+    if len(set(letters)) < len(letters):  # I and II
+        return None
     said = match[1].strip()
     listed = len(letters) == 1 or bool(re.search(r"[,;&]| and |^(?:\([A-J]\) ?)+$", said))
     if not listed and (" " in said or "(" in said):
@@ -647,7 +655,8 @@ def _lead(text: str) -> str:
     match = re.match(r"⟦([^⟧]*)⟧ ?", text)
     if match and match.end() < len(text):
         said = re.findall(r"[^\s,:]+", match[1].casefold())
-        if said and all(word in _NEUTRAL for word in said):
+        measured = said[-1:] in (["is"], ["are"], ["equals"], ["of"])
+        if said and all(word in _NEUTRAL or (measured and word in _MEASURES) for word in said):
             return text[match.end() :].lstrip(":= ")
     return text
 

@@ -16,7 +16,7 @@ What is not known is `UNKNOWN`, and an unknown verdict never pushes the gate:
 | correct, incorrect | +1, −1 | graded |
 | no_answer | −1 | the response ended without an answer |
 | truncated | −1 | the response was cut off, and was not read (`truncated_is_incorrect`) |
-| unknown | 0 | a custom verifier returned None |
+| unknown | 0 | equality rests on text that only one side has; or a custom verifier returned None |
 | timeout | 0 | grading ran past the deadline; the worker was killed |
 | crashed | 0 | the worker died (out of memory, a segmentation fault, `os._exit`), or its reply is none |
 | error | 0 | the grader raised |
@@ -110,8 +110,8 @@ class VerifierPool:
 
     Args:
         kind: how a response is compared with `example["answer"]`.
-            "math": the last balanced `\boxed{}` outside thoughts, by spelling, by value if both are plain
-            numbers, else by math-verify. Gold: LaTeX, or a solution that ends in `\boxed{}` or `#### 72`.
+            "math": the last balanced `\boxed{}` outside thoughts, by spelling or by what it is
+            (`sgopd.answers`); sympy compares formulae. Gold: LaTeX, or a solution that ends in `\boxed{}` or `#### 72`.
             "exact": string equality of the box, else of `<answer>…</answer>`, else of the last line. Needs no workers.
             "reasoning-gym": the scorer of `example["source_dataset"]` on that same answer, full score only.
             "package.module:function": `function(response: str, example: dict) -> bool | None`, given the whole
