@@ -220,8 +220,8 @@ class Display:
         numbers = f"KL {record['kl']:.3f}" if "kl" in record else ""
         if self.recent:
             numbers = f"accuracy {sum(self.recent) / len(self.recent):.1%}  {numbers}"
-        if record["phase/teacher_share"] > 0:
-            numbers += f"  teacher {record['phase/teacher_share']:.0%}"
+        if share := record.get("phase/teacher_share"):  # of a batch of rollouts: later updates on it have none
+            numbers += f"  teacher {share:.0%}"
         step, last = record["step"], self.config.max_steps
         self.progress.update(self.task, completed=step, numbers=numbers)
         if not self.live and (step in (1, last) or step % self.config.logging_steps == 0):

@@ -4,7 +4,7 @@ The names are TRL's and transformers' where the meaning is the same. The resolve
 `<output_dir>/config.yaml`, which is itself a valid config file.
 """
 
-# ruff: noqa: RUF009 (`field` below is dataclasses.field)
+# ruff: noqa: RUF009 (`free`, `fixed`, `content` and `launch` below are dataclasses.field)
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import contextlib
 import copy
 import dataclasses
 import difflib
+import functools
 import math
 import re
 import types
@@ -56,147 +57,157 @@ class LostProcess(UserError):
     """Another process of the run has ended, or cannot be reached."""
 
 
-def field(help: str, default: Any = MISSING) -> Any:
-    """A dataclass field with the text that `--help` prints."""
-    if isinstance(default, (dict, list)):
-        return dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata={"help": help})
-    return dataclasses.field(default=default, metadata={"help": help})
+def setting(resume: str, help: str, default: Any = MISSING) -> Any:
+    """A dataclass field with the text that `--help` prints, and what a resumed run makes of another value."""
+    given = (
+        {"default_factory": lambda: copy.deepcopy(default)}
+        if isinstance(default, (dict, list))
+        else {"default": default}
+    )
+    return dataclasses.field(**given, metadata={"help": help, "resume": resume})
+
+
+# What a resumed run makes of another value than its checkpoint was saved with (docs/reliability.md, "Other settings").
+free = functools.partial(setting, "free")  # it takes effect from the next update on, and is said
+fixed = functools.partial(setting, "fixed")  # refused
+content = functools.partial(setting, "content")  # said, and refused unless what it names or makes is the same
+launch = functools.partial(setting, "launch")  # says where this process finds the run: not part of it
 
 
 @dataclass(frozen=True)
 class Config:
     # --- models ---
-    model_name_or_path: str = field("the student: a folder or a hub name; it is trained")
-    teacher_model_name_or_path: str = field("the teacher: a folder or a hub name; it stays frozen")
+    model_name_or_path: str = fixed("the student: a folder or a hub name; it is trained")
+    teacher_model_name_or_path: str = content("the teacher: a folder or a hub name; it stays frozen")
     # --- data ---
-    dataset_name: str = field("prompts: a .jsonl or .parquet file, a `datasets` name, or task:<name> (sgopd/tasks.py)")
+    dataset_name: str = content(
+        "prompts: a .jsonl or .parquet file, a `datasets` name, or task:<name> (sgopd/tasks.py)"
+    )
     # --- run directory ---
-    output_dir: str = field("the run directory: config.yaml, metrics.jsonl, completions/, checkpoints/, final/")
+    output_dir: str = launch("the run directory: config.yaml, metrics.jsonl, completions/, checkpoints/, final/")
 
     # --- models ---
-    reference_model_name_or_path: str | None = field(
+    reference_model_name_or_path: str | None = content(
         "frozen reference policy: the gate's weight then extrapolates from it to the teacher (method.md, section 2)",
         None,
     )
-    dtype: Literal["float32", "bfloat16"] = field("dtype of the student's weights; part of the recipe", "float32")
-    teacher_dtype: Literal["float32", "bfloat16"] = field("dtype of the teacher's and reference's weights", "float32")
-    bf16: bool = field("autocast the student's forward and backward to bfloat16; its weights keep `dtype`", False)
-    attn_implementation: str | None = field("attention: eager, sdpa or flash_attention_2; transformers chooses", None)
-    trust_remote_code: bool = field("allow code that comes with a model or data set to run", False)
-    gradient_checkpointing: bool = field("recompute activations in the backward pass: less memory, more time", False)
-    use_cpu: bool = field("run on the CPU even where there is a GPU", False)
-    num_threads: int | None = field("CPU threads of torch; torch's own choice by default", None)
+    dtype: Literal["float32", "bfloat16"] = free("dtype of the student's weights; part of the recipe", "float32")
+    teacher_dtype: Literal["float32", "bfloat16"] = free("dtype of the teacher's and reference's weights", "float32")
+    bf16: bool = free("autocast the student's forward and backward to bfloat16; its weights keep `dtype`", False)
+    attn_implementation: str | None = free("attention: eager, sdpa or flash_attention_2; transformers chooses", None)
+    trust_remote_code: bool = free("allow code that comes with a model or data set to run", False)
+    gradient_checkpointing: bool = free("recompute activations in the backward pass: less memory, more time", False)
+    use_cpu: bool = free("run on the CPU even where there is a GPU", False)
+    num_threads: int | None = free("CPU threads of torch; torch's own choice by default", None)
 
     # --- data ---
-    dataset_config: str | None = field("configuration of a `datasets` name", None)
-    dataset_train_split: str = field("split the prompts come from", "train")
-    dataset_size: int = field("examples made by a procedural task; other data sets are taken whole", 10_000)
-    dataset_kwargs: dict = field("further arguments of the task or of datasets.load_dataset", {})
-    eval_dataset_name: str | None = field("evaluation questions; a task's or a `datasets` name's own by default", None)
-    dataset_test_split: str | None = field("split of the evaluation questions; null trains without evaluation", "test")
-    eval_dataset_size: int = field("at most this many evaluation questions", 256)
-    prompt_column: str = field(
+    dataset_config: str | None = content("configuration of a `datasets` name", None)
+    dataset_train_split: str = content("split the prompts come from", "train")
+    dataset_size: int = content("examples made by a procedural task; other data sets are taken whole", 10_000)
+    dataset_kwargs: dict = content("further arguments of the task or of datasets.load_dataset", {})
+    eval_dataset_name: str | None = free("evaluation questions; a task's or a `datasets` name's own by default", None)
+    dataset_test_split: str | None = free("split of the evaluation questions; null trains without evaluation", "test")
+    eval_dataset_size: int = free("at most this many evaluation questions", 256)
+    prompt_column: str = content(
         "column with the prompt: text, or a list of {role, content} messages (docs/data.md)", "prompt"
     )
-    answer_column: str = field(
+    answer_column: str = content(
         "column with the reference answer: text, a number, or a list of these that all belong to it", "answer"
     )
-    system_prompt: str | None = field("system message put before a conversational prompt", None)
-    apply_chat_template: bool = field("make a user message of a plain-text prompt; conversations always are", False)
-    chat_template_kwargs: dict = field("arguments of the chat template, such as {enable_thinking: false}", {})
-    max_prompt_length: int | None = field("drop prompts with more tokens; the count is reported", None)
+    system_prompt: str | None = content("system message put before a conversational prompt", None)
+    apply_chat_template: bool = content("make a user message of a plain-text prompt; conversations always are", False)
+    chat_template_kwargs: dict = content("arguments of the chat template, such as {enable_thinking: false}", {})
+    max_prompt_length: int | None = content("drop prompts with more tokens; the count is reported", None)
 
     # --- rollouts ---
-    max_completion_length: int = field("tokens a rollout may have", 512)
-    num_generations: int = field("rollouts per prompt", 1)
-    temperature: float = field("of sampling, and of both models in the loss", 1.0)
-    top_p: float = field("nucleus sampling: keep the likeliest tokens of this total mass; 1 is off", 1.0)
-    top_k: int = field("keep the k likeliest tokens; 0 is off", 0)
-    generation_batch_size: int | None = field("rollouts generated at once per process; all of a batch by default", None)
+    max_completion_length: int = free("tokens a rollout may have", 512)
+    num_generations: int = free("rollouts per prompt", 1)
+    temperature: float = free("of sampling, and of both models in the loss", 1.0)
+    top_p: float = free("nucleus sampling: keep the likeliest tokens of this total mass; 1 is off", 1.0)
+    top_k: int = free("keep the k likeliest tokens; 0 is off", 0)
+    generation_batch_size: int | None = free("rollouts generated at once per process; all of a batch by default", None)
 
     # --- verifier ---
-    verifier: str = field("math, exact, reasoning-gym, or package.module:function", "math")
-    verifier_workers: int = field("verifier processes", 2)
-    verifier_timeout: float = field("seconds a single answer may take before its worker is killed", 3.0)
-    verifier_memory_mb: int = field("MiB of memory a verifier process may use", 2048)
-    truncated_is_incorrect: bool = field("a rollout that ran out of tokens is incorrect without being read", True)
-    thought_tags: list[list[str]] = field(
+    verifier: str = free("math, exact, reasoning-gym, or package.module:function", "math")
+    verifier_workers: int = free("verifier processes", 2)
+    verifier_timeout: float = free("seconds a single answer may take before its worker is killed", 3.0)
+    verifier_memory_mb: int = free("MiB of memory a verifier process may use", 2048)
+    truncated_is_incorrect: bool = free("a rollout that ran out of tokens is incorrect without being read", True)
+    thought_tags: list[list[str]] = free(
         "[open, close] pairs: what stands between is not read for an answer; the tags that are special tokens are kept "
         "in a rollout's text",
         [list(pair) for pair in THOUGHT_TAGS],
     )
 
     # --- loss (sgopd_kernels.gated_kl_loss) ---
-    gate: str = field("sg-opd, opd, opdvr, protect, inverse, verified-only, failure-only, random, shuffled", "sg-opd")
-    gate_agree: float | list[float] | None = field(
+    gate: str = free("sg-opd, opd, opdvr, protect, inverse, verified-only, failure-only, random, shuffled", "sg-opd")
+    gate_agree: float | list[float] | None = free(
         "weight where teacher and verdict agree; a pair is (in correct, in incorrect rollouts); the preset's", None
     )
-    gate_conflict: float | list[float] | None = field(
+    gate_conflict: float | list[float] | None = free(
         "weight where they disagree; a pair is (in correct, in incorrect rollouts); the preset's", None
     )
-    gate_neutral: float | None = field(
-        "weight where neither: d within the tolerance, or no verdict; the preset's", None
-    )
-    gate_tolerance: float | None = field("nats around d = 0 that count as neither; the preset's", None)
-    estimator: Literal["full", "sampled"] = field("exact KL over the vocabulary, or the sampled token only", "full")
-    divergence: Literal["reverse-kl", "forward-kl", "jsd"] = field("what is minimised", "reverse-kl")
-    jsd_beta: float = field("of divergence jsd, in (0, 1); 0.5 is the symmetric one", 0.5)
-    precision: float | str = field("exact, bf16, auto, or a relative gradient error such as 1e-3", "auto")
-    backend: str = field("kernel: auto, torch, cpu, triton or cuda", "auto")
+    gate_neutral: float | None = free("weight where neither: d within the tolerance, or no verdict; the preset's", None)
+    gate_tolerance: float | None = free("nats around d = 0 that count as neither; the preset's", None)
+    estimator: Literal["full", "sampled"] = free("exact KL over the vocabulary, or the sampled token only", "full")
+    divergence: Literal["reverse-kl", "forward-kl", "jsd"] = free("what is minimised", "reverse-kl")
+    jsd_beta: float = free("of divergence jsd, in (0, 1); 0.5 is the symmetric one", 0.5)
+    precision: float | str = free("exact, bf16, auto, or a relative gradient error such as 1e-3", "auto")
+    backend: str = free("kernel: auto, torch, cpu, triton or cuda", "auto")
 
     # --- phased teacher sampling ---
-    cold_start_steps: int = field("updates during which teacher rollouts may fill slots; 0 is off", 0)
-    teacher_share: float = field("share of the rollout slots offered to the teacher at the first update", 0.5)
-    teacher_share_schedule: Literal["linear", "cosine", "constant"] = field(
+    cold_start_steps: int = free("updates during which teacher rollouts may fill slots; 0 is off", 0)
+    teacher_share: float = free("share of the rollout slots offered to the teacher at the first update", 0.5)
+    teacher_share_schedule: Literal["linear", "cosine", "constant"] = free(
         "how that share falls to 0 over cold_start_steps", "linear"
     )
-    teacher_rollout_loss: Literal["same", "forward-kl", "nll"] = field(
+    teacher_rollout_loss: Literal["same", "forward-kl", "nll"] = free(
         "loss on teacher rollouts: the same as on the student's, the gated forward KL over the vocabulary, or the "
         "plain negative log-likelihood",
         "same",
     )
-    teacher_reliability: Literal["off", "all", "incorrect"] = field(
+    teacher_reliability: Literal["off", "all", "incorrect"] = free(
         "trust the teacher in conflicts as far as the verifier endorsed its own rollouts on the prompt: in no, "
         "all, or only incorrect rollouts",
         "off",
     )
-    teacher_probes: int = field("teacher rollouts drawn for every prompt at least, to measure reliability", 0)
+    teacher_probes: int = free("teacher rollouts drawn for every prompt at least, to measure reliability", 0)
 
     # --- optimisation ---
-    max_steps: int = field("optimiser updates", 1000)
-    per_device_train_batch_size: int = field("rollouts per process and forward pass", 8)
-    gradient_accumulation_steps: int = field("forward passes per update", 1)
-    num_iterations: int = field("updates made on each batch of rollouts", 1)
-    learning_rate: float = field("peak learning rate of AdamW", 1e-6)
+    max_steps: int = free("optimiser updates", 1000)
+    per_device_train_batch_size: int = free("rollouts per process and forward pass", 8)
+    gradient_accumulation_steps: int = free("forward passes per update", 1)
+    num_iterations: int = fixed("updates made on each batch of rollouts", 1)
+    learning_rate: float = free("peak learning rate of AdamW", 1e-6)
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"] = (
-        field("learning-rate schedule over max_steps (transformers.get_scheduler)", "linear")
+        free("learning-rate schedule over max_steps (transformers.get_scheduler)", "linear")
     )
-    warmup_steps: int = field("updates over which the learning rate rises from 0", 0)
-    weight_decay: float = field("of AdamW", 0.0)
-    adam_beta1: float = field("of AdamW", 0.9)
-    adam_beta2: float = field("of AdamW", 0.999)
-    adam_epsilon: float = field("of AdamW", 1e-8)
-    max_grad_norm: float = field("clip the gradient to this norm; 0 is off", 1.0)
-    max_skipped_steps: int = field("stop once this many updates were skipped for a non-finite loss or gradient", 10)
-    seed: int = field("of data order, sampling and dropout", 0)
+    warmup_steps: int = free("updates over which the learning rate rises from 0", 0)
+    weight_decay: float = free("of AdamW", 0.0)
+    adam_beta1: float = free("of AdamW", 0.9)
+    adam_beta2: float = free("of AdamW", 0.999)
+    adam_epsilon: float = free("of AdamW", 1e-8)
+    max_grad_norm: float = free("clip the gradient to this norm; 0 is off", 1.0)
+    max_skipped_steps: int = free("stop once this many updates were skipped for a non-finite loss or gradient", 10)
+    seed: int = fixed("of data order, sampling and dropout", 0)
 
     # --- evaluation ---
-    eval_steps: int | None = field("evaluate every so many updates; at the end only by default", None)
-    eval_on_start: bool = field("evaluate the student before the first update", False)
-    eval_teacher: bool = field("evaluate the teacher before the first update", False)
-    num_generations_eval: int = field("rollouts per question: avg@k over all of them", 16)
-    eval_k: int | None = field("k of pass@k; num_generations_eval by default", None)
-    eval_temperature: float = field("of evaluation rollouts; 0 is greedy", 1.0)
-    per_device_eval_batch_size: int = field("evaluation rollouts generated at once per process", 64)
+    eval_steps: int | None = free("evaluate every so many updates; at the end only by default", None)
+    eval_on_start: bool = fixed("evaluate the student before the first update", False)
+    eval_teacher: bool = fixed("evaluate the teacher before the first update", False)
+    num_generations_eval: int = free("rollouts per question: avg@k over all of them", 16)
+    eval_k: int | None = free("k of pass@k; num_generations_eval by default", None)
+    eval_temperature: float = free("of evaluation rollouts; 0 is greedy", 1.0)
+    per_device_eval_batch_size: int = free("evaluation rollouts generated at once per process", 64)
 
     # --- logging and checkpoints ---
-    logging_steps: int = field("print, track and keep completions every so many updates (metrics.jsonl has all)", 10)
-    num_completions_to_log: int = field("rollouts kept per interval in completions/; 0 is off", 64)
-    report_to: str | list[str] = field("none, or accelerate's trackers: wandb, tensorboard, trackio, …", "none")
-    run_name: str | None = field("name of the run at wandb and trackio; the folder's name by default", None)
-    save_steps: int | None = field("checkpoint every so many updates; at the end only by default", None)
-    save_total_limit: int | None = field("newest checkpoints kept, besides the best by avg@k; null keeps all", 2)
-    resume_from_checkpoint: str | None = field(
+    logging_steps: int = free("print, track and keep completions every so many updates (metrics.jsonl has all)", 10)
+    num_completions_to_log: int = free("rollouts kept per interval in completions/; 0 is off", 64)
+    report_to: str | list[str] = free("none, or accelerate's trackers: wandb, tensorboard, trackio, …", "none")
+    run_name: str | None = free("name of the run at wandb and trackio; the folder's name by default", None)
+    save_steps: int | None = free("checkpoint every so many updates; at the end only by default", None)
+    save_total_limit: int | None = free("newest checkpoints kept, besides the best by avg@k; null keeps all", 2)
+    resume_from_checkpoint: str | None = launch(
         "a checkpoint folder, or auto: the newest valid one of output_dir, else from the start", None
     )
 

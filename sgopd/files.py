@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from sgopd.config import UserError
 
 LOCK = ".lock"
+LOCKED_BY = b"process "  # how its content begins
 
 
 class FolderLock:
@@ -52,7 +53,7 @@ class FolderLock:
             self.held = False
         else:
             self._file.truncate(0)
-            self._file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+            self._file.write(LOCKED_BY + f"{os.getpid()} on {socket.gethostname()}".encode())
 
     def release(self) -> None:
         self._file.close()

@@ -29,7 +29,7 @@ from sgopd import __version__, checkpoint, startup
 from sgopd.config import Config, UserError
 from sgopd.data import derive_seed, has_eval_data, load_prompts, take
 from sgopd.evaluate import evaluate
-from sgopd.files import FolderLock, new_file, new_folder, remove_folder, remove_leftovers, writing
+from sgopd.files import FolderLock, make_folder, new_file, new_folder, remove_folder, remove_leftovers, writing
 from sgopd.metrics import (
     MetricsFile,
     Sums,
@@ -86,6 +86,16 @@ class Trainer:
         self.on_record = on_record if processes.main else lambda record: None
         self.run_dir = Path(config.output_dir)
         self.lock: FolderLock | None = None  # of the run directory, on the main process
+        self.metrics: MetricsFile | None = None  # from `train` on, on the main process
+        try:
+            self.prepare()
+        except BaseException:
+            self.close()
+            raise
+
+    def prepare(self) -> None:
+        """Takes the run directory; loads and checks models and data; goes back to the checkpoint, if there is one."""
+        config, processes = self.config, self.processes
         resume_from, said = processes.on_main(self.open_run_dir)
         for line in said:
             self.say(line)
@@ -117,6 +127,7 @@ class Trainer:
         self.eos_ids = eos_ids_of(self.student, self.tokenizer)
         self.vocabulary = min(head_of(model).weight.shape[0] for model in models.values())
         self.check_loss()
+        self.contents = self.digests()
 
         # --- optimiser ---
         self.parameters = [p for p in self.student.parameters() if p.requires_grad]
@@ -154,6 +165,26 @@ class Trainer:
         resume_from, more = startup.open_run_dir(self.config)
         return resume_from, said + more
 
+    def digests(self) -> dict[str, str | None]:
+        """Of data and models: what a resumed run must find as it was."""
+        mine = {
+            "prompts": self.prompts.digest(),
+            "questions": self.questions.digest() if self.questions else None,
+            "teacher": checkpoint.weights_digest(self.teacher),
+            "reference": checkpoint.weights_digest(self.reference) if self.reference is not None else None,
+        }
+        everyones = self.processes.gather([mine])
+        if others := sorted({name for one in everyones for name in one if one[name] != everyones[0][name]}):
+            raise UserError(f"the processes of this run read different {' and '.join(others)}: give all the same files")
+        return mine
+
+    def close(self) -> None:
+        """Gives the run directory back."""
+        if self.metrics is not None:
+            self.metrics.close()
+        if self.lock is not None:
+            self.lock.release()
+
     # --- the loop ---
 
     def train(self) -> Path:
@@ -168,8 +199,7 @@ class Trainer:
             if self.processes.main:
                 write_report(self.run_dir)
         finally:
-            if self.lock is not None:
-                self.lock.release()
+            self.close()
         return self.run_dir
 
     def loop(self) -> None:
@@ -461,6 +491,7 @@ class Trainer:
             path.write_text(self.config.to_yaml(), encoding="utf-8")
         # In this order: where it is cut short, the newest checkpoint that is left still has all that goes with it.
         with writing(self.run_dir / "checkpoints"):
+            make_folder(self.run_dir / "checkpoints")  # before the first record: if it is gone later, it was taken away
             for path in reversed(checkpoint.saved(self.run_dir / "checkpoints")):
                 if checkpoint.step_of(path) > self.step:
                     remove_folder(path)
@@ -469,7 +500,7 @@ class Trainer:
             for folder in (".", "checkpoints", "completions"):
                 remove_leftovers(self.run_dir / folder)
             for path in (self.run_dir / "completions").glob("step-*.parquet"):
-                if int(path.stem.removeprefix("step-")) > self.step:
+                if (number := path.stem.removeprefix("step-")).isdecimal() and int(number) > self.step:
                     path.unlink()
         settings = dataclasses.asdict(self.config)
         name = {"name": self.config.run_name or self.run_dir.name}
@@ -500,7 +531,7 @@ class Trainer:
                 write_completions(self.run_dir / "completions", self.step, kept, self.prompts, self.tokenizer)
 
     def write(self, record: Record) -> None:
-        if self.processes.main:
+        if self.metrics is not None:
             self.metrics.write(record)
             self.on_record(record)
 
@@ -512,6 +543,7 @@ class Trainer:
             self.saved_at = self.step
 
     def save_checkpoint(self, random_states: list[dict[str, Any]]) -> None:
+        assert self.metrics is not None
         self.metrics.sync()
         checkpoint.save(
             self.run_dir / "checkpoints",
@@ -529,6 +561,8 @@ class Trainer:
                 "metric": self.metric if self.evaluated_at == self.step else None,
                 "metrics_position": self.metrics.position,
                 "metrics_sha256": self.metrics.sha256,
+                "config": self.config.to_yaml(),
+                "contents": self.contents,
             },
         )
         with writing(self.run_dir / "checkpoints"):
@@ -542,14 +576,25 @@ class Trainer:
                 f"{path} was written by {len(random_states)} processes, this run has {self.processes.count}: launch as "
                 "many, or start a new run with that folder as model_name_or_path"
             )
+        self.findings = startup.compare_contents(self.contents, state, path) + self.findings
         checkpoint.set_random_state(random_states[self.processes.rank])
-        self.optimizer.load_state_dict(optimizer["optimizer"])
-        self.scheduler.load_state_dict(optimizer["scheduler"])
+        self.load_optimizer(optimizer)
         self.step = self.saved_at = state["step"]
         self.position, self.skipped = state["position"], state["skipped"]
         self.phases.load_state_dict(state["phases"])
         self.evaluated_at, self.metric = state["evaluated_at"], state["metric"]
         self.metrics_position = state["metrics_position"]
+
+    def load_optimizer(self, state: dict[str, Any]) -> None:
+        """The moments are the checkpoint's; all settings are the config's, as if the run had begun with them."""
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(state["optimizer"])
+        schedule = {**state["scheduler"], "base_lrs": self.scheduler.base_lrs}
+        factors = [factor(schedule["last_epoch"]) for factor in self.scheduler.lr_lambdas]
+        schedule["_last_lr"] = [base * factor for base, factor in zip(schedule["base_lrs"], factors)]
+        for group, own, rate in zip(self.optimizer.param_groups, settings, schedule["_last_lr"]):
+            group.update({**own, "lr": rate})
+        self.scheduler.load_state_dict(schedule)
 
     def save_final(self) -> None:
         """final/: the trained model and its tokenizer, for from_pretrained."""

@@ -10,6 +10,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from sgopd.config import UserError
 from sgopd.files import new_file
 from sgopd.report.checks import checks
 from sgopd.report.figures import CELLS, SMOOTHED_FROM, average_name, drawings
@@ -18,6 +19,7 @@ from sgopd.report.run import Record, Run, read_run
 
 __all__ = ["write_report"]
 
+MARK = "SG-OPD run report"  # in the title of every page
 TEXT_SHOWN = 4000  # characters of a prompt or completion
 
 
@@ -29,14 +31,16 @@ def write_report(run_dir: str | Path) -> Path:
     gives a page with gaps.
 
     Raises:
-        FileNotFoundError: there is no metrics.jsonl in `run_dir`.
-        UserError: the page cannot be written.
+        FileNotFoundError: there is no metrics.jsonl of a run in `run_dir`.
+        UserError: the page cannot be written, or another one has its name.
     """
     run_dir = Path(run_dir)
-    page = render(read_run(run_dir))
-    with new_file(run_dir / "report.html") as path:  # a reader never sees half a page
+    target, page = run_dir / "report.html", render(read_run(run_dir))
+    if target.exists() and MARK not in target.read_text(encoding="utf-8", errors="replace"):
+        raise UserError(f"{target} is no report of a run, and would be overwritten: move it away, then `sgopd report`")
+    with new_file(target) as path:  # a reader never sees half a page
         path.write_text(page, encoding="utf-8", errors="replace")
-    return run_dir / "report.html"
+    return target
 
 
 def render(run: Run) -> str:

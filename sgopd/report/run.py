@@ -12,6 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import yaml
 
+from sgopd.files import LOCK, LOCKED_BY
 from sgopd.report.quantities import number
 
 Record = dict[str, Any]
@@ -78,7 +79,11 @@ def read_run(run_dir: Path) -> Run:
             f"run_dir {str(run_dir)!r} has no metrics.jsonl; expected the output_dir of a run of `sgopd train`"
         )
     unreadable: list[str] = []
-    records, bad_lines = _read_metrics(path)
+    records, bad_lines = read_metrics(path)
+    if bad_lines and not records:
+        raise FileNotFoundError(
+            f"run_dir {str(run_dir)!r}: its metrics.jsonl is no run's; none of its lines is a record"
+        )
     if bad_lines:
         unreadable.append(
             f"{bad_lines} line{'s' * (bad_lines > 1)} of metrics.jsonl could not be read and "
@@ -101,7 +106,21 @@ def read_run(run_dir: Path) -> Run:
     )
 
 
-def _read_metrics(path: Path) -> tuple[list[Record], int]:
+def is_run(folder: Path) -> bool:
+    """Whether a run of this program was at work in `folder`: its lock file is there, or its first record."""
+    try:
+        lock = (folder / LOCK).read_bytes() if (folder / LOCK).is_file() else b"none"
+        with (folder / "metrics.jsonl").open("rb") as file:
+            record = json.loads(file.readline(1 << 20))
+        first = record["kind"] == "config" and "model_name_or_path" in record
+    except (FileNotFoundError, ValueError, LookupError, TypeError):
+        first = False
+    # After a power cut, all or a part of it may be gone.
+    return first or LOCKED_BY.startswith(lock.strip(b"\0")[: len(LOCKED_BY)])
+
+
+def read_metrics(path: Path) -> tuple[list[Record], int]:
+    """The records of a metrics file, and how many of its lines are none."""
     records, bad_lines = [], 0
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         if not line.strip():
