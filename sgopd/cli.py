@@ -121,14 +121,28 @@ def free_folders(path: Path) -> Iterator[Path]:
 
 def evaluate(path: Path, overrides: dict[str, Any]) -> int:
     """A run directory's final model, or a config's model."""
-    if path.is_dir():
-        overrides = {"model_name_or_path": str(path / "final"), **overrides}
-        path = path / "config.yaml"
-    config = Config.load(path, overrides)
     quiet_libraries()
     from sgopd.evaluate import evaluate_models
+    from sgopd.report.run import is_run
 
-    records = evaluate_models(config)
+    if path.is_dir():
+        if not (path / "config.yaml").is_file() or not is_run(path):
+            raise UserError(
+                f"cannot read the config file of {path}: it is no run directory, which has config.yaml and "
+                "metrics.jsonl. Name one, or a config file"
+            )
+        if "model_name_or_path" not in overrides:
+            if not (path / "final").is_dir():
+                there = sorted(str(one) for one in path.glob("checkpoints/step-*"))
+                raise UserError(
+                    f"{path} has no final/: its run is not finished. Go on with it, or evaluate a checkpoint with "
+                    f"--model_name_or_path; there: {', '.join(there) or 'none'}"
+                )
+            overrides["model_name_or_path"] = str(path / "final")
+        path = path / "config.yaml"
+    records = evaluate_models(Config.load(path, overrides))
+    if os.environ.get("RANK", "0") != "0":
+        return 0
     if sys.stdout.isatty():
         Console().print(table([(record["model"], record) for record in records]))
     else:
@@ -253,6 +267,8 @@ def table(rows: Sequence[tuple[str, Record]]) -> Table:
 def score(record: Record, which: str) -> str:
     """A percentage with its standard error."""
     value, error = record[f"eval/{which}_at_k"], record[f"eval/{which}_at_k_se"]
+    if value is None or value != value:  # there was no verdict
+        return "–"
     return f"{100 * value:.1f} %" if error is None or error != error else f"{100 * value:.1f} ± {100 * error:.1f} %"
 
 

@@ -7,7 +7,7 @@ import functools
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,7 +19,8 @@ from sgopd.processes import Processes
 from sgopd.rollout import generate, sampling_of
 from sgopd.startup import check_golds, check_model, check_prompt_ends, start_verifier
 from sgopd.teacher import eos_ids_of, head_of, load_model, load_tokenizer, move
-from sgopd.verifier import CORRECT, VerifierPool
+from sgopd.verdicts import VerdictWatch, verifying
+from sgopd.verifier import CORRECT, UNKNOWN, VerifierPool
 
 
 def evaluate(
@@ -32,11 +33,16 @@ def evaluate(
     *,
     eos_ids: tuple[int, ...],
     vocabulary: int,
+    say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """num_generations_eval rollouts for each question, verified: the eval/* metrics.
 
     The questions are dealt out over the processes. The sampling seed depends on the run's seed alone, so every
-    evaluation of a run draws the same random numbers, and none of them disturbs training.
+    evaluation of a run draws the same random numbers, and none of them disturbs training. A rollout without a verdict
+    counts as not correct, and where there is none at all, accuracies are NaN.
+
+    Raises:
+        UserError: the verifier fails on everything (`sgopd.verdicts`).
     """
     began = time.perf_counter()
     samples = config.num_generations_eval
@@ -49,22 +55,29 @@ def evaluate(
     asked = [question for question in mine for _ in range(samples)]
     seed = derive_seed(config.seed, "evaluation", processes.rank)
     completions = generate(model, tokenizer, [prompts.ids[q] for q in asked], sampling, seed)
-    verdicts = pool.verify(
-        [completion.text for completion in completions],
-        [prompts.examples[q] for q in asked],
-        [completion.truncated for completion in completions],
-    )
-    # (question, correct, tokens, clipped) of each rollout
+    with verifying():
+        verdicts = pool.verify(
+            [completion.text for completion in completions],
+            [prompts.examples[q] for q in asked],
+            [completion.truncated for completion in completions],
+        )
+    VerdictWatch(processes, say).see(verdicts)
+    # (question, verdict, tokens, clipped) of each rollout
     own = [
-        (question, verdict.value == CORRECT, len(completion.ids), completion.truncated)
+        (question, verdict.value, len(completion.ids), completion.truncated)
         for question, verdict, completion in zip(asked, verdicts, completions)
     ]
     rows = processes.gather(own)
     correct = dict.fromkeys(range(len(prompts)), 0)
-    for question, right, _, _ in rows:
-        correct[question] += right
+    for question, verdict, _, _ in rows:
+        correct[question] += verdict == CORRECT
+    unknown = sum(verdict == UNKNOWN for _, verdict, _, _ in rows)
+    result = scores(list(correct.values()), samples, config.eval_k or samples)
+    if unknown == len(rows):
+        result |= {name: math.nan for name in result if "_at_k" in name}
     return {
-        **scores(list(correct.values()), samples, config.eval_k or samples),
+        **result,
+        "eval/unknown": unknown / len(rows),
         "eval/length_mean": sum(length for _, _, length, _ in rows) / len(rows),
         "eval/length_clipped": sum(clipped for _, _, _, clipped in rows) / len(rows),
         "time/eval": time.perf_counter() - began,
@@ -76,6 +89,11 @@ def evaluate_models(config: Config) -> list[dict[str, Any]]:
     if not has_eval_data(config):
         raise UserError("there is nothing to evaluate on: set eval_dataset_name (and dataset_test_split)")
     processes = Processes(config)
+
+    def warn(line: str) -> None:
+        if processes.main:  # standard output is for the records
+            print(line, file=sys.stderr)
+
     models = [("student", config.model_name_or_path, "model_name_or_path", config.dtype)]
     if config.eval_teacher:
         models.append(
@@ -91,11 +109,10 @@ def evaluate_models(config: Config) -> list[dict[str, Any]]:
             check_model(model, setting, questions, config)
             eos_ids, vocabulary = eos_ids_of(model, tokenizer), head_of(model).weight.shape[0]
             said += processes.on_main(functools.partial(check_golds, pool, None, questions))
-            if processes.main:  # standard output is for the records
-                for line in [*questions.remarks, *check_prompt_ends(questions, tokenizer, eos_ids), *said]:
-                    print(line, file=sys.stderr)
+            for line in [*questions.remarks, *check_prompt_ends(questions, tokenizer, eos_ids), *said]:
+                warn(line)
             result = evaluate(
-                model, tokenizer, questions, pool, config, processes, eos_ids=eos_ids, vocabulary=vocabulary
+                model, tokenizer, questions, pool, config, processes, eos_ids=eos_ids, vocabulary=vocabulary, say=warn
             )
             records.append({"kind": "eval", "model": whose, "path": path, **finite(result)})
     return records

@@ -54,7 +54,8 @@ class MetricsFile:
         return self._sha.hexdigest()
 
     def write(self, record: dict[str, Any]) -> None:
-        line = (json.dumps(finite(record), ensure_ascii=False, allow_nan=False) + "\n").encode()
+        # default: YAML has dates, JSON has not
+        line = (json.dumps(finite(record), ensure_ascii=False, allow_nan=False, default=str) + "\n").encode()
         with writing(self.path):
             while line:  # a disk that is nearly full takes a part
                 written = self._file.write(line)
@@ -116,7 +117,7 @@ class Sums:
         self._counts[name] = self._counts.get(name, 0) + number
 
     def largest(self, name: str, value: Tensor | float) -> None:
-        self._largest[name] = max(self._largest.get(name, value), value)
+        self._largest[name] = greatest([self._largest.get(name, value), value])
 
     def reduced(self, processes: Processes) -> dict[str, float]:
         """Means, counts and largest values over all processes; a mean whose weight is 0 is left out."""
@@ -132,8 +133,13 @@ class Sums:
         for name in names(part[1] for part in everyone):
             result[name] = sum(part[1].get(name, 0) for part in everyone)
         for name in names(part[2] for part in everyone):
-            result[name] = max(part[2][name] for part in everyone if name in part[2])
+            result[name] = greatest([part[2][name] for part in everyone if name in part[2]])
         return result
+
+
+def greatest(values: Sequence[Any]) -> Any:
+    """The largest value; NaN if there is one, which `max` may pass over."""
+    return next((value for value in values if value != value), max(values))
 
 
 def names(dicts: Iterable[dict[str, Any]]) -> list[str]:
@@ -191,7 +197,8 @@ def add_rollout_metrics(sums: Sums, rollouts: Sequence[Rollout]) -> None:
         ids = rollout.completion.ids.tolist()
         sums.add("rollout/length_mean", len(ids), 1)
         sums.add("rollout/length_clipped", rollout.completion.truncated, 1)
-        sums.add("rollout/repetition", repetition(ids), 1)
+        if (share := repetition(ids)) is not None:
+            sums.add("rollout/repetition", share, 1)
         for word, verdict in (("correct", 1), ("incorrect", -1), ("unknown", 0)):
             sums.count(f"rollout/{word}", rollout.verdict == verdict)
 
@@ -231,7 +238,7 @@ def write_completions(
             pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
 
 
-def repetition(ids: Sequence[int], n: int = 4) -> float:
-    """Share of a text's n-grams that it has had before; 0 for fewer than two of them."""
+def repetition(ids: Sequence[int], n: int = 4) -> float | None:
+    """Share of a text's n-grams that it has had before; None for a text that has none."""
     grams = list(zip(*(ids[i:] for i in range(n))))
-    return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
+    return 1.0 - len(set(grams)) / len(grams) if grams else None

@@ -40,6 +40,7 @@ from sgopd.teacher import (
     hidden_states,
     load_tokenizer,
 )
+from sgopd.verdicts import verifying
 from sgopd.verifier import VerifierPool
 
 # What a run that was killed before its first record may have left, in an otherwise empty folder.
@@ -562,10 +563,8 @@ def check_golds(verifier: VerifierPool, prompts: Prompts | None, questions: Prom
     for data, name in ((prompts, "training"), (questions, "evaluation")):
         if data is None:
             continue
-        try:
+        with verifying():
             bad = verifier.check_golds(data.examples)
-        except (RuntimeError, ValueError) as error:
-            raise UserError(f"verifier: {error}") from error
         if not bad:
             continue
         index, reason = bad[0]

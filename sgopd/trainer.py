@@ -36,6 +36,7 @@ from sgopd.metrics import (
     add_rollout_metrics,
     add_token_metrics,
     add_verifier_metrics,
+    finite,
     write_completions,
 )
 from sgopd.phases import Phases
@@ -53,6 +54,8 @@ from sgopd.teacher import (
     load_tokenizer,
     recompute_activations,
 )
+from sgopd.verdicts import VerdictWatch, verifying
+from sgopd.verifier import Verdict
 from sgopd_kernels import CORRECT, Gate, Stats, gated_kl_loss
 from sgopd_kernels.gate import resolve_gate
 
@@ -128,6 +131,7 @@ class Trainer:
         self.vocabulary = min(head_of(model).weight.shape[0] for model in models.values())
         self.check_loss()
         self.contents = self.digests()
+        self.watch = VerdictWatch(processes, self.say)
 
         # --- optimiser ---
         self.parameters = [p for p in self.student.parameters() if p.requires_grad]
@@ -252,7 +256,8 @@ class Trainer:
             for group in range(groups)
             for number in range(max(offered[group], config.teacher_probes))
         ]
-        tried = self.roll_out("teacher", [(example, in_slot) for example, in_slot, _ in tries], sums)
+        verdicts: list[Verdict] = []
+        tried = self.roll_out("teacher", [(example, in_slot) for example, in_slot, _ in tries], sums, verdicts)
         outcomes = [(rollout.example, rollout.verdict == CORRECT, rollout.in_teacher_slot) for rollout in tried]
         self.phases.record(processes.gather(outcomes))
 
@@ -266,7 +271,9 @@ class Trainer:
             for group in range(groups)
             for number in range(slots_per_group - filled[group])
         ]
-        rollouts += self.roll_out("student", open_slots, sums)
+        rollouts += self.roll_out("student", open_slots, sums, verdicts)
+        self.watch.see(verdicts)
+        add_verifier_metrics(sums, [verdict.reason for verdict in verdicts])
 
         if config.teacher_reliability != "off":
             for rollout in rollouts:
@@ -277,10 +284,16 @@ class Trainer:
         sums.count("phase/teacher_proposed", sum(offered))
         sums.count("phase/teacher_endorsed", sum(filled))
         sums.add("phase/acceptance", sum(filled), sum(offered))
-        return rollouts, {"phase/teacher_share": self.phases.share(self.step), **sums.reduced(processes)}
+        record = {"phase/teacher_share": self.phases.share(self.step), **sums.reduced(processes)}
+        if not record.get("rollout/correct") and not record.get("rollout/incorrect"):
+            record.pop("rollout/accuracy", None)  # no verdict is no accuracy of 0
+        return rollouts, record
 
-    def roll_out(self, source: str, slots: list[tuple[int, bool]], sums: Sums) -> list[Rollout]:
-        """A verified rollout of the student or the teacher for each (example, whether the slot is the teacher's)."""
+    def roll_out(self, source: str, slots: list[tuple[int, bool]], sums: Sums, heard: list[Verdict]) -> list[Rollout]:
+        """A verified rollout of the student or the teacher for each (example, whether the slot is the teacher's).
+
+        Adds the verdicts to `heard`.
+        """
         if not slots:
             return []
         config, began = self.config, time.perf_counter()
@@ -290,14 +303,15 @@ class Trainer:
         seed = derive_seed(config.seed, source, self.step, self.processes.rank)
         completions = generate(model, self.tokenizer, prompts, sampling, seed)
         generated = time.perf_counter()
-        verdicts = self.verifier.verify(
-            [completion.text for completion in completions],
-            [self.prompts.examples[example] for example, _ in slots],
-            [completion.truncated for completion in completions],
-        )
+        with verifying():
+            verdicts = self.verifier.verify(
+                [completion.text for completion in completions],
+                [self.prompts.examples[example] for example, _ in slots],
+                [completion.truncated for completion in completions],
+            )
         sums.count("time/rollout", (generated - began) / self.processes.count)  # a mean over processes
         sums.count("time/verify", (time.perf_counter() - generated) / self.processes.count)
-        add_verifier_metrics(sums, [verdict.reason for verdict in verdicts])
+        heard += verdicts
         return [
             Rollout(example, prompt, completion, source, in_teacher_slot, verdict.value, verdict.reason)
             for (example, in_teacher_slot), prompt, completion, verdict in zip(slots, prompts, completions, verdicts)
@@ -318,7 +332,7 @@ class Trainer:
         tokens = self.processes.sum(sum(len(rollout.completion.ids) for rollout in rollouts))
         for start in range(0, len(rollouts), config.per_device_train_batch_size):
             part = slice(start, start + config.per_device_train_batch_size)
-            self.loss_of(rollouts[part], verdicts[part], max(tokens, 1), generator, sums, fresh).backward()
+            self.loss_of(rollouts[part], verdicts[part], tokens, generator, sums, fresh).backward()
         self.processes.add_gradients(self.parameters)
 
         learning_rate = self.scheduler.get_last_lr()[0]
@@ -341,7 +355,7 @@ class Trainer:
             **measured,
             "optim/lr": learning_rate,
             "optim/grad_norm": norm,
-            "optim/clipped_share": float(0 < config.max_grad_norm < norm),
+            "optim/clipped_share": float(0 < config.max_grad_norm < norm) if math.isfinite(norm) else math.nan,
             "optim/skipped": self.skipped,
             "tokens": tokens,
             "time/update": time.perf_counter() - began,
@@ -466,8 +480,8 @@ class Trainer:
             self.metric, self.evaluated_at = self.evaluate("student"), self.step
             self.saved_at = None  # a signal may have had this step saved without the metric, so never as the best
 
-    def evaluate(self, whose: str) -> float:
-        """Evaluates the "student" or the "teacher", writes the record and returns avg@k."""
+    def evaluate(self, whose: str) -> float | None:
+        """Evaluates the "student" or the "teacher", writes the record and returns avg@k; None without any verdict."""
         assert self.questions is not None
         model = self.student if whose == "student" else self.teacher
         result = evaluate(
@@ -479,9 +493,10 @@ class Trainer:
             self.processes,
             eos_ids=self.eos_ids,
             vocabulary=self.vocabulary,
+            say=self.say,
         )
         self.write({"step": self.step, "kind": "eval", "model": whose, **result})
-        return result["eval/avg_at_k"]
+        return finite(result["eval/avg_at_k"])
 
     # --- what is written ---
 

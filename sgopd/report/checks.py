@@ -200,6 +200,12 @@ def verdict_balance(run: Run) -> Check:
     name = "Verdicts"
     if not run.has("rollout/correct"):
         return not_measured(name, "rollout/correct was not recorded.")
+    if verdict_share(run, "unknown") == 1:
+        return warning(
+            name,
+            "No rollout got a verdict.",
+            "This was plain distillation. Look at what the verifier returns for a few completions.",
+        )
     share = verdict_share(run, "correct")
     finding = f"{show(share, '%')} of the student's rollouts were correct."
     if share == 0:

@@ -80,7 +80,7 @@ def read_run(run_dir: Path) -> Run:
         )
     unreadable: list[str] = []
     records, bad_lines = read_metrics(path)
-    if bad_lines and not records:
+    if bad_lines and not records and not is_run(run_dir):
         raise FileNotFoundError(
             f"run_dir {str(run_dir)!r}: its metrics.jsonl is no run's; none of its lines is a record"
         )

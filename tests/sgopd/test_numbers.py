@@ -372,11 +372,13 @@ def test_whole_runs_of_one_verdict(settings, tiny, verdicts, word):
     assert (endorsed > 0) == (word == "correct") and sum(record["phase/teacher_proposed"] for record in train) > 0
     for record in train:
         assert record["optim/skipped"] == 0 and record["loss"] > 0
-        assert record["rollout/accuracy"] == (word == "correct")
+        assert record.get("rollout/accuracy") == {"correct": 1, "incorrect": 0, "unknown": None}[word]
         assert record[f"rollout/{word}"] + record["phase/teacher_rollouts"] == 8
     for record in records(one.run_dir, "eval"):
-        assert record["eval/avg_at_k"] == record["eval/pass_at_k"] == (word == "correct")
-        assert record["eval/avg_at_k_se"] == 0
+        assert record["eval/unknown"] == (word == "unknown")
+        score = {"correct": 1, "incorrect": 0, "unknown": None}[word]
+        assert record["eval/avg_at_k"] == record["eval/pass_at_k"] == score
+        assert record["eval/avg_at_k_se"] == (None if word == "unknown" else 0)
     assert (one.run_dir / "report.html").stat().st_size > 0
 
 

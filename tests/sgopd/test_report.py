@@ -14,6 +14,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from sgopd.config import UserError
 from sgopd.report import write_report
 from sgopd.report.checks import checks
 from sgopd.report.run import read_run
@@ -326,6 +327,7 @@ def test_a_file_cut_short_loses_its_last_line_only(healthy: Path, tmp_path: Path
 )
 def test_a_partial_run_gives_a_page_with_gaps(tmp_path: Path, lines: list[str]) -> None:
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines), encoding="latin-1")
+    (tmp_path / ".lock").write_bytes(b"process 7 on here")
     page = report(tmp_path)
     assert "Checks" in page.text and "nan" not in page.text
 
@@ -342,6 +344,17 @@ def test_unreadable_neighbours_are_named(tmp_path: Path) -> None:
 def test_a_folder_without_metrics_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"has no metrics\.jsonl; expected the output_dir"):
         write_report(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"epoch": 1, "loss": 0.5}\n')  # another program's
+    with pytest.raises(FileNotFoundError, match=r"its metrics\.jsonl is no run's"):
+        write_report(tmp_path)
+
+
+def test_a_page_of_someone_else_is_not_overwritten(tmp_path: Path) -> None:
+    write_run(tmp_path, healthy_run(1))
+    (tmp_path / "report.html").write_text("<title>Quarterly report</title>")
+    with pytest.raises(UserError, match=r"report\.html is no report of a run, and would be overwritten: move it away"):
+        write_report(tmp_path)
+    assert (tmp_path / "report.html").read_text() == "<title>Quarterly report</title>"
 
 
 def test_a_figure_without_numbers_is_named(tmp_path: Path) -> None:
