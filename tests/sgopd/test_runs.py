@@ -156,7 +156,7 @@ def test_no_more_updates_than_are_done(resume, finished):
 
 @pytest.mark.parametrize("what", ["rows", "template", "column", "teacher", "reference"])
 def test_other_data_and_models_are_refused(resume, finished, tmp_path, tiny, what):
-    folder, values = finished
+    folder, _ = finished
     changes, named = {}, "the prompts (dataset_name and what is made of it"
     if what in ("rows", "column"):
         rows = [json.loads(line) for line in (folder / "data.jsonl").read_text().splitlines()]
@@ -210,7 +210,7 @@ def test_a_checkpoint_of_an_earlier_version_goes_on_with_a_warning(resume, finis
 def test_a_fixed_setting_is_refused_with_the_remedy(resume):
     status, said, run = resume(seed=4, eval_on_start=True)
     assert status == 1 and len(records(run)) == 2
-    assert "a resumed run cannot change this: seed was 3 and is 4; eval_on_start was False and is True. Leave it" in said
+    assert "a resumed run cannot change this: seed was 3 and is 4; eval_on_start was False and is True. Leave" in said
 
 
 # --- what a run directory may be ---
