@@ -297,9 +297,11 @@ class Config:
         hints = typing.get_type_hints(cls)
         return cls(**{name: convert(name, value, hints[name]) for name, value in values.items()})
 
-    def to_yaml(self) -> str:
-        """The resolved config as YAML: `Config.load` gives an equal one back."""
-        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
+    def to_yaml(self, launch: bool = True) -> str:
+        """The resolved config as YAML: `Config.load` gives an equal one back. `launch`: with where the run is found."""
+        kept = {f.name for f in dataclasses.fields(self) if launch or f.metadata["resume"] != "launch"}
+        values = {name: value for name, value in dataclasses.asdict(self).items() if name in kept}
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

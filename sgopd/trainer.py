@@ -576,7 +576,7 @@ class Trainer:
                 "metric": self.metric if self.evaluated_at == self.step else None,
                 "metrics_position": self.metrics.position,
                 "metrics_sha256": self.metrics.sha256,
-                "config": self.config.to_yaml(),
+                "config": self.config.to_yaml(launch=False),
                 "contents": self.contents,
             },
         )
