@@ -516,6 +516,10 @@ _MATTERS = _word_set(
 _PHRASES = {"or more": "at least", "or greater": "at least", "no less than": "at least", "or les": "at most"}
 _PHRASES |= {"or less": "at most", "or fewer": "at most", "no more than": "at most", "increase of": "increase"}
 _DENY = _word_set("not no or nor neither between except")  # of these, it is another answer
+_IN_ORDER = _word_set(  # of these a list answers several questions
+    "true false t f yes no first second third fourth last positive negative even odd increasing decreasing always "
+    "sometimes never up down left right greater less more fewer correct incorrect rational irrational"
+)
 _MEASURES = _word_set(
     "area volume perimeter probability length distance speed sum product mean median average age cost price radius "
     "diameter height circumference slope remainder percentage total amount maximum minimum range mode"
@@ -567,8 +571,10 @@ def words(text: str) -> Value | None:
         content = [name]
     listed = re.split(r",? and |, ", name)
     if len(listed) > 1 and not any(" " in word for word in listed):  # names, in any order
-        content = sorted(listed)
-    return Value("words", (tuple(sorted(content)) if len(content) == 2 else tuple(content), name))
+        content = listed
+    if not _IN_ORDER & set(content) if content is listed else len(content) == 2:
+        content = sorted(content)
+    return Value("words", (tuple(content), name))
 
 
 # --- readers ---
@@ -914,7 +920,9 @@ _NAME = re.compile(
     r"|\\bar|\\widehat|\\overrightarrow|\\Delta|\\mathbf|\\mathbb)? ?"
     r"(?:\{ ?[a-zA-Z]{1,4} ?\}|[a-zA-Z]|[A-Z]{2,4}|\\[a-zA-Z]+|⟦[^⟧]*⟧)(?:_ ?(?:\w|\{[^{}]*\}))?"
     r"(?:'{0,3}|\^ ?\{ ?(?:-1|\\prime|\(\d\)|'{1,3}) ?\})"
-    r" ?(?:\([^()=]{1,12}\))?|\|[a-zA-Z]{2}\||\[[A-Z]{3,6}\]|\\frac ?\{d[a-z]?\} ?\{d[a-z]\}|d[a-z] ?/ ?d[a-z]"
+    r" ?(?:\([^()=]{1,12}\))?|\|[a-zA-Z]{2}\||\[[A-Z]{3,6}\]|\\frac ?\{d[a-z]?\} ?\{d[a-z]\}"
+    r"|\\(?:sin|cos|tan|cot|sec|csc|det) ?\(?(?:[a-zA-Z]|\\[a-z]+)\)?|\\frac ?\{[a-zA-Z]\} ?\{[a-zA-Z]\}"
+    r"|d[a-z] ?/ ?d[a-z]"
     r"|\( ?[a-zA-Z](?:_\d)?(?: ?, ?[a-zA-Z](?:_\d)?)* ?\)|P ?\([^()]*\)"
 )
 
@@ -1866,7 +1874,11 @@ def _named_or_not(comparer: Comparer, named: Value, other: Value, turned: bool) 
         return comparer.same_equation((name, value.parts[0]), other.parts)
     if other.kind == "assignments":
         return False
-    return comparer.compare(value, other) if not turned else comparer.compare(other, value)
+    if not turned:
+        return comparer.compare(value, other)
+    same = comparer.compare(other, value)
+    composed = re.match(r"\\(?:sin|cos|tan|cot|sec|csc|frac)", name)  # tan A = 2 may be an equation for A
+    return None if same and composed else same
 
 
 def _chained(comparer: Comparer, chain: Value, other: Value, turned: bool) -> bool | None:
