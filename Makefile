@@ -113,6 +113,20 @@ long-wheel-check: $(VENV)/.torch
 	$(PIP) -r requirements/build.txt
 	PATH="$$PWD/$(VENV)/bin:$$PATH" $(VENV)/bin/python tests/wheel.py
 
+# Two environments of their own; the oldest versions are pyproject.toml's lower bounds.
+BOUND := transformers accelerate datasets
+OLDEST := $(foreach name,$(BOUND),$(shell sed -n 's/^ *"$(name)>=\([0-9.]*\)".*/$(name)==\1/p' pyproject.toml))
+VERSION_TESTS := $(foreach name,models rollout startup evaluate trainer checkpoint cli data,tests/sgopd/test_$(name).py)
+
+versions:
+	$(MAKE) VENV=$(VENV)-oldest "VERSIONS=$(OLDEST)" test-versions
+	$(MAKE) VENV=$(VENV)-newest "VERSIONS=--upgrade $(BOUND)" test-versions
+
+test-versions: $(VENV)/.installed
+	$(PIP) $(VERSIONS) pytest pytest-xdist hypothesis psutil
+	$(VENV)/bin/python -m pip list | grep $(foreach name,$(BOUND),-e "^$(name) ")
+	$(VENV)/bin/pytest $(VERSION_TESTS) $(WORKERS)
+
 lock: $(VENV)/.torch
 	$(VENV)/bin/python requirements/lock.py
 
@@ -120,4 +134,4 @@ sbom: $(VENV)/.test
 	$(VENV)/bin/python requirements/sbom.py dist/sbom.json
 
 clean:
-	rm -rf build dist $(VENV) $(VENV)-lint *.egg-info sgopd_kernels/*.so
+	rm -rf build dist $(VENV) $(VENV)-lint $(VENV)-oldest $(VENV)-newest *.egg-info sgopd_kernels/*.so
