@@ -37,8 +37,8 @@ SIZES = {
     "decoder_attention_heads num_experts n_routed_experts moe_num_experts mamba_n_heads mamba_num_heads laurel_rank "
     "mamba_dt_rank time_step_rank",
     8: "head_dim state_size sliding_window attention_window_size qk_rope_head_dim qk_nope_head_dim v_head_dim "
-    "rotary_dim mamba_d_state ssm_state_size mamba_chunk_size chunk_size linear_key_head_dim linear_value_head_dim block_size "
-    "hidden_size_per_layer_input d_kv dim_head index_head_dim index_topk",
+    "rotary_dim mamba_d_state ssm_state_size mamba_chunk_size chunk_size linear_key_head_dim linear_value_head_dim "
+    "block_size hidden_size_per_layer_input d_kv dim_head index_head_dim index_topk",
     16: "moe_intermediate_size shared_expert_intermediate_size q_lora_rank kv_lora_rank mamba_d_head mamba_head_dim",
     17: "vocab_size vocab_size_per_layer_input",
     32: "hidden_size n_embd d_model lru_width word_embed_proj_dim embed_dim embedding_size attention_hidden_size",
