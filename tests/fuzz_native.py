@@ -300,13 +300,15 @@ def product_limit(x: Tensor, w: Tensor, relative: float) -> Tensor:
 
 
 def project_case(rng: random.Random, wild: bool) -> Case:
-    int16 = not _cpu.has_bf16() or rng.random() < 0.5
+    int16 = not _cpu.kernels().bf16 or rng.random() < 0.5
     n, v, h = rng.choice([0, 1, 2, 5, 6, 7, 13]), size(rng, 300), size(rng, 500)
     elements = [torch.float32, torch.bfloat16] if int16 else [torch.bfloat16]
     x = matrix(rng, n, h, rng.choice(elements), wild)
     w = matrix(rng, v, h, rng.choice(elements), wild)
     out = Block(rng, n, v, torch.float32)
-    threads = common(rng)["threads"]
+    way = common(rng)
+    if not getattr(_cpu.kernels(way["isa"]), "int16" if int16 else "bf16"):
+        way["isa"] = ""
     fed = int16 and rng.random() < 0.5
     feedback = [Block(rng, h, 16, torch.float32, tight=True).set(values(rng, h, 16, wild)) for _ in range(2 * fed)]
 
@@ -335,7 +337,7 @@ def project_case(rng: random.Random, wild: bool) -> Case:
         )
     else:
         arguments = dict(hidden=x.address, hidden_stride=x.stride, weight=w.address, weight_stride=w.stride)
-    arguments.update(n=n, v=v, h=h, out=out.address, out_stride=out.stride, threads=threads)
+    arguments.update(n=n, v=v, h=h, out=out.address, out_stride=out.stride, **way)
     call = _cpu.project_int16 if int16 else _cpu.project_bf16
     return _hold(call, [x, w, out, *feedback]), arguments, judge, [out]
 
@@ -493,7 +495,7 @@ def pairs_case(rng: random.Random, wild: bool) -> Case:
 
 
 CASES = {"rows": rows_case, "select_mass": select_case, "refine": refine_case, "pairs": pairs_case}
-PROJECTS = _cpu.has_int16()  # one seed in ten; the others mean the same on every processor
+PROJECTS = _cpu.kernels().int16  # one seed in ten; the others mean the same on every processor
 
 
 # ---- wrong calls ----------------------------------------------------------------------------------------------------

@@ -42,8 +42,18 @@ SKIP_OF = {"thread": " and not survive_a_fork"}
 TASK = "part(i);"
 PLANTS = {
     "address": ("csrc/cpu/rows.cpp", "a.verdict[n];", "a.verdict[n + 1];", "AddressSanitizer: heap-buffer-overflow"),
-    "undefined": ("csrc/cpu/isa.h", TASK, f"{{ volatile int most = 2147483647; most = most + 1; {TASK} }}", "overflow"),
-    "thread": ("csrc/cpu/isa.h", TASK, f"{{ static volatile int calls = 0; calls = calls + 1; {TASK} }}", "data race"),
+    "undefined": (
+        "csrc/cpu/parallel.h",
+        TASK,
+        f"{{ volatile int most = 2147483647; most = most + 1; {TASK} }}",
+        "overflow",
+    ),
+    "thread": (
+        "csrc/cpu/parallel.h",
+        TASK,
+        f"{{ static volatile int calls = 0; calls = calls + 1; {TASK} }}",
+        "data race",
+    ),
 }
 
 

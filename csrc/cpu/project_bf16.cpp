@@ -9,6 +9,7 @@
 
 #if defined(__AVX512BF16__) && defined(__AVX512F__) && defined(__AVX512BW__)
 
+#include "dispatch.h"
 #include "panel.h"
 
 namespace sgopd {
@@ -65,8 +66,6 @@ void block(const uint16_t* hidden, int64_t stride, const uint32_t* pack, int64_t
 #undef SGOPD_FINISH
 }
 
-}  // namespace
-
 int64_t panels(int64_t v) { return panel_count(v); }
 int64_t pack_words(int64_t h) { return panel_words(h); }
 
@@ -89,6 +88,13 @@ void project(const uint16_t* hidden, int64_t n, int64_t hidden_stride, const uin
                  columns);
     }
   }
+}
+
+}  // namespace
+
+const BFloat16Kernels& bf16() {
+  static const BFloat16Kernels kernels{panels, pack_words, project};
+  return kernels;
 }
 
 }  // namespace avx512bf16

@@ -8,7 +8,7 @@
 //     sqrt(2 / (12 S)) ||x|| ||w|| / 46,000        7e-4 for SmolLM2-135M's hidden states (|x| 46, |w| 3.2, S 3)
 //
 // a tenth of what rounding the operands to bf16 costs. The columns that carry probability are computed again in fp32
-// (sparse.cpp), which also measures this error.
+// (screen.cpp), which also measures this error.
 //
 // A head's panel is quantised and packed once per token chunk, from L2; nothing of it is kept. Threads take panels.
 

@@ -51,6 +51,11 @@ class CpuBackend(NativeBackend):
     module = _extension.CPU
     isa = ""  # "": the best one
 
+    def kernels(self) -> Any:
+        """What the instruction set has: `_cpu.Kernels`."""
+        assert self.module is not None
+        return self.module.kernels(self.isa)
+
     def launch(self) -> dict[str, Any]:
         return {"threads": torch.get_num_threads(), "isa": self.isa}
 
@@ -83,7 +88,7 @@ class CpuBackend(NativeBackend):
     def project(self, hidden: Tensor, weight: Tensor, out: Tensor) -> None:
         """bf16 operands through csrc/cpu/project_bf16.cpp where the processor can: fp32 results without fp32 copies."""
         both = hidden.dtype == weight.dtype == torch.bfloat16 and hidden.stride(1) == weight.stride(1) == 1
-        if not both or self.module is None or not self.module.has_bf16():
+        if not both or self.module is None or not self.kernels().bf16:
             super().project(hidden, weight, out)
             return
         (n, h), v = hidden.shape, weight.shape[0]
@@ -97,7 +102,7 @@ class CpuBackend(NativeBackend):
             h=h,
             out=out.data_ptr(),
             out_stride=out.stride(0),
-            threads=torch.get_num_threads(),
+            **self.launch(),
         )
 
     # --- what the filtered and screened plans are made of: fp32 and bf16 heads ---
@@ -108,7 +113,7 @@ class CpuBackend(NativeBackend):
 
     def screens(self, *operands: Tensor) -> bool:
         """Whether there are 16-bit projections of these operands on this processor."""
-        return self.module is not None and self.module.has_int16() and all(t.dtype in _ELEMENTS for t in operands)
+        return self.has_pairs(operands[0]) and self.kernels().int16 and all(t.dtype in _ELEMENTS for t in operands)
 
     def screened_product(self, hidden: Tensor, weight: Tensor, out: Tensor) -> None:
         """The fastest product, with 16-bit rounding where there is one."""
@@ -121,8 +126,7 @@ class CpuBackend(NativeBackend):
 
         `segment`: products summed in one int32. `feedback`: coefficients [H, 16] of rounding the hidden states.
         """
-        assert self.module is not None
-        if not self.module.has_int16():
+        if self.module is None or not self.kernels().int16:
             self.project(hidden, weight, out)
             return
         hidden, weight = hidden.contiguous(), _unit_stride(weight)
@@ -137,7 +141,7 @@ class CpuBackend(NativeBackend):
             segment=segment,
             along=0 if feedback is None else feedback[0].data_ptr(),
             absorb=0 if feedback is None else feedback[1].data_ptr(),
-            threads=torch.get_num_threads(),
+            **self.launch(),
         )
 
     def refine(self, problem: Problem, rows: Tensor, z_s: Tensor, z_t: Tensor, mass: float) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .. import _extension
 from .._checks import number
 
 AUTO = 1.5e-3  # the default budget: what rounding a gradient to bf16 costs
@@ -36,7 +37,8 @@ class Setting:
 # and adds up along what they share: 2.9-5.1 times independent errors measured, 1.5-1.7 with feedback (`Rounding`).
 SETTINGS = (Setting(576, False, 5.0, 4e-9), Setting(576, True, 2.5, 1e-9), Setting(192, True, 2.5, 2.5e-10))
 
-RANK = 16  # directions of the head that the rest of a gradient keeps, and that rounding feeds back (csrc/cpu/int16.h)
+# Directions of the head that the rest of a gradient keeps, and that rounding feeds back (csrc/cpu/int16.h).
+RANK = int(getattr(_extension.CPU, "DIRECTIONS", 16))
 SAMPLED_ROWS = 1024  # of the head, from which they come: 0.5 % more of a row lies outside them than with all rows
 # ||rest outside the directions|| against its entries taken as independent: 2.6-4.6 measured
 COHERENCE = 5.0

@@ -139,7 +139,7 @@ def test_no_loop_of_the_row_pass_is_scalar(divergence: str) -> None:
     assert seconds["near"] < 2.4 * seconds["far"]
 
 
-@pytest.mark.skipif(not _cpu.has_bf16(), reason="this processor has no AVX512-BF16")
+@pytest.mark.skipif(not _cpu.kernels().bf16, reason="this processor has no AVX512-BF16")
 @pytest.mark.parametrize(
     "n, v, h", [(1, 1, 1), (5, 63, 33), (6, 64, 2), (13, 1000, 576), (127, 130, 385), (64, 4097, 96)]
 )

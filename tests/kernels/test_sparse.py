@@ -16,7 +16,7 @@ from sgopd_kernels.plans.directions import Coefficients, Directions, feedback
 
 pytestmark = pytest.mark.skipif(not backends.usable("cpu"), reason="the native CPU extension is not built")
 
-SCREENS = CpuBackend.module is not None and CpuBackend.module.has_int16()
+SCREENS = CpuBackend.module is not None and CpuBackend().kernels().int16
 
 
 @pytest.fixture(autouse=True)

@@ -1,21 +1,15 @@
-// Which instruction set runs, and how work is spread over threads.
+// How work is spread over threads.
 #pragma once
 
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <exception>
-#include <string>
 #include <system_error>
 #include <thread>
 #include <vector>
 
 namespace sgopd {
-
-std::vector<std::string> available_isas();  // best first
-
-// The name itself, or the best one for ""; throws std::invalid_argument for one this processor lacks.
-std::string pick_isa(const std::string& isa);
 
 // Calls part(i) for i in [0, count) on up to `threads` threads made for the call: no pool to survive a fork, no runtime
 // to spin beside torch's. Tasks are taken in turn; what a task writes must not depend on which thread ran it. Where the

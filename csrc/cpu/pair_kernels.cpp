@@ -1,9 +1,10 @@
-// What the sparse plans do inside a row, and with a pair (token, column). Compiled once an instruction set.
+// What the filtered and screened plans do inside a row, and with a pair (token, column). Compiled once an instruction
+// set.
 //
 // The pairs are few, 1-4 % of a chunk, and differ from token to token: the union of their columns over 256 tokens is
 // half of the vocabulary, so that work on pairs is an order of magnitude less than work on columns.
 
-#include "sparse.h"
+#include "pair_kernels.h"
 
 #include "exp.h"
 
@@ -199,8 +200,8 @@ void widen(const uint16_t* __restrict row, int64_t h, float* __restrict out) {
 
 }  // namespace
 
-const SparseKernels& sparse() {
-  static const SparseKernels kernels{select_mass, take_large, dot, add, widen};
+const PairKernels& pairs() {
+  static const PairKernels kernels{select_mass, take_large, dot, add, widen};
   return kernels;
 }
 

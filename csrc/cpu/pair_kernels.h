@@ -14,7 +14,7 @@ struct Matrix {
   Element element;
 };
 
-struct SparseKernels {
+struct PairKernels {
   // Columns of a row where either model has probability >= exp(log_threshold) by the screened logits, and column y.
   // `lse` receives both log-sum-exps. Returns how many columns were written to `columns` [v], ascending.
   int64_t (*select_mass)(const float* z, float z_scale, const float* t, float t_scale, int64_t v, float log_threshold,
@@ -31,13 +31,13 @@ struct SparseKernels {
 };
 
 namespace base {
-const SparseKernels& sparse();
+const PairKernels& pairs();
 }
 namespace avx2 {
-const SparseKernels& sparse();
+const PairKernels& pairs();
 }
 namespace avx512 {
-const SparseKernels& sparse();
+const PairKernels& pairs();
 }
 
 }  // namespace sgopd

@@ -1,0 +1,53 @@
+#include "dispatch.h"
+
+#include <stdexcept>
+
+namespace sgopd {
+
+namespace base {
+void rows(const RowsArgs&, int64_t, int64_t);
+}
+#ifdef SGOPD_X86
+namespace avx2 {
+void rows(const RowsArgs&, int64_t, int64_t);
+}
+namespace avx512 {
+void rows(const RowsArgs&, int64_t, int64_t);
+}
+namespace avx512bf16 {
+const BFloat16Kernels& bf16();
+}
+#endif
+
+const std::vector<Kernels>& all_kernels() {
+  static const std::vector<Kernels> all = [] {
+    std::vector<Kernels> found;
+#ifdef SGOPD_X86
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const Int16Kernels* int16 = avx2 ? &avx2::int16() : nullptr;
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl"))
+      found.push_back({"avx512", avx512::rows, &avx512::pairs(),
+                       __builtin_cpu_supports("avx512vnni") ? &avx512vnni::int16() : int16,
+                       __builtin_cpu_supports("avx512bf16") ? &avx512bf16::bf16() : nullptr});
+    if (avx2) found.push_back({"avx2", avx2::rows, &avx2::pairs(), int16, nullptr});
+#endif
+    found.push_back({"base", base::rows, &base::pairs(), nullptr, nullptr});
+    return found;
+  }();
+  return all;
+}
+
+const Kernels& kernels(const std::string& isa) {
+  const std::vector<Kernels>& all = all_kernels();
+  if (isa.empty()) return all.front();
+  std::string names;
+  for (const Kernels& k : all) {
+    if (k.name == isa) return k;
+    names += (names.empty() ? "" : ", ") + k.name;
+  }
+  throw std::invalid_argument("isa: this processor has no '" + isa + "'; available: " + names);
+}
+
+}  // namespace sgopd
