@@ -149,7 +149,7 @@ DEFECTS += [
     Defect("phases: reliability not kept over a resume", "sgopd/phases.py", "for example, counts in state[\"probes\"].items()})", "for example, counts in ()})", "phases"),
     Defect("verifier: no deadline", VERIFIER, "if worker.deadline <= time.monotonic()]:", "if False]:", "verifier::test_what_reaches_sympy_is_killed_at_the_deadline"),
     Defect("verifier: twice the memory", WORKER, "int(memory_mb) * 2**20", "int(memory_mb) * 2**21", "verifier::test_a_worker_is_limited_and_goes_before_the_trainer"),
-    Defect("verifier: a worker's own children live on", WORKER, "and _has_children():", "and False:", "verifier::test_a_killed_verifier_takes_its_own_children_along"),
+    Defect("verifier: what a worker detached lives on", WORKER, "and _has_children():", "and False:", "verifier::test_what_a_verifier_detached_ends_with_its_worker"),
     Defect("verifier: a dead worker is given work", VERIFIER, "self.ready and self.task is None and not self._poll.poll(0)", "self.ready and self.task is None", "verifier::test_a_worker_killed_while_idle_costs_nothing"),
     Defect("verifier: dead workers not replaced", VERIFIER, "                    self._fill()\n", "", "verifier::test_a_bad_response_harms_only_itself"),
     Defect("verifier: workers outlive the trainer", WORKER, ".prctl(PR_SET_PDEATHSIG, number)", ".prctl(0, 0)", "verifier::test_no_orphans_when_the_trainer_is_killed"),
