@@ -121,7 +121,7 @@ DEFECTS += [
     Defect("resume: random states of another run's", TRAINER, "        checkpoint.set_random_state(random_states[self.processes.rank])\n", "", "trainer"),
     Defect("resume: another number of processes accepted", TRAINER, "if len(random_states) != self.processes.count:", "if False:", "trainer"),
     Defect("resume: later checkpoints stay", TRAINER, "                if checkpoint.step_of(path) > self.step:\n", "                if False:\n", "checkpoint::test_what_came_after_the_checkpoint_goes_before_anything_is_written"),
-    Defect("a run in the folder of another", STARTUP, '        if (run_dir / "metrics.jsonl").exists():\n            raise', "        if False:\n            raise", "cli::test_a_run_is_never_overwritten"),
+    Defect("a run in the folder of another", STARTUP, "        if used:\n            raise", "        if False:\n            raise", "cli::test_a_run_is_never_overwritten"),
     Defect("update: a gradient that is not finite applied", TRAINER, '(("loss", measured["loss"]), ("gradient", norm))', '(("loss", measured["loss"]),)', "numbers"),
     Defect("update: left out without being counted", TRAINER, "            self.skipped += 1\n", "", "numbers"),
     Defect("update: no limit to those left out", TRAINER, "if self.skipped >= config.max_skipped_steps:", "if False:", "numbers"),
