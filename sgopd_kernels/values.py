@@ -80,10 +80,15 @@ def check_logprob(name: str, values: Tensor, ignored: Tensor | bool = False) -> 
 
 
 def check_sampled(problem: Problem, stats: Tensor) -> None:
-    """The sampled estimator needs a finite log-ratio: its advantage."""
+    """The sampled estimator needs a finite log-ratio: its advantage. An infinite logit or a NaN shows in the loss."""
     if problem.spec.estimator == "sampled":
         words = stats[:, [STATS["student_logprob"], STATS["teacher_logprob"]]]
-        ok = (words != -torch.inf) | (stats[:, [STATS["gate"]]] == 0)
+        entropies = stats[:, [STATS["student_entropy"], STATS["teacher_entropy"]]]
+        masked = (words == -torch.inf) & (stats[:, [STATS["gate"]]] != 0)
+        shown = ~entropies.isfinite()
+        if problem.teacher is None:  # its entropy is not known
+            shown[:, 1] = False
+        ok = ~masked | shown.any(-1, keepdim=True)
         name = "token_ids" if problem.teacher_logprob is None else "teacher_logprob"
         require(
             ok,

@@ -287,11 +287,11 @@ def test_prompts_of_no_length_or_too_much_are_left_out_and_counted(settings, tin
 def test_prompts_beyond_what_the_models_were_made_for(settings, tiny, tmp_path):
     """Rotary positions go on, with a warning; a table of positions has an end, and the run is refused at the start."""
     data = tmp_path / "long.jsonl"
-    data.write_text("".join(json.dumps({"prompt": "1" * n, "answer": "1"}) + "\n" for n in (3, 280, 5, 300)))
+    data.write_text("".join(json.dumps({"prompt": "1" * n, "answer": "1"}) + "\n" for n in (3, 250, 5, 240)))
     said = []
     one = Trainer(Config.load(None, settings(dataset_name=str(data), max_steps=2)), say=said.append)
     one.train()
-    assert any("can have 312 tokens, the student was made for 256" in line for line in said)
+    assert any("can have 262 tokens, the student was made for 256" in line for line in said)
     assert all(record["loss"] > 0 for record in records(one.run_dir))
 
     for name in ("student", "teacher"):
@@ -301,13 +301,14 @@ def test_prompts_beyond_what_the_models_were_made_for(settings, tiny, tmp_path):
         model.save_pretrained(tmp_path / name)
         tiny.make_tokenizer().save_pretrained(tmp_path / name)
     paths = {"model_name_or_path": str(tmp_path / "student"), "teacher_model_name_or_path": str(tmp_path / "teacher")}
-    with pytest.raises(
-        UserError, match=r"can have 312 tokens, the student was made for 64: lower .*a table of 64 rows"
-    ):
-        Trainer(Config.load(None, settings(**paths, dataset_name=str(data), output_dir=str(tmp_path / "g"))))
-    fitting = settings(
-        **paths, dataset_name=str(data), max_prompt_length=52, output_dir=str(tmp_path / "h"), max_steps=1
-    )
+    paths["dataset_name"] = str(data)
+    refused = settings(**paths, output_dir=str(tmp_path / "g"))
+    with pytest.raises(UserError, match="2 of 4 prompts leave no room for an answer: they have up to 250 tokens"):
+        Trainer(Config.load(None, refused))
+    data.write_text(data.read_text() + json.dumps({"prompt": "1" * 60, "answer": "1"}))
+    with pytest.raises(UserError, match=r"can have 72 tokens, the student was made for 64: lower .*a table of 64 rows"):
+        Trainer(Config.load(None, {**refused, "max_prompt_length": 60}))
+    fitting = settings(**paths, max_prompt_length=52, output_dir=str(tmp_path / "h"), max_steps=1)
     assert records(Trainer(Config.load(None, fitting), say=said.append).train())[0]["loss"] > 0
 
 
