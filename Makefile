@@ -11,6 +11,7 @@
 #     sanitize        the kernel tests under AddressSanitizer, UBSan and ThreadSanitizer (minutes)
 #     hostile         the verifier under attack, and its accuracy beside plain math-verify (minutes)
 #     wheel-check     sdist and wheel built twice: the same bytes? and tested in a clean environment (minutes)
+#     versions        the tests with the oldest and the newest transformers, accelerate and datasets (minutes)
 #   make gpu-suite    on a machine with a GPU: device tests, our plans beside the peers, sweeps (docs/gpu.md)
 PYTHON ?= python3
 VENV ?= .venv
@@ -22,8 +23,8 @@ PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
 # One virtual environment: pip must not work in it twice at once.
 .NOTPARALLEL:
-LONG := chaos soak fuzz sanitize hostile wheel-check
-.PHONY: install quickstart test lint format bench long $(addprefix long-,$(LONG)) gpu-suite lock sbom clean
+LONG := chaos soak fuzz sanitize hostile wheel-check versions
+.PHONY: install quickstart test test-versions lint format bench long $(addprefix long-,$(LONG)) gpu-suite lock sbom clean
 .DEFAULT_GOAL := quickstart
 
 SOURCES := $(shell find sgopd sgopd_kernels csrc -type f -not -name '*.pyc' -not -name '*.so' 2>/dev/null)
@@ -118,7 +119,7 @@ BOUND := transformers accelerate datasets
 OLDEST := $(foreach name,$(BOUND),$(shell sed -n 's/^ *"$(name)>=\([0-9.]*\)".*/$(name)==\1/p' pyproject.toml))
 VERSION_TESTS := $(foreach name,models rollout startup evaluate trainer checkpoint cli data,tests/sgopd/test_$(name).py)
 
-versions:
+long-versions:
 	$(MAKE) VENV=$(VENV)-oldest "VERSIONS=$(OLDEST)" test-versions
 	$(MAKE) VENV=$(VENV)-newest "VERSIONS=--upgrade $(BOUND)" test-versions
 

@@ -2,13 +2,13 @@ r"""Precision and recall of `VerifierPool("math")` beside plain math-verify, on 
 
     python tools/verifier_accuracy.py             the table, and whether the pool's size changes a verdict
     python tools/verifier_accuracy.py --wrong     and every row that our verifier gets wrong
-    python tools/verifier_accuracy.py --write docs/reliability.md      and puts the table into that page
+    python tools/verifier_accuracy.py --page docs/reliability.md       and puts the table into that page
 
 The rows are in tests/sgopd/corpora: those the rules were written against (answers_rules.txt), rows written later and
 then used to better them (answers_later.txt), rows of that same sitting that were set aside (answers_unseen.txt), rows
 by someone who had not read the rules (answers_blind.txt), some of which led to a rule afterwards, and rows by a third
-hand over what had gone wrong elsewhere: answers_dev.txt, on which rules were bettered, and answers_heldout.txt, on
-which none was. An interval is Wilson's, at 95 %: what the share may be on further rows of the same kind.
+hand over what had gone wrong elsewhere: answers_dev.txt, on which rules were bettered, and answers_heldout.txt,
+whose first figures are in docs/reliability.md. An interval is Wilson's, at 95 %: what the share may be on further rows of the same kind.
 "Plain math-verify" is its documented use, with its defaults: `verify(parse(gold), parse(response))`, the gold in a
 box. Endorsed means verdict correct; a gold that cannot be read (unknown) counts as not endorsed.
 """
@@ -23,9 +23,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import page
+
 CORPORA = Path(__file__).resolve().parent.parent / "tests" / "sgopd" / "corpora"
 FILES = tuple(f"answers_{name}.txt" for name in ("rules", "later", "unseen", "blind", "dev", "heldout"))
-MARKERS = "<!-- tools/verifier_accuracy.py writes this -->\n", "<!-- to here -->\n"
 POOLS = (1, 2, 4)
 
 
@@ -109,21 +110,11 @@ def share(successes: float, trials: float) -> str:
     return f"{100 * successes / trials:.1f} ({100 * low:.1f} to {100 * high:.1f})"
 
 
-def write(page: Path, lines: list[str]) -> None:
-    """Puts the lines between the markers of a page."""
-    start, end = MARKERS
-    text = page.read_text(encoding="utf-8")
-    if text.count(start) != 1 or text.count(end) != 1:
-        sys.exit(f"{page}: expected the lines {start.strip()} and {end.strip()} once each")
-    before, _, rest = text.partition(start)
-    page.write_text(before + start + "\n".join(lines) + "\n" + end + rest.partition(end)[2], encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--wrong", action="store_true", help="list the rows that our verifier gets wrong")
     parser.add_argument("--plain-wrong", action="store_true", help="list the rows that plain math-verify gets wrong")
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table between the markers of this page")
+    parser.add_argument("--page", type=Path, help="write the table between its marks on this page")
     parser.add_argument("--files", nargs="+", default=list(FILES), help="corpora to read")
     arguments = parser.parse_args()
     graders: dict[str, Callable[[list[Row]], list[int]]] = {"sgopd": ours, "plain math-verify": math_verify}
@@ -157,9 +148,9 @@ def main() -> None:
         print(f"differs: {row}")
     if different:
         sys.exit("the size of the pool changed a verdict")
-    if arguments.write:
+    if arguments.page:
         pools = f"{len(everything)} rows; pools of {', '.join(map(str, POOLS))} workers gave the same verdicts."
-        write(arguments.write, [*lines, "", pools])
+        page.write(arguments.page, "accuracy", "\n".join([*lines, "", pools]))
 
 
 if __name__ == "__main__":

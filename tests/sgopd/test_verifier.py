@@ -988,14 +988,6 @@ def test_lengths_must_agree(math_pool: VerifierPool) -> None:
     assert math_pool.verify([], []) == []
 
 
-def test_the_table_of_accuracy_is_written_between_its_markers(tmp_path: Path) -> None:
-    start, end = accuracy.MARKERS
-    page = tmp_path / "page.md"
-    page.write_text(f"before\n{start}old\n{end}after\n")
-    accuracy.write(page, ["| a |", "| 1 |"])
-    assert page.read_text() == f"before\n{start}| a |\n| 1 |\n{end}after\n"
-    page.write_text("no markers\n")
-    with pytest.raises(SystemExit, match="expected the lines"):
-        accuracy.write(page, ["| a |"])
+def test_the_intervals_of_the_accuracy() -> None:
     low, high = accuracy.wilson(98, 100)
     assert 0.929 < low < 0.931 and 0.994 < high < 0.995 and accuracy.wilson(5, 5)[1] == 1.0
