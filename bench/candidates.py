@@ -449,9 +449,9 @@ def report(candidate: Candidate, operands: Operands) -> dict[str, Any]:
     backend = backends.get(automatic if candidate.backend == "auto" else candidate.backend)
     rows, chunks = backend.rows, []
 
-    def seen(problem: Any, at: Tensor, *rest: Any, **options: Any) -> Tensor:
-        chunks.append(at.numel())
-        return rows(problem, at, *rest, **options)
+    def seen(problem: Any, chunk: Any, *rest: Any) -> Tensor:
+        chunks.append(chunk.rows.numel())
+        return rows(problem, chunk, *rest)
 
     leaves = [t.detach().requires_grad_(candidate.backward) for t in operands[:2]]
     with patched(backend, rows=seen):

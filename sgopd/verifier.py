@@ -50,7 +50,7 @@ from typing import Any, NamedTuple
 
 from sgopd import grading
 from sgopd.grading import Example, Work
-from sgopd.verifier_worker import LOST_PIPE, describe
+from sgopd.verifier_pipe import LOST_PIPE, describe
 
 logger = logging.getLogger(__name__)
 
@@ -476,7 +476,8 @@ class _Worker:
 
     def is_idle(self) -> bool:
         """Whether it can take work. If not, and it has none either, then it has died or said what nobody asked for."""
-        return self.ready and self.task is None and not self._poll.poll(0)
+        alive = self.process.poll() is None  # a keeper that was killed takes its grader along, a moment later
+        return self.ready and self.task is None and alive and not self._poll.poll(0)
 
     def dispatch(self, task: int, payload: bytes, timeout: float) -> None:
         self.nonce = secrets.token_bytes(16)

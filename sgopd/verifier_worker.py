@@ -27,17 +27,16 @@ import signal
 import struct
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from sgopd.grading import Example
+from sgopd.verifier_pipe import LOST_PIPE, describe
 
 _KILL_SECONDS = 5.0  # for all that a grader started to be gone
 _PIPES_FROM = 1_000  # descriptors of the pipes: above those that `os.closerange(3, 256)` and the like close
 _MAX_DETAIL = 4_000  # bytes; a reply is written at once (PIPE_BUF), so that nothing gets in between
-LOST_PIPE = 113  # exit status of a grader whose pipes were closed or replaced
 
 
 def main() -> None:
@@ -93,16 +92,6 @@ def _serve(kind: str, timeout: float, out_of_memory: str) -> None:
         except BaseException as error:  # a SystemExit too is the grader's failure, not ours
             reason, detail = "error", describe(error)
         reply(nonce, reason, detail)
-
-
-def describe(error: BaseException) -> str:
-    """A traceback, and on its last line the error alone."""
-    try:
-        *frames, _ = traceback.format_exception(type(error), error, error.__traceback__, limit=-10, chain=False)
-        last = "".join(traceback.format_exception_only(type(error), error))
-        return "".join(frames) + " ".join(last[:500].split())
-    except BaseException:  # of an error whose own methods raise, or for want of memory
-        return type(error).__name__
 
 
 def load_grader(kind: str) -> Callable[..., str]:

@@ -167,9 +167,8 @@ def test_a_run_on_hostile_answers_executes_none_and_never_imports_a_parser(setti
 
 
 def test_a_worker_has_no_way_to_make_the_pool_unpickle() -> None:
-    """What comes back from a worker is JSON: its process has seen the answer."""
+    """What comes back from a worker is text: its process has seen the answer."""
     source = (PACKAGE / "verifier.py").read_text()
-    assert "json.loads(worker.inbox)" in source
     assert {name for name, _ in calls(ast.parse(source)) if name.startswith("pickle.")} == {"pickle.dumps"}
 
 
@@ -232,7 +231,7 @@ def test_a_pickle_planted_in_a_checkpoint_is_not_executed(
         (newest / name).write_bytes(pickle.dumps(planting(trace)))
     else:
         torch.save({"optimizer": planting(trace)}, newest / name)
-    resume = settings(max_completion_length=6, max_steps=2, resume_from_checkpoint="auto", output_dir=str(run))
+    resume = settings(max_completion_length=6, max_steps=2, resume_from_checkpoint="auto", output_dir=str(run), seed=0)
     assert checkpoint.fault(newest), "the manifest tells"
     resign(newest)
     assert checkpoint.fault(newest) is None
