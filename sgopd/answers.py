@@ -235,6 +235,29 @@ def spelling(text: str) -> str:
     return re.sub(r"(?<!\\)\{([0-9a-zA-Z])\}", r"\1", text)
 
 
+_ELEMENTS = (
+    "H He Li Be B C N O F Ne Na Mg Al Si P S Cl Ar K Ca Sc Ti V Cr Mn Fe Co Ni Cu Zn Ga Ge As Se Br Kr Rb Sr Y Zr Nb "
+    "Mo Tc Ru Rh Pd Ag Cd In Sn Sb Te I Xe Cs Ba La Ce Nd Pm Sm Eu Gd Tb Dy Ho Er Tm Yb Lu Hf Ta W Re Os Ir Pt Au Hg "
+    "Tl Pb Bi Po At Rn Fr Ra Ac Th Pa U Np Pu"
+)
+_COMPOUND_NAME = re.compile(rf"(?:(?:{'|'.join(sorted(_ELEMENTS.split(), key=len, reverse=True))})\d*)+")
+
+
+def another_case(gold: str, answer: str) -> bool:
+    """Whether a unit or a chemical formula has letters of another case: MW is not mW, nor Co carbon monoxide."""
+    golds, answers = (set(re.findall(r"[A-Za-z]{2,}", text)) for text in (gold, answer))
+    meant = {word.casefold(): word for word in golds - answers}
+    for word in answers - golds:
+        other = meant.get(word.casefold(), "")
+        if other in UNITS and word in UNITS and UNITS[other] != UNITS[word]:
+            return True
+        if word.casefold() != "no" and _COMPOUND_NAME.fullmatch(other) and _COMPOUND_NAME.fullmatch(word):
+            return True
+        if re.search("[a-z][A-Z]|[A-Z]{2}[a-z]", other) and _COMPOUND_NAME.fullmatch(other):  # NaCl, HCl
+            return True
+    return False
+
+
 # --- numbers ---
 
 
@@ -1333,7 +1356,12 @@ READERS = (
         "words",
         "words without mathematics",
         words,
-        ((r"\text{no solution}", "No solutions.", 1), (r"\text{odd}", "even", -1)),
+        (
+            (r"\text{no solution}", "No solutions.", 1),
+            (r"\text{odd}", "even", -1),
+            (r"\text{CO}", r"\text{Co}", 0),
+            (r"\text{MW}", r"\text{mW}", 0),
+        ),
     ),
     Reader(
         "",

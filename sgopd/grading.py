@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from sgopd.answers import Comparer, NeedsWorker, clean, number, read, spelling
+from sgopd.answers import Comparer, NeedsWorker, another_case, clean, number, read, spelling, unit
 
 Example = dict[str, Any]
 
@@ -67,13 +67,33 @@ _JOINT = re.compile(
     r"|[\s$]{0,5},[\s$]{1,5}[a-zA-Z] ?= ?"
 )
 _NAMED = re.compile(r"(?<![a-zA-Z\\])([a-zA-Z]) ?= ?$")
-_DENIED = re.compile(r"(?:\bnot|\bcannot|n't|\bneither|\bnor)(?: be| equal to| equal)?[\s$]{1,3}(?:[a-zA-Z] ?= ?)?$")
+_DENIED = re.compile(
+    r"(?:\bnot|\bcannot|n't|\bneither|\bnor)(?: be| equal to| equal)?[\s$]{1,3}(?:[a-zA-Z] ?= ?)?$"
+    # Supposed: suppose that the answer were 8, if x = 3.
+    r"|\b(?:suppose|supposing|assume|assuming|imagine|if|whether)(?: that)?(?:[ $]{1,2}(?:the|our|its|this|that|it"
+    r"|there|final|correct|answer|value|result|solution|number|total|sum|of|[a-zA-Z])){0,6}[ $]{1,2}"
+    r"(?:(?:were|was|is|equals|equal|to|be|=)[ $]{1,2}){1,3}$"
+    r"|\b(?:wrong|incorrect|tempting|mistaken|naive) (?:answer|guess|value|result)(?: (?:of|is|would be))?[ $]{1,2}$",
+    re.IGNORECASE,
+)
 _DENIED_AFTER = re.compile(
     r"[\s$]{0,3}(?:is|was|would be) (?:not|wrong|incorrect|false)\b|[\s$]{0,3}isn't (?!it)|[\s$]{0,3}\? ?(?:No\b|Wrong)"
+    r"|[\s$.,;]{0,5}(?:(?:which|but|and|yet|this|that|it) ){0,2}(?:(?:is|would be|leads to|gives|contradicts) ){0,1}"
+    r"(?:clearly |an? )?(?:impossible|contradiction|contradictory|absurd|not possible|not allowed|incorrect|wrong)\b",
+    re.IGNORECASE,
 )
+# The unit behind a box: \boxed{12} cm, \boxed{12}\text{ cm}. One letter is a unit only where it ends the sentence.
+_BEHIND = re.compile(
+    r"(?P<gap>(?:[ \t$~]|\\[,;:! )\]]){0,6})(?:(?P<sign>\\?%|\^\s?\{?\s?\\circ\s?\}?(?!\s?\{?[CF])|°(?![CF]))"
+    r"|(?P<word>(?:\\(?:text|mathrm|textrm|mbox|rm)\s?\{[^{}]{1,40}\}(?:\^\s?\{?-?\d\}?)?[ /]{0,2}){1,3}"
+    r"|[A-Za-zμ]{1,20}(?:\^\{?-?\d\}?|[²³])?(?:(?: ?/ ?| per | )[A-Za-zμ]{1,20}(?:\^\{?-?\d\}?|[²³])?){0,3}))"
+)
+_GOES_ON = re.compile(r"[ $]{0,3}(?:an?|per|each|/|\^|\\|(?:and )?\d)")
 # Where nothing is boxed, an answer that is marked as one in the last line: #### 17, **17**, Answer: 17.
 _MARKED = re.compile(
-    r"#{4} ?(.+)|.*\*\*([^*:]+)\*\*[.\s]*|[*#\s]*(?:final )?answer\s?[*\s]*:[*\s]*([^*]+?)[*\s]*", re.IGNORECASE
+    r"#{4} ?(.+)|.*\*\*([^*:]+)\*\*( [a-zA-Zμ/^²³ ]{1,30})?[.\s]*"
+    r"|[*#\s]*(?:final )?answer\s?[*\s]*:[*\s]*([^*]+?)[*\s]*",
+    re.IGNORECASE,
 )
 
 
@@ -137,18 +157,40 @@ def boxed_answer(response: str, tags: Tags = THOUGHT_TAGS) -> str | None:
         found.pop()
     if not found:
         return None
-    start, _, answer = found[-1]
+    start, closed, answer = found[-1]
     joined = [_named(text, start) + answer]
     for (before, closes, content), (opens, _, _) in zip(found[-2::-1], found[:0:-1]):
         joint = _JOINT.fullmatch(text[closes:opens]) if opens - closes < 40 else None
         if joint is None or not content.strip() or len(joined) > 8:
             break
         joined += [r"\text{ or }" if joint["word"] == "or" else ", ", _named(text, before) + content]
-    return ("".join(joined[::-1]) if len(joined) > 1 else answer).strip() or None
+    if len(joined) == 1:
+        return (answer + _unit_behind(text[closed : closed + 80], answer)).strip() or None
+    return "".join(joined[::-1]).strip() or None
 
 
 def _denied(text: str, start: int, end: int) -> bool:
-    return bool(_DENIED.search(text[max(0, start - 40) : start]) or _DENIED_AFTER.match(text[end : end + 40]))
+    return bool(_DENIED.search(text[max(0, start - 80) : start]) or _DENIED_AFTER.match(text[end : end + 40]))
+
+
+def _unit_behind(text: str, answer: str) -> str:
+    """The unit that stands in `text`, right behind an answer that has none; empty if there is none."""
+    match = _BEHIND.match(text)
+    cleaned, refused = _read(answer) if match else ("", None)
+    if match is None or refused or "⟦" in cleaned or read(cleaned).kind not in ("formula", "named"):
+        return ""
+    if match["sign"]:
+        return match["sign"]
+    if match["word"][0] == "\\":
+        return match["word"] if unit(clean(match["word"])) else ""
+    said = match["word"].split(" ")
+    for count in range(len(said), 0, -1):
+        words = " ".join(said[:count])
+        rest = text[match.start("word") + len(words) :]
+        if words not in ("in", "A", "a") and unit(words):
+            alone = len(words) > 1 or re.match(r"[.,;]?(?:\s|$)", rest)
+            return rf"\text{{ {words}}}" if alone and not _GOES_ON.match(rest) else ""
+    return ""
 
 
 def _named(text: str, start: int) -> str:
@@ -161,7 +203,10 @@ def _marked(text: str) -> str | None:
         return tagged[-1].strip() or None
     lines = text.strip().splitlines()
     match = _MARKED.fullmatch(lines[-1].strip()) if lines and len(lines[-1]) < MAX_ANSWER_CHARS else None
-    return (match[1] or match[2] or match[3]).strip() or None if match else None
+    if match is None or (match[3] and not unit(match[3])):
+        return None
+    said = (match[1] or match[2] or match[4]).strip()
+    return said + (rf"\text{{{match[3].rstrip()}}}" if match[3] else "") or None
 
 
 def stated_answer(response: str, tags: Tags = THOUGHT_TAGS) -> str | None:
@@ -309,6 +354,8 @@ def decide_math(response: str, example: Example, tags: Tags = THOUGHT_TAGS) -> s
     (gold_text, gold_refused), (answer_text, answer_refused) = _read(gold), _read(answer)
     if not answer_text:
         return "no_answer"
+    if another_case(gold_text, answer_text):
+        return "unknown"
     if spelling(gold_text) == spelling(answer_text):
         return "correct"
     if gold_refused or not gold_text:
