@@ -118,6 +118,7 @@ _BEFORE_WORDS = _rewrites(
     (r"(?<!\\)\\!", ""),
     (r"(?<!\\)\\[,;: ]|\\q?quad(?![a-zA-Z])|\\enspace(?![a-zA-Z])|\\ensuremath(?![a-zA-Z])", " "),
     (r"\\(?:boldsymbol|bm|underline|mathsf|phantom)\s?(?=\{)", ""),
+    (r"\\hat\s?\{\s?\\([ij])math\s?\}", r"\\mathbf{\1}"),
     (r"\\hat\s?\{\s?(?:\\(?:mathbf|imath|jmath|bm)\s?)?\{?\s?([ijk])\s?\}?\s?\}", r"\\mathbf{\1}"),
     (r"\\hat\s?([ijk])(?![a-zA-Z])|\\(?:vec|overrightarrow|boldsymbol)\s?\{\s?([ijk])\s?\}",
      lambda match: rf"\mathbf{{{match[1] or match[2]}}}"),
@@ -557,7 +558,7 @@ _SYNONYMS = {
         "infinitely many": "infinite|infinitely many solutions|infinite solutions|an infinite number",
         "does not exist": "dne|doesn't exist",
         "no real solution": "no real solutions",
-        "no real root": "no real roots",
+        "no real root": "no real roots|no real root exists",
         "all reals": "all real numbers|real numbers|the real numbers|all reals",
         "diverges": "divergent|diverge",
         "converges": "convergent|converge",
@@ -587,7 +588,8 @@ def words(text: str) -> Value | None:
     ):
         return None
     name = plain.casefold()
-    name = re.sub(r"^(?:there (?:is|are|exists?)|it|the answer is|they|the \w+ is) ", "", name)
+    name = re.sub(r"^(?:there (?:is|are|exists?)|it|the answer is|they|the \w+ is) |(?<=s) exist$", "", name)
+    name = re.sub(r"^the (?:series|sequence|integral|limit) (?=(?:con|di)verges$)", "", name)
     name = _SYNONYMS.get(name, name)
     content = [word for word in re.findall(r"[^\s,]+", name) if word not in _ARTICLES] or [name]
     if name in _SYNONYMS.values():
@@ -666,7 +668,8 @@ _CLOCK = re.compile(r"(?:at )?(\d{1,2}) ?: ?(\d{2})(?: ?: ?(\d{2}))?( ?[ap]m| no
 
 def clock(text: str) -> Value | None:
     """A time of day: (hour, minute, second, am or pm or empty). Without am or pm it may be a ratio."""
-    match = _CLOCK.fullmatch(_plain(text).casefold())
+    plain = {"noon": "12:00 pm", "midnight": "12:00 am"}.get(_plain(text).casefold(), _plain(text).casefold())
+    match = _CLOCK.fullmatch(plain)
     if not match or int(match[1] or match[5]) > 24 or int(match[2] or 0) > 59:
         return None
     half = (match[4] or match[6] or "").strip()
@@ -927,6 +930,8 @@ def relation(text: str) -> Value | None:
                 return Value("interval", (((sides[0], sides[2], signs[0] == r"\le", signs[1] == r"\le"),), variable))
     if len(signs) > 1 and r"\ne" in signs:
         return None
+    if len(signs) > 1 and all(sign in (">", r"\ge") for sign in signs):  # c > b > a
+        signs, sides = [_FLIPPED[sign] for sign in signs[::-1]], sides[::-1]
     return Value("relation", (tuple(signs), tuple(sides)))
 
 
@@ -955,6 +960,8 @@ def _name(text: str) -> str:
     text = text.strip()
     if re.fullmatch(r"e|i|\\pi", text) or not _NAME.fullmatch(text):
         return ""
+    if re.fullmatch(r"\\frac ?\{dy\} ?\{dx\}|dy ?/ ?dx", text):
+        return "y'"
     return re.sub(r"\\angle|\\measuredangle|⟦|⟧|\s|\\mathbf|[{}]|^m(?=[A-Z]{3}$|\\)", "", text).replace("^\\prime", "'")
 
 
@@ -1134,6 +1141,7 @@ def based(text: str) -> Value | None:
 _ORDINAL = re.compile(r"(?:⟦the⟧ )?(\d+) ?(?:\^ ?\{? ?)?⟦?(?:st|nd|rd|th)⟧?\}?")
 
 
+_ORDINALS = _word_list("first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth")
 _REMAINDER = re.compile(r"(\d+) ?(?:⟦(?:remainder|rem|r|with a? ?remainder(?: of)?)⟧|[rR]) ?(\d+)", re.IGNORECASE)
 
 
@@ -1350,7 +1358,13 @@ READERS = (
         "clock",
         "a time of day",
         clock,
-        ((r"6:30\text{ PM}", "18:30", 1), (r"9:15\text{ AM}", r"9:15\text{ PM}", -1), ("2:30", "5:12", -1)),
+        (
+            (r"6:30\text{ PM}", "18:30", 1),
+            (r"9:15\text{ AM}", r"9:15\text{ PM}", -1),
+            ("2:30", "5:12", -1),
+            (r"\text{noon}", r"12:00\text{ PM}", 1),
+            (r"\text{noon}", r"\text{midnight}", -1),
+        ),
     ),
     Reader(
         "words",
@@ -1359,6 +1373,9 @@ READERS = (
         (
             (r"\text{no solution}", "No solutions.", 1),
             (r"\text{odd}", "even", -1),
+            (r"\text{no real roots}", r"\text{No real roots exist.}", 1),
+            (r"\text{converges}", r"\text{The series converges}", 1),
+            (r"\text{converges}", r"\text{The series diverges}", -1),
             (r"\text{CO}", r"\text{Co}", 0),
             (r"\text{MW}", r"\text{mW}", 0),
         ),
@@ -1403,9 +1420,35 @@ READERS = (
         sequence,
         (("1, 1, 2", "2, 1, 1", 1), ("1, 1, 2", "1, 2", -1), ("30150", "30, 150", -1)),
     ),
-    Reader("relation", "inequalities", relation, (("x>3", "3<x", 1), ("x>3", r"x\ge3", -1), ("x+y<3", "3>x+y", 1))),
-    Reader("equation", "equations", equation, (("5", "x=5", 1), ("5", "x+1=5", -1), ("y=2x+1", "2x-y+1=0", 1))),
-    Reader("tuple", "unit vectors", vector, ((r"\langle4,0,-1\rangle", r"4\mathbf{i}-\mathbf{k}", 1),)),
+    Reader(
+        "relation",
+        "inequalities",
+        relation,
+        (("x>3", "3<x", 1), ("x>3", r"x\ge3", -1), ("x+y<3", "3>x+y", 1), ("a<b<c", "c>b>a", 1)),
+    ),
+    Reader(
+        "equation",
+        "equations",
+        equation,
+        (
+            ("5", "x=5", 1),
+            ("5", "x+1=5", -1),
+            ("y=2x+1", "2x-y+1=0", 1),
+            ("y'=4y", r"\frac{dy}{dx}=4y", 1),
+            ("f(x)=3x^2", "f(t)=3t^2", 1),
+            ("f(x)=3x^2", "f(t)=3x^2", -1),
+            ("f(x)=3x^2", "f(t)=2t^2", 0),
+        ),
+    ),
+    Reader(
+        "tuple",
+        "unit vectors",
+        vector,
+        (
+            (r"\langle4,0,-1\rangle", r"4\mathbf{i}-\mathbf{k}", 1),
+            (r"3\vec{i}-\vec{j}", r"3\hat{\imath}-\hat{\jmath}", 1),
+        ),
+    ),
     Reader("tuple", "points, vectors", brackets, (("(1,2)", r"\left(1,\frac42\right)", 1), ("(1,2)", "(2,1)", -1))),
     Reader("based", "numbers in a base", based, (("1101_2", r"(1101)_{\text{two}}", 1), ("243_5", "243_6", -1))),
     Reader(
@@ -1426,7 +1469,12 @@ READERS = (
         remainder,
         ((r"5\text{ remainder }2", "5 R 2", 1), ("5", r"5\text{ remainder }2", -1)),
     ),
-    Reader("", "ordinal numbers", ordinal, (("7", r"7^{\text{th}}", 1), ("12", "21^{st}", -1))),
+    Reader(
+        "",
+        "ordinal numbers",
+        ordinal,
+        (("7", r"7^{\text{th}}", 1), ("12", "21^{st}", -1), (r"5\text{th}", r"\text{fifth}", 1)),
+    ),
     Reader(
         "formula",
         "what sympy reads",
@@ -1599,6 +1647,12 @@ def _named(comparer: Comparer, gold: tuple, answer: tuple) -> bool | None:
         len(formulae) == 2 and gold[0] in _letters(formulae[1]) and answer[0] in _letters(formulae[0])
     ):  # x = 2y, y = x/2
         return comparer.same_equation((gold[0], formulae[0]), (answer[0], formulae[1]))
+    functions = [re.fullmatch(r"([a-zA-Z])\(([a-zA-Z])\)", name) for name, _ in (gold, answer)]
+    if len(formulae) == 2 and functions[0] and functions[1] and functions[0][1] == functions[1][1]:  # f(x), f(t)
+        own, other = functions[0][2], functions[1][2]
+        if own not in _letters(formulae[1]) and other not in _letters(formulae[0]):
+            renamed = re.sub(rf"(?<![\\a-zA-Z]){other}(?![a-zA-Z])", own, formulae[1])
+            return comparer.formula(formulae[0], renamed) or None
     if "y" in (gold[0], answer[0]) and re.search(r"^[a-z]\(x\)", gold[0] + answer[0].removeprefix("y")):  # y = f(x)
         return comparer.compare(gold[1], answer[1])
     return False
@@ -2018,7 +2072,11 @@ MIXED: dict[tuple[str, str], Mixed] = {
     ("matrix", "any"): _scaled,
     ("ratio", "formula"): _divided,
     ("words", "formula"): lambda c, x, y, _: (
-        _words(c, x.parts, ((y.parts[0].casefold(),), y.parts[0].casefold())) if y.parts[0].isalpha() else False
+        y.parts[0] == str(_ORDINALS.index(x.parts[1]) + 1)
+        if x.parts[1] in _ORDINALS
+        else _words(c, x.parts, ((y.parts[0].casefold(),), y.parts[0].casefold()))
+        if y.parts[0].isalpha()
+        else False
     ),
     ("clock", "ratio"): lambda c, x, y, turned: _timed(c, x, y, turned),
     ("clock", "formula"): lambda c, x, y, _: (
