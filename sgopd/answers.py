@@ -1479,7 +1479,12 @@ READERS = (
         "formula",
         "what sympy reads",
         formula,
-        ((r"\sqrt8", r"2\sqrt2", 1), ("1,234", "1234", 1), (r"\sqrt2", "1.41", -1)),
+        (
+            (r"\sqrt8", r"2\sqrt2", 1),
+            ("1,234", "1234", 1),
+            (r"\sqrt2", "1.41", -1),
+            ("C_1e^x+C_2e^{-2x}", "Ae^x+Be^{-2x}", 0),
+        ),
     ),
     Reader("ratio", "ratios", ratio, (("3:4", r"3\text{ to }4", 1), ("1:2:3", "2:4:6", 1), ("3:4", "4:3", -1))),
     Reader(
@@ -1546,6 +1551,9 @@ class Comparer:
         if re.search(r"\+ ?C$|^C ?\+", gold):  # the constant of an integral has no name of its own
             answer = re.sub(r"(?<=\+) ?[ck]$|^[ck](?= ?\+)", "C", answer)
         same = self.compare(read(gold), read(answer))
+        constants = set(re.findall(r"[Cc]_\{?\d", gold)), set(re.findall(r"(?<![\\a-zA-Z])[A-DK](?!_)", answer))
+        if same is False and constants[0] and len(constants[0]) == len(constants[1]):
+            return None  # C_1 e^x + C_2 and A e^x + B: of other names
         if same is False:  # 100,200 is a number, but where the other is a list it may be one too
             if _THOUSANDS.fullmatch(answer) and self.compare(read(gold), read(answer.replace(",", ", "))):
                 return True
