@@ -63,6 +63,7 @@ def test_hand_checked_answers(math_pool: VerifierPool) -> None:
         ("answers_unseen.txt", 1.0, 1.0),
         ("answers_blind.txt", 1.0, 1.0),
         ("answers_dev.txt", 1.0, 1.0),
+        ("answers_heldout.txt", 1.0, 0.9),
     ],
 )
 def test_answers_written_after_the_rules(math_pool: VerifierPool, name: str, precision: float, recall: float) -> None:
