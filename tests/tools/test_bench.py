@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,9 @@ def test_readings_errors_and_ratios_are_stored_and_printed(root: Path, tmp_path:
     pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed (extra: bench)")
     asked = ["bench/test_loss.py", "-k", "float32 and near and tiny and (sgopd or eager)", "--rounds", "3"]
     command = [sys.executable, "-m", "pytest", *asked, "--benchmark-json", str(tmp_path / "run.json")]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
+    # Not as a worker of this run: pytest-benchmark measures nothing in one.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:]
     runs = {
         one["extra_info"]["candidate"]: one for one in json.loads((tmp_path / "run.json").read_text())["benchmarks"]
