@@ -56,7 +56,6 @@ _SYMBOLS = str.maketrans(
         "→": r"\to ",
         "≅": r"\cong ",
         "∖": r"\setminus ",
-        "≡": r"\equiv ",
         "⟨": r"\langle ",
         "⟩": r"\rangle ",
     }

@@ -6,6 +6,7 @@ The memory is bounded by `workspace`, not by the number of tokens: chunks share 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -134,7 +135,8 @@ class Call:
         if isinstance(backend, CpuBackend) and backend.has_pairs(problem.student.weight):
             if work < calibration.WORTHWHILE:
                 return [exact]
-            rest = Rest(problem.student.weight[:v], backend.screened_product)
+            fastest = partial(backend.project_screened, segment=calibration.SETTINGS[0].segment)
+            rest = Rest(problem.student.weight[:v], fastest)
             return [*screens(problem, backend, need, rest, self.rows), Pairs(problem, backend, need, rest)]
         if backend.filters_columns and self.valid is None and work >= calibration.COLUMNS_WORTHWHILE:
             return [Columns(problem, backend, need), exact]

@@ -14,7 +14,6 @@ from ..problem import Problem
 from .native import NativeBackend
 
 _ELEMENTS = (torch.float32, torch.bfloat16)
-LONG_SEGMENT = 576  # products
 HUGE = 32 * 2**20  # bytes from which the C library maps an allocation of its own, that huge pages can be asked for
 LINE = 16  # floats in a cache line
 
@@ -114,10 +113,6 @@ class CpuBackend(NativeBackend):
     def screens(self, *operands: Tensor) -> bool:
         """Whether there are 16-bit projections of these operands on this processor."""
         return self.has_pairs(operands[0]) and self.kernels().int16 and all(t.dtype in _ELEMENTS for t in operands)
-
-    def screened_product(self, hidden: Tensor, weight: Tensor, out: Tensor) -> None:
-        """The fastest product, with 16-bit rounding where there is one."""
-        self.project_screened(hidden, weight, out, LONG_SEGMENT)
 
     def project_screened(
         self, hidden: Tensor, weight: Tensor, out: Tensor, segment: int, feedback: tuple[Tensor, Tensor] | None = None
