@@ -26,8 +26,8 @@ from transformers import PreTrainedModel
 import sgopd
 from sgopd import startup
 from sgopd.config import Config
+from sgopd.models import head_of, hidden_states
 from sgopd.rollout import collate
-from sgopd.teacher import head_of, hidden_states
 from sgopd.trainer import Trainer
 
 QUICKSTART = Path(sgopd.__file__).parent / "assets" / "quickstart"
@@ -58,7 +58,7 @@ def quickstart(folder: Path, rollouts: int, stack: ExitStack) -> Batch:
     def by_trainer() -> None:
         trainer.update(made, fresh=True)
 
-    return Batch(trainer.student, trainer.teacher, *collate(made), verdict, by_trainer)
+    return Batch(trainer.student, trainer.teacher.model, *collate(made), verdict, by_trainer)
 
 
 def smollm2() -> Batch:

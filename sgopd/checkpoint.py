@@ -7,20 +7,27 @@ its manifest (sizes and SHA-256 sums) tells when it no longer is.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import fnmatch
 import hashlib
 import json
 import pickle
 import random
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sgopd.config import UserError
-from sgopd.files import new_folder, remove_folder, remove_leftovers
+from sgopd.files import new_folder, remove_folder, remove_leftovers, writing
+from sgopd.phases import Phases
+from sgopd.processes import Processes
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -28,36 +35,79 @@ OPTIMIZER = "optimizer.pt"
 RANDOM = "random.pt"
 
 
+@dataclass
+class RunState:
+    """Where a run stands: what a checkpoint has of it beside weights, optimiser and random states."""
+
+    phases: Phases
+    step: int = 0  # updates made
+    position: int = 0  # prompts taken, over all processes
+    skipped: int = 0  # updates left out for a non-finite loss or gradient
+    evaluated_at: int | None = None  # step of the student's last evaluation …
+    metric: float | None = None  # … and its avg@k
+    metrics_position: int = 0  # length of metrics.jsonl, in bytes …
+    metrics_sha256: str = ""  # … and its sum
+    saved_at: int | None = None  # step of the last checkpoint
+
+    def to_json(self) -> dict[str, Any]:
+        """state["metric"] (higher is better, or None) decides which checkpoint is the best."""
+        state = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        del state["saved_at"]  # it will be this one
+        state["phases"] = self.phases.state_dict()
+        state["metric"] = self.metric if self.evaluated_at == self.step else None
+        return state
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """From a checkpoint's state, which may have further keys."""
+        self.step = self.saved_at = state["step"]
+        self.position, self.skipped = state["position"], state["skipped"]
+        self.phases.load_state_dict(state["phases"])
+        self.evaluated_at, self.metric = state["evaluated_at"], state["metric"]
+        self.metrics_position = state["metrics_position"]
+
+
 def save(
     folder: Path,
     step: int,
     *,
+    processes: Processes,
     model: PreTrainedModel,
+    weights: dict[str, Tensor],
     tokenizer: PreTrainedTokenizerBase,
-    optimizer: dict[str, Any],
+    optimizer: Callable[[Path], dict[str, Any]],
     random_states: list[dict[str, Any]],
     state: dict[str, Any],
 ) -> Path:
-    """Writes the checkpoint of `step` under `folder` and returns its path.
+    """Writes the checkpoint of `step` under `folder` and returns its path. Called by all processes at once.
 
     Args:
-        optimizer: state dicts of tensors and plain values.
+        weights: of `model`, whole on the main process.
+        optimizer: writes what it keeps in shards into a folder, and gives the main process the rest: state dicts of
+            tensors and plain values.
         random_states: `random_state()` of every process, by rank.
-        state: JSON-ready; state["metric"] (higher is better, or None) decides which checkpoint is the best.
+        state: JSON-ready.
     """
     target = folder / f"step-{step:06d}"
-    with new_folder(target) as path:
-        model.save_pretrained(path)
-        tokenizer.save_pretrained(path)
-        save_tensors(optimizer, path / OPTIMIZER)
-        save_tensors(random_states, path / RANDOM)
-        (path / STATE).write_text(json.dumps(state))
-        files = {
-            str(file.relative_to(path)): {"size": file.stat().st_size, "sha256": digest(file)}
-            for file in sorted(path.rglob("*"))
-            if file.is_file()
-        }
-        (path / MANIFEST).write_text(json.dumps(files, indent=1))
+    with contextlib.ExitStack() as stack:  # on the main process; the others fill the folder with it
+        path = processes.on_main(lambda: stack.enter_context(new_folder(target)))
+        parts = optimizer(path)
+
+        def finish() -> None:
+            with writing(target):
+                model.save_pretrained(path, state_dict=weights)
+                tokenizer.save_pretrained(path)
+                save_tensors(parts, path / OPTIMIZER)
+                save_tensors(random_states, path / RANDOM)
+                (path / STATE).write_text(json.dumps(state))
+                files = {
+                    str(file.relative_to(path)): {"size": file.stat().st_size, "sha256": digest(file)}
+                    for file in sorted(path.rglob("*"))
+                    if file.is_file()
+                }
+                (path / MANIFEST).write_text(json.dumps(files, indent=1))
+            stack.close()
+
+        processes.on_main(finish)
     return target
 
 

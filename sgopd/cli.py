@@ -171,12 +171,12 @@ def run(config: Config) -> int:
     display = Display(config)
     trainer = Trainer(config, say=display.say, on_record=display.record)
     with display.progress:
-        display.start(trainer.step)
+        display.start(trainer.state.step)
         run_dir = trainer.train()
     if trainer.stopped_by is not None:
         trainer.say(
-            f"stopped after {trainer.step} of {config.max_steps} updates, and saved. To go on, the same command with "
-            f"--output_dir {run_dir} --resume_from_checkpoint auto"
+            f"stopped after {trainer.state.step} of {config.max_steps} updates, and saved. To go on, the same command "
+            f"with --output_dir {run_dir} --resume_from_checkpoint auto"
         )
         return 128 + trainer.stopped_by
     if not trainer.processes.main:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -10,22 +11,21 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 from sgopd.config import Config, UserError
 from sgopd.data import Prompts, derive_seed, has_eval_data, load_prompts
 from sgopd.metrics import finite
+from sgopd.models import eos_ids_of, head_of, load_model, load_tokenizer, move
 from sgopd.processes import Processes
-from sgopd.rollout import generate, sampling_of
+from sgopd.rollout import sampling_of
+from sgopd.samplers import Sampler
+from sgopd.samplers.plain import PlainSampler
 from sgopd.startup import check_golds, check_model, check_prompt_ends, start_verifier
-from sgopd.teacher import eos_ids_of, head_of, load_model, load_tokenizer, move
 from sgopd.verdicts import VerdictWatch, verifying
 from sgopd.verifier import CORRECT, UNKNOWN, VerifierPool
 
 
 def evaluate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    sampler: Sampler,
     prompts: Prompts,
     pool: VerifierPool,
     config: Config,
@@ -54,7 +54,7 @@ def evaluate(
     )
     asked = [question for question in mine for _ in range(samples)]
     seed = derive_seed(config.seed, "evaluation", processes.rank)
-    completions = generate(model, tokenizer, [prompts.ids[q] for q in asked], sampling, seed)
+    completions = sampler.sample([prompts.ids[q] for q in asked], sampling, seed)
     with verifying():
         verdicts = pool.verify(
             [completion.text for completion in completions],
@@ -111,8 +111,9 @@ def evaluate_models(config: Config) -> list[dict[str, Any]]:
             said += processes.on_main(functools.partial(check_golds, pool, None, questions))
             for line in [*questions.remarks, *check_prompt_ends(questions, tokenizer, eos_ids), *said]:
                 warn(line)
+            sampler = PlainSampler(functools.partial(contextlib.nullcontext, model), tokenizer)
             result = evaluate(
-                model, tokenizer, questions, pool, config, processes, eos_ids=eos_ids, vocabulary=vocabulary, say=warn
+                sampler, questions, pool, config, processes, eos_ids=eos_ids, vocabulary=vocabulary, say=warn
             )
             records.append({"kind": "eval", "model": whose, "path": path, **finite(result)})
     return records

@@ -5,16 +5,14 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
-from torch import Tensor
 
 from sgopd.config import Config, LostProcess, UserError
 
@@ -24,8 +22,7 @@ T = TypeVar("T")
 class Processes:
     """What the loop asks of accelerate: device, rank, trackers, and a few sums over all processes.
 
-    Models are not wrapped. Each process holds all of them, and gradients, already divided by the global token count,
-    are added up by hand once an update.
+    Models are not wrapped: how they lie over the processes is an engine's to say (sgopd/engines).
     """
 
     def __init__(self, config: Config) -> None:
@@ -84,19 +81,6 @@ class Processes:
     def any(self, number: int | None) -> int | None:
         """A number that any process has, where the others have None."""
         return next((one for one in self.gather([number]) if one is not None), None)
-
-    def add_gradients(self, parameters: Sequence[Tensor]) -> None:
-        """Adds up the gradients of all processes, in place."""
-        if self.count == 1:
-            return
-        waiting = []
-        with together():
-            for parameter in parameters:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                waiting.append(torch.distributed.all_reduce(parameter.grad, async_op=True))
-            for handle in waiting:
-                handle.wait()
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -286,3 +286,20 @@ def collate(rollouts: Sequence[Rollout]) -> tuple[Tensor, Tensor, Tensor]:
         mask_BT[row, :end] = 1
         predicts_BT[row, start - 1 : end - 1] = True
     return ids_BT, mask_BT, predicts_BT
+
+
+class Batch(NamedTuple):
+    """Rollouts as the models take them, and the N positions at which a token of a completion is predicted."""
+
+    rollouts: Sequence[Rollout]
+    ids_BT: Tensor
+    mask_BT: Tensor
+    rows: Tensor  # [N]
+    columns: Tensor  # [N]
+    token_ids: Tensor  # [N]: the token that is predicted there
+
+
+def batch_of(rollouts: Sequence[Rollout], device: torch.device) -> Batch:
+    ids_BT, mask_BT, predicts_BT = (tensor.to(device) for tensor in collate(rollouts))
+    rows, columns = predicts_BT.nonzero(as_tuple=True)
+    return Batch(rollouts, ids_BT, mask_BT, rows, columns, ids_BT[rows, columns + 1])

@@ -28,10 +28,7 @@ from sgopd.config import Config, UserError
 from sgopd.data import Prompts, has_eval_data
 from sgopd.files import LOCK, FolderLock, make_folder
 from sgopd.metrics import lost_records
-from sgopd.report.run import is_run, read_metrics
-from sgopd.rollout import Steps
-from sgopd.rows import is_file, texts_of
-from sgopd.teacher import (
+from sgopd.models import (
     LOGIT_DIVISORS,
     LOGIT_FACTORS,
     eos_ids_of,
@@ -40,6 +37,9 @@ from sgopd.teacher import (
     hidden_states,
     load_tokenizer,
 )
+from sgopd.report.run import is_run, read_metrics
+from sgopd.rollout import Steps
+from sgopd.rows import is_file, texts_of
 from sgopd.verdicts import verifying
 from sgopd.verifier import VerifierPool
 

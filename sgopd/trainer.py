@@ -4,15 +4,17 @@
 
 One batch: prompts -> rollouts of the student (and, in the cold start, of the teacher) -> verdicts -> hidden states of
 both models -> the gated loss -> one or more updates. Read `train` for the order of things, `make_batch` for how
-rollouts come about, `update` and `loss_of` for what is done with them.
+rollouts come about, `update` and `loss_of` for what is done with them, `StudentLoss` for the loss.
 
-It is simpler than a trainer could be. Every process holds the whole student, teacher and optimiser state (no FSDP, no
-DeepSpeed). Sampling takes a generator named by (seed, step, process), so there is no sampling state to carry over, and
-evaluation does not disturb training. Runs stop and resume only where a batch of rollouts is used up.
+What can be done in several ways is behind a protocol, with one file a way: where rollouts come from (`sgopd.samplers`),
+where the teacher is (`sgopd.teachers`), how the student lies over the processes (`sgopd.engines`). Sampling takes a
+generator named by (seed, step, process), so there is no sampling state to carry over, and evaluation does not disturb
+training. Runs stop and resume only where a batch of rollouts is used up.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -22,14 +24,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint as recomputed
 from transformers import get_scheduler, set_seed
 
 from sgopd import __version__, checkpoint, startup
+from sgopd.checkpoint import RunState
 from sgopd.config import Config, UserError
 from sgopd.data import derive_seed, has_eval_data, load_prompts, take
+from sgopd.engines.ddp import DataParallel
 from sgopd.evaluate import evaluate
-from sgopd.files import FolderLock, make_folder, new_file, new_folder, remove_folder, remove_leftovers, writing
+from sgopd.files import make_folder, new_file, new_folder, remove_folder, remove_leftovers, writing
 from sgopd.metrics import (
     MetricsFile,
     Sums,
@@ -39,24 +42,26 @@ from sgopd.metrics import (
     finite,
     write_completions,
 )
-from sgopd.phases import Phases
-from sgopd.processes import Interrupt, Processes
-from sgopd.report import write_report
-from sgopd.rollout import Rollout, collate, generate, sampling_of
-from sgopd.teacher import (
-    Head,
+from sgopd.models import (
     eos_ids_of,
-    head_arguments,
     head_of,
-    hidden_states,
     load_frozen,
     load_model,
     load_tokenizer,
     recompute_activations,
 )
+from sgopd.phases import Phases
+from sgopd.processes import Interrupt, Processes
+from sgopd.report import write_report
+from sgopd.rollout import Rollout, batch_of, sampling_of
+from sgopd.samplers import Sampler
+from sgopd.samplers.plain import PlainSampler
+from sgopd.student_loss import StudentLoss
+from sgopd.teachers import Teacher
+from sgopd.teachers.local import LocalTeacher
 from sgopd.verdicts import VerdictWatch, verifying
 from sgopd.verifier import Verdict
-from sgopd_kernels import CORRECT, Gate, Stats, gated_kl_loss
+from sgopd_kernels import CORRECT, Gate
 from sgopd_kernels.gate import resolve_gate
 
 Record = dict[str, Any]
@@ -88,7 +93,7 @@ class Trainer:
         self.say = say if processes.main else lambda text: None
         self.on_record = on_record if processes.main else lambda record: None
         self.run_dir = Path(config.output_dir)
-        self.lock: FolderLock | None = None  # of the run directory, on the main process
+        self.opened = contextlib.ExitStack()
         self.metrics: MetricsFile | None = None  # from `train` on, on the main process
         try:
             self.prepare()
@@ -110,17 +115,22 @@ class Trainer:
         self.tokenizer = load_tokenizer(source, config, "model_name_or_path")
         self.student, self.findings = load_model(source, config, "model_name_or_path", config.dtype)
         self.student.to(self.device).train()
-        setting = "teacher_model_name_or_path"
-        self.teacher, said = load_frozen(config.teacher_model_name_or_path, config, setting, self.device)
-        self.findings += said
-        self.reference = None
-        if (path := config.reference_model_name_or_path) is not None:
-            self.reference, said = load_frozen(path, config, "reference_model_name_or_path", self.device)
-            self.findings += said
+        models = {"student": self.student}
+        for whose in ("teacher", "reference"):
+            setting = f"{whose}_model_name_or_path"
+            if (path := getattr(config, setting)) is not None:
+                models[whose], said = load_frozen(path, config, setting, self.device)
+                self.findings += said
         if config.gradient_checkpointing:
             recompute_activations(self.student)
-        models = {"student": self.student, "teacher": self.teacher, "reference": self.reference}
-        models = {whose: model for whose, model in models.items() if model is not None}
+        frozen = {
+            whose: LocalTeacher(model, self.tokenizer, config.bf16)
+            for whose, model in models.items()
+            if whose != "student"
+        }
+        self.teacher: Teacher = frozen["teacher"]
+        self.opened.callback(self.teacher.close)
+        self.reference = frozen.get("reference")
 
         # --- data, and whether it all fits together ---
         self.prompts = load_prompts(config, self.tokenizer, "train")
@@ -128,15 +138,17 @@ class Trainer:
         self.findings += startup.check_models(config, models, self.tokenizer, self.prompts)
         self.findings += startup.check_prompts(config, self.prompts, self.questions, self.tokenizer, models)
         self.eos_ids = eos_ids_of(self.student, self.tokenizer)
-        self.vocabulary = min(head_of(model).weight.shape[0] for model in models.values())
+        self.vocabulary = min(head_of(self.student).weight.shape[0], *(one.vocabulary for one in frozen.values()))
+        self.loss = StudentLoss(self.student, config, self.gate, self.vocabulary)
         self.check_loss()
         self.contents = self.digests()
         self.watch = VerdictWatch(processes, self.say)
 
-        # --- optimiser ---
-        self.parameters = [p for p in self.student.parameters() if p.requires_grad]
-        matrices = [p for p in self.parameters if p.ndim >= 2]
-        vectors = [p for p in self.parameters if p.ndim < 2]  # norms and biases do not decay
+        # --- how the student is trained and sampled from ---
+        self.engine = DataParallel(self.loss, processes)
+        self.sampler = PlainSampler(self.engine.whole, self.tokenizer)
+        matrices = [p for p in self.engine.parameters if p.ndim >= 2]
+        vectors = [p for p in self.engine.parameters if p.ndim < 2]  # norms and biases do not decay
         self.optimizer = torch.optim.AdamW(
             [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
             lr=config.learning_rate,
@@ -150,22 +162,15 @@ class Trainer:
             num_training_steps=config.max_steps,
         )
 
-        # --- where the run stands: all of this is in a checkpoint ---
-        self.step = 0  # updates made
-        self.position = 0  # prompts taken, over all processes
-        self.skipped = 0  # updates left out for a non-finite loss or gradient
-        self.phases = Phases(config)
-        self.evaluated_at: int | None = None  # step of the student's last evaluation …
-        self.metric: float | None = None  # … and its avg@k
-        self.metrics_position = 0  # length of metrics.jsonl, in bytes
-        self.saved_at: int | None = None
+        self.state = RunState(Phases(config))
         self.stopped_by: int | None = None  # the signal that ended `train` early
         if resume_from is not None:
             self.restore(resume_from)
 
     def open_run_dir(self) -> tuple[Path | None, list[str]]:
         """The checkpoint to resume from, and what to say, once no other run can change the folder any more."""
-        self.lock, said = startup.lock_run_dir(self.config)
+        lock, said = startup.lock_run_dir(self.config)
+        self.opened.callback(lock.release)
         resume_from, more = startup.open_run_dir(self.config)
         return resume_from, said + more
 
@@ -174,8 +179,8 @@ class Trainer:
         mine = {
             "prompts": self.prompts.digest(),
             "questions": self.questions.digest() if self.questions else None,
-            "teacher": checkpoint.weights_digest(self.teacher),
-            "reference": checkpoint.weights_digest(self.reference) if self.reference is not None else None,
+            "teacher": self.teacher.digest(),
+            "reference": self.reference.digest() if self.reference is not None else None,
         }
         everyones = self.processes.gather([mine])
         if others := sorted({name for one in everyones for name in one if one[name] != everyones[0][name]}):
@@ -183,11 +188,8 @@ class Trainer:
         return mine
 
     def close(self) -> None:
-        """Gives the run directory back."""
-        if self.metrics is not None:
-            self.metrics.close()
-        if self.lock is not None:
-            self.lock.release()
+        """Gives the run directory, and what a teacher has open, back."""
+        self.opened.close()
 
     # --- the loop ---
 
@@ -197,8 +199,8 @@ class Trainer:
         try:
             self.loop()
             if self.stopped_by is None:
-                self.processes.on_main(self.save_final)
-                self.write({"step": self.step, "kind": "end", "time/total": time.perf_counter() - began})
+                self.save_final()
+                self.write({"step": self.state.step, "kind": "end", "time/total": time.perf_counter() - began})
             self.processes.accelerator.end_training()
             if self.processes.main:
                 write_report(self.run_dir)
@@ -214,11 +216,11 @@ class Trainer:
                 self.say(line)
             processes.on_main(self.start_writing)
             while True:
-                last = self.step == config.max_steps
+                last = self.state.step == config.max_steps
                 self.stopped_by = processes.any(interrupt.signal)
                 if self.stopped_by is None:
                     self.evaluate_if_due(last)
-                if last or self.stopped_by is not None or due(self.step, config.save_steps):
+                if last or self.stopped_by is not None or due(self.state.step, config.save_steps):
                     self.save()
                 if last or self.stopped_by is not None:
                     break
@@ -227,9 +229,9 @@ class Trainer:
                     record |= self.update(rollouts, fresh=iteration == 0)
                     self.log(record, rollouts)
                     record = {}
-                if self.skipped >= config.max_skipped_steps:
+                if (skipped := self.state.skipped) >= config.max_skipped_steps:
                     raise UserError(
-                        f"stopped at step {self.step}: {self.skipped} updates had a loss or gradient that was not "
+                        f"stopped at step {self.state.step}: {skipped} updates had a loss or gradient that was not "
                         "finite. They left the weights alone, so the checkpoints are sound: resume from one with a "
                         "lower learning_rate or lower gate weights, or with float32 throughout. If the first update "
                         "already failed, the teacher or a prompt is the likelier cause"
@@ -246,11 +248,13 @@ class Trainer:
         config, processes, sums = self.config, self.processes, Sums()
         slots_per_group = config.num_generations
         groups = config.rollouts_per_batch // slots_per_group
-        taken = take(self.position, groups * processes.count, len(self.prompts), config.seed)
+        taken = take(self.state.position, groups * processes.count, len(self.prompts), config.seed)
         examples = taken[processes.rank * groups : (processes.rank + 1) * groups]
-        self.position += len(taken)
+        self.state.position += len(taken)
 
-        offered = self.phases.slots(self.step, groups, derive_seed(config.seed, "slots", self.step, processes.rank))
+        offered = self.state.phases.slots(
+            self.state.step, groups, derive_seed(config.seed, "slots", self.state.step, processes.rank)
+        )
         tries = [
             (examples[group], number < offered[group], group)
             for group in range(groups)
@@ -259,7 +263,7 @@ class Trainer:
         verdicts: list[Verdict] = []
         tried = self.roll_out("teacher", [(example, in_slot) for example, in_slot, _ in tries], sums, verdicts)
         outcomes = [(rollout.example, rollout.verdict == CORRECT, rollout.in_teacher_slot) for rollout in tried]
-        self.phases.record(processes.gather(outcomes))
+        self.state.phases.record(processes.gather(outcomes))
 
         rollouts, filled = [], [0] * groups
         for rollout, (_, _, group) in zip(tried, tries):
@@ -278,13 +282,13 @@ class Trainer:
         if config.teacher_reliability != "off":
             for rollout in rollouts:
                 if config.teacher_reliability == "all" or rollout.verdict != CORRECT:
-                    rollout.reliability = self.phases.reliability(rollout.example)
+                    rollout.reliability = self.state.phases.reliability(rollout.example)
                 sums.add("phase/reliability", rollout.reliability, 1)
         add_rollout_metrics(sums, rollouts)
         sums.count("phase/teacher_proposed", sum(offered))
         sums.count("phase/teacher_endorsed", sum(filled))
         sums.add("phase/acceptance", sum(filled), sum(offered))
-        record = {"phase/teacher_share": self.phases.share(self.step), **sums.reduced(processes)}
+        record = {"phase/teacher_share": self.state.phases.share(self.state.step), **sums.reduced(processes)}
         if not record.get("rollout/correct") and not record.get("rollout/incorrect"):
             record.pop("rollout/accuracy", None)  # no verdict is no accuracy of 0
         return rollouts, record
@@ -297,11 +301,10 @@ class Trainer:
         if not slots:
             return []
         config, began = self.config, time.perf_counter()
-        model = self.student if source == "student" else self.teacher
         prompts = [self.prompts.ids[example] for example, _ in slots]
         sampling = sampling_of(config, self.eos_ids, self.vocabulary)
-        seed = derive_seed(config.seed, source, self.step, self.processes.rank)
-        completions = generate(model, self.tokenizer, prompts, sampling, seed)
+        seed = derive_seed(config.seed, source, self.state.step, self.processes.rank)
+        completions = self.sampler_of(source).sample(prompts, sampling, seed)
         generated = time.perf_counter()
         with verifying():
             verdicts = self.verifier.verify(
@@ -317,13 +320,23 @@ class Trainer:
             for (example, in_teacher_slot), prompt, completion, verdict in zip(slots, prompts, completions, verdicts)
         ]
 
+    def sampler_of(self, whose: str) -> Sampler:
+        """The "student"'s, with its present weights, or the "teacher"'s."""
+        if whose == "student":
+            self.sampler.sync(self.state.step, self.engine.weights)
+            return self.sampler
+        assert self.teacher.sampler is not None
+        return self.teacher.sampler
+
     # --- an update ---
 
     def update(self, rollouts: list[Rollout], fresh: bool) -> Record:
         """One optimiser step on a batch. `fresh`: the rollouts are from the present weights."""
         config, sums, began = self.config, Sums(), time.perf_counter()
         rollouts = sorted(rollouts, key=Rollout.__len__)  # rows of like length share a forward pass
-        generator = torch.Generator().manual_seed(derive_seed(config.seed, "gate", self.step, self.processes.rank))
+        generator = torch.Generator().manual_seed(
+            derive_seed(config.seed, "gate", self.state.step, self.processes.rank)
+        )
         verdicts = torch.tensor([rollout.verdict for rollout in rollouts])
         if self.gate.control == "shuffled":  # over the rollouts of the batch, not over the tokens of a micro-batch
             verdicts = verdicts[torch.randperm(len(verdicts), generator=generator)]
@@ -332,42 +345,43 @@ class Trainer:
         tokens = self.processes.sum(sum(len(rollout.completion.ids) for rollout in rollouts))
         for start in range(0, len(rollouts), config.per_device_train_batch_size):
             part = slice(start, start + config.per_device_train_batch_size)
-            self.loss_of(rollouts[part], verdicts[part], tokens, generator, sums, fresh).backward()
-        self.processes.add_gradients(self.parameters)
+            loss = self.loss_of(rollouts[part], verdicts[part], tokens, generator, sums, fresh)
+            self.engine.backward(loss)
+        self.engine.reduce()
 
         learning_rate = self.scheduler.get_last_lr()[0]
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm or math.inf).item()
+        norm = self.engine.clip(config.max_grad_norm or math.inf)
         measured = sums.reduced(self.processes)
         faults = [name for name, value in (("loss", measured["loss"]), ("gradient", norm)) if not math.isfinite(value)]
         if faults:
-            self.skipped += 1
+            self.state.skipped += 1
             self.say(
-                f"warning: update {self.step + 1} is left out, since its {' and '.join(faults)} is not finite (NaN or "
-                f"infinite); {self.skipped} so far, and the run stops at {config.max_skipped_steps}"
+                f"warning: update {self.state.step + 1} is left out, since its {' and '.join(faults)} is not finite "
+                f"(NaN or infinite); {self.state.skipped} so far, and the run stops at {config.max_skipped_steps}"
             )
         else:
             self.optimizer.step()
             self.check_weights()
         self.optimizer.zero_grad()
         self.scheduler.step()
-        self.step += 1
+        self.state.step += 1
         return {
             **measured,
             "optim/lr": learning_rate,
             "optim/grad_norm": norm,
             "optim/clipped_share": float(0 < config.max_grad_norm < norm) if math.isfinite(norm) else math.nan,
-            "optim/skipped": self.skipped,
+            "optim/skipped": self.state.skipped,
             "tokens": tokens,
             "time/update": time.perf_counter() - began,
         }
 
     def check_weights(self) -> None:
         """A finite gradient can still make a weight overflow; then nothing is of use, least of all a checkpoint."""
-        if not torch.nn.utils.get_total_norm(self.parameters, math.inf).isfinite():
+        if not self.engine.finite():
             raise UserError(
-                f"stopped: update {self.step + 1} made weights that are not finite (NaN or infinite), at learning_rate "
-                f"{self.scheduler.get_last_lr()[0]:g}. They were not saved: resume from a checkpoint, if there is one, "
-                "with a lower learning_rate"
+                f"stopped: update {self.state.step + 1} made weights that are not finite (NaN or infinite), at "
+                f"learning_rate {self.scheduler.get_last_lr()[0]:g}. They were not saved: resume from a checkpoint, if "
+                "there is one, with a lower learning_rate"
             )
 
     def loss_of(
@@ -380,89 +394,30 @@ class Trainer:
         fresh: bool,
     ) -> Tensor:
         """The loss of a micro-batch of B rollouts, divided by `num_items`; adds what it measured to `sums`."""
-        config = self.config
-        ids_BT, mask_BT, predicts_BT = (tensor.to(self.device) for tensor in collate(rollouts))
-        rows, columns = predicts_BT.nonzero(as_tuple=True)  # the N positions that predict a completion's token
-        token_ids = ids_BT[rows, columns + 1]
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.bf16):
-            student_NH = hidden_states(self.student, ids_BT, mask_BT)[rows, columns]
-            with torch.no_grad():
-                teacher_NH = hidden_states(self.teacher, ids_BT, mask_BT)[rows, columns]
-                reference_NH = None
-                if self.reference is not None:
-                    reference_NH = hidden_states(self.reference, ids_BT, mask_BT)[rows, columns]
-        verdict = verdicts.to(self.device)[rows]
-        reliability = torch.tensor([rollout.reliability for rollout in rollouts], device=self.device)[rows]
-        from_teacher = torch.tensor([rollout.source == "teacher" for rollout in rollouts], device=self.device)[rows]
-
-        def gated(part: Tensor, **choices: Any) -> tuple[Tensor, Stats]:
-            if reference_NH is not None:
-                choices["reference_hidden"] = reference_NH[part]
-            if config.teacher_reliability != "off":
-                choices["reliability"] = reliability[part]
-            choices |= {"num_items": num_items, "generator": generator}
-            return self.gated_loss(student_NH[part], teacher_NH[part], token_ids[part], verdict[part], **choices)
-
-        own, theirs = (~from_teacher).nonzero().squeeze(-1), from_teacher.nonzero().squeeze(-1)
-        loss, stats = gated(own)
-        engine_logprob = torch.cat([rollout.completion.logprobs for rollout in rollouts]).to(self.device)
-        add_token_metrics(sums, stats, verdict[own], engine_logprob[own] if fresh else None, self.gate.tolerance)
-        if len(theirs):
-            if config.teacher_rollout_loss == "nll":
-                head = head_of(self.student)
-                their_loss = nll(student_NH[theirs], head, token_ids[theirs], self.vocabulary, config.temperature)
-                their_loss = their_loss / num_items
-            elif config.teacher_rollout_loss == "forward-kl":
-                their_loss, _ = gated(theirs, estimator="full", divergence="forward-kl")
-            else:
-                their_loss, _ = gated(theirs)
-            sums.add("loss/teacher_rollouts", their_loss.detach() * num_items, len(theirs))
-            loss = loss + their_loss
+        batch = batch_of(rollouts, self.device)
+        verdicts = verdicts.to(self.device)
+        targets = self.teacher.score(batch)
+        reference = self.reference.score(batch) if self.reference is not None else None
+        loss, (own, stats, their_loss) = self.engine.module(batch, verdicts, targets, reference, num_items, generator)
+        engine_logprob = None
+        if fresh:
+            logprobs = [rollout.completion.logprobs for rollout in rollouts]
+            engine_logprob = torch.cat(logprobs).to(self.device)[own]
+        add_token_metrics(sums, stats, verdicts[batch.rows][own], engine_logprob, self.gate.tolerance)
+        if their_loss is not None:
+            sums.add("loss/teacher_rollouts", their_loss * num_items, len(batch.rows) - len(own))
         sums.count("loss", loss.detach())  # added up over micro-batches and processes: the loss of the update
         return loss
 
-    def gated_loss(
-        self, student_NH: Tensor, teacher_NH: Tensor, token_ids: Tensor, verdict: Tensor, **choices: Any
-    ) -> tuple[Tensor, Stats]:
-        """sgopd_kernels.gated_kl_loss with this run's heads and settings, and its statistics."""
-        config = self.config
-        student, teacher = head_of(self.student), head_of(self.teacher)
-        student_weight = student.weight
-        if config.bf16:  # as autocast treats a head: bf16 operands (the kernel keeps its logits in fp32)
-            student_NH, student_weight = student_NH.bfloat16(), student_weight.bfloat16()
-        if self.reference is not None:
-            reference = head_of(self.reference)
-            choices |= {
-                "reference_weight": reference.weight,
-                "reference_bias": reference.bias,
-                "reference_logit_scale": reference.logit_scale,
-                "reference_softcap": reference.softcap,
-            }
-        settings: dict[str, Any] = {
-            "gate": dataclasses.replace(self.gate, control=None) if self.gate.control == "shuffled" else self.gate,
-            "estimator": config.estimator,
-            "divergence": ("jsd", config.jsd_beta) if config.divergence == "jsd" else config.divergence,
-            "temperature": config.temperature,
-            **head_arguments(student, teacher),
-            "precision": config.precision,
-            "backend": config.backend,
-        }
-        heads = student_NH, student_weight, teacher_NH, teacher.weight
-        loss, stats = gated_kl_loss(*heads, token_ids, verdict, return_stats=True, **(settings | choices))
-        assert isinstance(stats, Stats)
-        return loss, stats
-
     def check_loss(self) -> None:
         """One token through the loss: what it refuses (a backend, a precision), it refuses at the start."""
-        heads = [head_of(model).weight for model in (self.student, self.teacher)]
-        student_1H, teacher_1H = (weight.new_zeros(1, weight.shape[1]) for weight in heads)
+        weight = head_of(self.student).weight
         token = torch.zeros(1, dtype=torch.long, device=self.device)
-        choices = {}
-        if self.reference is not None:
-            choices["reference_hidden"] = head_of(self.reference).weight[:1]
+        reference = self.reference.specimen() if self.reference is not None else None
         try:
             with torch.no_grad():
-                self.gated_loss(student_1H, teacher_1H, token, token, **choices)
+                hidden_1H = weight.new_zeros(1, weight.shape[1])
+                self.loss.gated(hidden_1H, self.teacher.specimen(), reference, token, token)
         except (ValueError, TypeError, RuntimeError) as error:
             raise UserError(f"the loss refuses these settings: {error}") from error
 
@@ -473,20 +428,18 @@ class Trainer:
         config = self.config
         if self.questions is None:
             return
-        if self.step == 0 and config.eval_teacher:
+        if self.state.step == 0 and config.eval_teacher:
             self.evaluate("teacher")
-        wanted = config.eval_on_start if self.step == 0 else last or due(self.step, config.eval_steps)
-        if wanted and self.evaluated_at != self.step:
-            self.metric, self.evaluated_at = self.evaluate("student"), self.step
-            self.saved_at = None  # a signal may have had this step saved without the metric, so never as the best
+        wanted = config.eval_on_start if self.state.step == 0 else last or due(self.state.step, config.eval_steps)
+        if wanted and self.state.evaluated_at != self.state.step:
+            self.state.metric, self.state.evaluated_at = self.evaluate("student"), self.state.step
+            self.state.saved_at = None  # a signal may have had this step saved without the metric, so never as the best
 
     def evaluate(self, whose: str) -> float | None:
         """Evaluates the "student" or the "teacher", writes the record and returns avg@k; None without any verdict."""
         assert self.questions is not None
-        model = self.student if whose == "student" else self.teacher
         result = evaluate(
-            model,
-            self.tokenizer,
+            self.sampler_of(whose),
             self.questions,
             self.verifier,
             self.config,
@@ -495,7 +448,7 @@ class Trainer:
             vocabulary=self.vocabulary,
             say=self.say,
         )
-        self.write({"step": self.step, "kind": "eval", "model": whose, **result})
+        self.write({"step": self.state.step, "kind": "eval", "model": whose, **result})
         return finite(result["eval/avg_at_k"])
 
     # --- what is written ---
@@ -508,14 +461,15 @@ class Trainer:
         with writing(self.run_dir / "checkpoints"):
             make_folder(self.run_dir / "checkpoints")  # before the first record: if it is gone later, it was taken away
             for path in reversed(checkpoint.saved(self.run_dir / "checkpoints")):
-                if checkpoint.step_of(path) > self.step:
+                if checkpoint.step_of(path) > self.state.step:
                     remove_folder(path)
-        self.metrics = MetricsFile(self.run_dir / "metrics.jsonl", self.metrics_position)
+        self.metrics = MetricsFile(self.run_dir / "metrics.jsonl", self.state.metrics_position)
+        self.opened.callback(self.metrics.close)
         with writing(self.run_dir):
             for folder in (".", "checkpoints", "completions"):
                 remove_leftovers(self.run_dir / folder)
             for path in (self.run_dir / "completions").glob("step-*.parquet"):
-                if (number := path.stem.removeprefix("step-")).isdecimal() and int(number) > self.step:
+                if (number := path.stem.removeprefix("step-")).isdecimal() and int(number) > self.state.step:
                     path.unlink()
         settings = dataclasses.asdict(self.config)
         name = {"name": self.config.run_name or self.run_dir.name}
@@ -529,7 +483,7 @@ class Trainer:
                 "version": __version__,
                 "processes": self.processes.count,
                 "device": str(self.device),
-                "parameters": sum(p.numel() for p in self.parameters),
+                "parameters": sum(p.numel() for p in self.engine.parameters),
                 "findings": self.findings,
             }
             self.write({"step": 0, "kind": "config", **settings, **facts})
@@ -537,13 +491,15 @@ class Trainer:
     def log(self, record: Record, rollouts: Sequence[Rollout]) -> None:
         """A train record; every logging_steps also to the trackers, with some completions."""
         seconds = sum(value for name, value in record.items() if name.startswith("time/"))
-        record = {"step": self.step, "kind": "train", **record, "tokens_per_second": record["tokens"] / seconds}
+        record = {"step": self.state.step, "kind": "train", **record, "tokens_per_second": record["tokens"] / seconds}
         self.write(record)
-        if self.step == 1 or due(self.step, self.config.logging_steps):
-            self.processes.accelerator.log({k: v for k, v in record.items() if k not in ("step", "kind")}, self.step)
+        if self.state.step == 1 or due(self.state.step, self.config.logging_steps):
+            self.processes.accelerator.log(
+                {k: v for k, v in record.items() if k not in ("step", "kind")}, self.state.step
+            )
             if self.processes.main and (limit := self.config.num_completions_to_log):
                 kept = rollouts[:: -(-len(rollouts) // limit)]  # evenly spaced: the teacher's come first
-                write_completions(self.run_dir / "completions", self.step, kept, self.prompts, self.tokenizer)
+                write_completions(self.run_dir / "completions", self.state.step, kept, self.prompts, self.tokenizer)
 
     def write(self, record: Record) -> None:
         if self.metrics is not None:
@@ -552,36 +508,39 @@ class Trainer:
 
     def save(self) -> None:
         """A checkpoint of this step, unless there is one."""
-        if self.saved_at != self.step:
-            random_states = self.processes.gather([checkpoint.random_state()])
-            self.processes.on_main(lambda: self.save_checkpoint(random_states))
-            self.saved_at = self.step
+        if self.state.saved_at != self.state.step:
+            self.save_checkpoint(self.processes.gather([checkpoint.random_state()]))
+            self.state.saved_at = self.state.step
 
     def save_checkpoint(self, random_states: list[dict[str, Any]]) -> None:
-        assert self.metrics is not None
-        self.metrics.sync()
+        folder = self.run_dir / "checkpoints"
+        if self.metrics is not None:
+            self.metrics.sync()
+            self.state.metrics_position, self.state.metrics_sha256 = self.metrics.position, self.metrics.sha256
         checkpoint.save(
-            self.run_dir / "checkpoints",
-            self.step,
+            folder,
+            self.state.step,
+            processes=self.processes,
             model=self.student,
+            weights=self.engine.weights(),
             tokenizer=self.tokenizer,
-            optimizer={"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()},
+            optimizer=lambda folder: {
+                "optimizer": self.engine.save_optimizer(self.optimizer, folder),
+                "scheduler": self.scheduler.state_dict(),
+            },
             random_states=random_states,
             state={
-                "step": self.step,
-                "position": self.position,
-                "skipped": self.skipped,
-                "phases": self.phases.state_dict(),
-                "evaluated_at": self.evaluated_at,
-                "metric": self.metric if self.evaluated_at == self.step else None,
-                "metrics_position": self.metrics.position,
-                "metrics_sha256": self.metrics.sha256,
+                **self.state.to_json(),
                 "config": self.config.to_yaml(launch=False),
                 "contents": self.contents,
             },
         )
-        with writing(self.run_dir / "checkpoints"):
-            checkpoint.prune(self.run_dir / "checkpoints", self.config.save_total_limit)
+
+        def prune() -> None:
+            with writing(folder):
+                checkpoint.prune(folder, self.config.save_total_limit)
+
+        self.processes.on_main(prune)
 
     def restore(self, path: Path) -> None:
         """Everything but the weights, which are loaded already."""
@@ -593,17 +552,13 @@ class Trainer:
             )
         self.findings = startup.compare_contents(self.contents, state, path) + self.findings
         checkpoint.set_random_state(random_states[self.processes.rank])
-        self.load_optimizer(optimizer)
-        self.step = self.saved_at = state["step"]
-        self.position, self.skipped = state["position"], state["skipped"]
-        self.phases.load_state_dict(state["phases"])
-        self.evaluated_at, self.metric = state["evaluated_at"], state["metric"]
-        self.metrics_position = state["metrics_position"]
+        self.load_optimizer(optimizer, path)
+        self.state.restore(state)
 
-    def load_optimizer(self, state: dict[str, Any]) -> None:
+    def load_optimizer(self, state: dict[str, Any], path: Path) -> None:
         """The moments are the checkpoint's; all settings are the config's, as if the run had begun with them."""
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.engine.load_optimizer(self.optimizer, path, state["optimizer"])
         schedule = {**state["scheduler"], "base_lrs": self.scheduler.base_lrs}
         factors = [factor(schedule["last_epoch"]) for factor in self.scheduler.lr_lambdas]
         schedule["_last_lr"] = [base * factor for base, factor in zip(schedule["base_lrs"], factors)]
@@ -613,9 +568,14 @@ class Trainer:
 
     def save_final(self) -> None:
         """final/: the trained model and its tokenizer, for from_pretrained."""
-        with new_folder(self.run_dir / "final") as path:
-            self.student.save_pretrained(path)
-            self.tokenizer.save_pretrained(path)
+        weights = self.engine.weights()
+
+        def write() -> None:
+            with new_folder(self.run_dir / "final") as path:
+                self.student.save_pretrained(path, state_dict=weights)
+                self.tokenizer.save_pretrained(path)
+
+        self.processes.on_main(write)
 
 
 def gate_of(config: Config) -> Gate:
@@ -625,17 +585,6 @@ def gate_of(config: Config) -> Gate:
         return dataclasses.replace(resolve_gate(config.gate), **{k: v for k, v in numbers.items() if v is not None})
     except ValueError as error:
         raise UserError(str(error)) from error
-
-
-def nll(hidden_NH: Tensor, head: Head, token_ids: Tensor, vocabulary: int, temperature: float) -> Tensor:
-    """Sum of -log pi_S(token) over N tokens, 1,024 at a time; the backward pass makes the logits again."""
-
-    def piece(hidden: Tensor, ids: Tensor) -> Tensor:
-        logits = head.logits(hidden)[:, :vocabulary].float() / temperature
-        return torch.nn.functional.cross_entropy(logits, ids, reduction="sum")
-
-    pieces = zip(hidden_NH.split(1024), token_ids.split(1024))
-    return torch.stack([recomputed(piece, hidden, ids, use_reentrant=False) for hidden, ids in pieces]).sum()
 
 
 def due(step: int, every: int | None) -> bool:

@@ -186,6 +186,7 @@ class Hooks:
 
 def install(hooks: Hooks, root: Path) -> None:
     """Wraps the stages of the loop in this process."""
+    import sgopd.samplers.plain
     import sgopd.trainer
     from sgopd.verifier import VerifierPool
 
@@ -215,7 +216,7 @@ def install(hooks: Hooks, root: Path) -> None:
 
     trainer = sgopd.trainer.Trainer
     wrap(trainer, "start_writing", "start")
-    wrap(sgopd.trainer, "generate", "rollout")
+    wrap(sgopd.samplers.plain, "generate", "rollout")
     wrap(VerifierPool, "verify", "verify")
     wrap(trainer, "update", "update")
     wrap(trainer, "save", "save")
@@ -399,7 +400,7 @@ class Disk:
 
         def save_checkpoint(trainer: Any, *arguments: Any) -> None:
             original(trainer, *arguments)
-            self.saved = trainer.step
+            self.saved = trainer.state.step
             self.tick()
 
         sgopd.trainer.Trainer.save_checkpoint = save_checkpoint  # type: ignore[method-assign]
@@ -964,7 +965,7 @@ def warm_up() -> None:
     import sgopd.cli
     import sgopd.trainer  # noqa: F401
     from sgopd.config import Config
-    from sgopd.teacher import load_model, load_tokenizer
+    from sgopd.models import load_model, load_tokenizer
 
     torch.set_num_threads(1)
     config = Config.load(None, settings(Path("nowhere")))  # loading once fills the libraries' tables

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sgopd.teacher import head_arguments, head_of, hidden_states
+from sgopd.models import head_arguments, head_of, hidden_states
 from sgopd_kernels import Gate, gated_kl_loss
 
 

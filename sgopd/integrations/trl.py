@@ -22,9 +22,9 @@ from trl import DistillationTrainer
 
 from sgopd.grading import THOUGHT_TAGS
 from sgopd.integrations.common import GATE_METRICS, gate_sums, log_ratios
+from sgopd.models import head_arguments, head_of
 from sgopd.phases import Phases
 from sgopd.rollout import texts_of
-from sgopd.teacher import head_arguments, head_of
 from sgopd.verifier import CORRECT, INCORRECT, UNKNOWN, VerifierPool
 from sgopd_kernels import Gate, gated_kl_loss
 

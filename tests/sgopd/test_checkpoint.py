@@ -214,7 +214,7 @@ def test_a_signal_gives_the_conventional_exit_status(module_settings, tmp_path, 
 
     def leave_early(self, record, rollouts):
         original(self, record, rollouts)
-        if self.step == 3:
+        if self.state.step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
 
     original = sgopd.trainer.Trainer.log
@@ -281,7 +281,7 @@ def test_what_came_after_the_checkpoint_goes_before_anything_is_written(module_s
     assert later
     one = Trainer(Config.load(config, {"resume_from_checkpoint": str(earlier)}), say=lambda line: None)
     one.start_writing()
-    one.lock.release()
+    one.close()
     assert checkpoint.saved(run / "checkpoints") == [earlier]
     step = checkpoint.step_of(earlier)
     assert max(record["step"] for record in comparable(run)) == step
@@ -320,7 +320,7 @@ def test_a_checkpoint_has_the_avg_at_k_of_its_own_step(module_settings, uninterr
     # A signal has a step saved before it is evaluated; when that has been made up for, the checkpoint has it too.
     def leave_early(self, record, rollouts):
         original(self, record, rollouts)
-        if self.step == 4:
+        if self.state.step == 4:
             os.kill(os.getpid(), signal.SIGTERM)
 
     config, run = str(write_config(tmp_path, module_settings)), tmp_path / "run"

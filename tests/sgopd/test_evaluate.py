@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
@@ -11,6 +12,7 @@ from sgopd.config import Config, UserError
 from sgopd.data import load_prompts
 from sgopd.evaluate import evaluate, evaluate_models, mean_and_se, pass_at_k, scores
 from sgopd.processes import Processes
+from sgopd.samplers.plain import PlainSampler
 from sgopd.verifier import Verdict
 
 
@@ -46,9 +48,10 @@ def test_every_question_gets_its_rollouts(settings, tiny):
     )
     tokenizer, model, pool = tiny.make_tokenizer(), tiny.make_model(3), FirstDigit()
     questions = load_prompts(config, tokenizer, "eval")
+    sampler = PlainSampler(lambda: contextlib.nullcontext(model), tokenizer)
 
     def run(config=config):
-        return evaluate(model, tokenizer, questions, pool, config, Processes(config), eos_ids=(1,), vocabulary=32)
+        return evaluate(sampler, questions, pool, config, Processes(config), eos_ids=(1,), vocabulary=32)
 
     result = run()
     assert [example for _, example, _ in pool.asked] == [e for e in questions.examples for _ in range(6)]

@@ -13,7 +13,7 @@ from datasets import Dataset
 trl = pytest.importorskip("trl", reason="TRL is not installed (extra: trl)")
 
 from sgopd.integrations.trl_grpo import SGOPDGRPOTrainer  # noqa: E402
-from sgopd.teacher import head_of, hidden_states  # noqa: E402
+from sgopd.models import head_of, hidden_states  # noqa: E402
 from sgopd_kernels import gated_kl_loss  # noqa: E402
 
 ROWS = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(6) for b in range(4)]

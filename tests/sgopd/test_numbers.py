@@ -49,7 +49,8 @@ def poisoned(trainer, where, value):
             output.last_hidden_state = hidden
             return output
 
-        handle = getattr(trainer, where).base_model.register_forward_hook(spoil)
+        model = trainer.student if where == "student" else trainer.teacher.model
+        handle = model.base_model.register_forward_hook(spoil)
     yield
     handle.remove()
 
@@ -120,16 +121,16 @@ def test_an_update_that_is_not_finite_is_left_out_and_counted(trainer, changes):
         with poisoned(one, where, value):
             record = one.update(rollouts, fresh=False)
         assert same(state_of(one), before), (where, value)
-        assert record["optim/skipped"] == count == one.skipped
+        assert record["optim/skipped"] == count == one.state.skipped
         finite = [math.isfinite(record[name]) for name in ("loss", "optim/grad_norm")]
         assert finite[1] is False and finite[0] is (where == "gradient"), (where, value, record)
         what = "gradient" if where == "gradient" else "loss and gradient"
-        assert f"update {one.step} is left out, since its {what} is not finite" in said[-1]
+        assert f"update {one.state.step} is left out, since its {what} is not finite" in said[-1]
         assert f"{count} so far, and the run stops at 10" in said[-1]
-        assert all(p.grad is None for p in one.parameters)
+        assert all(p.grad is None for p in one.engine.parameters)
     record = one.update(rollouts, fresh=False)
     assert math.isfinite(record["loss"]) and record["optim/skipped"] == len(cases)
-    assert not same(state_of(one)[0], before[0]) and all(p.isfinite().all() for p in one.parameters)
+    assert not same(state_of(one)[0], before[0]) and all(p.isfinite().all() for p in one.engine.parameters)
 
 
 def test_the_run_stops_at_the_limit_and_its_checkpoint_goes_on(trainer, settings):
@@ -137,7 +138,7 @@ def test_the_run_stops_at_the_limit_and_its_checkpoint_goes_on(trainer, settings
     update = one.update
 
     def sometimes(rollouts, fresh):
-        with poisoned(one, "student", NAN) if one.step >= 2 else contextlib.nullcontext():
+        with poisoned(one, "student", NAN) if one.state.step >= 2 else contextlib.nullcontext():
             return update(rollouts, fresh)
 
     one.update = sometimes
@@ -156,7 +157,7 @@ def test_the_run_stops_at_the_limit_and_its_checkpoint_goes_on(trainer, settings
 
     changes = {"max_steps": 9, "max_skipped_steps": 3, "resume_from_checkpoint": "auto"}
     resumed = Trainer(Config.load(None, settings(**changes)), say=lambda line: None)
-    assert (resumed.step, resumed.skipped) == (4, 2)
+    assert (resumed.state.step, resumed.state.skipped) == (4, 2)
     resumed.train()
     train = records(one.run_dir)
     assert len(train) == 9 and all(record["loss"] is not None for record in train[4:])
@@ -233,7 +234,7 @@ def test_a_spike_is_clipped_and_one_that_overflows_is_left_out(trainer, tmp_path
     record = one.update(rollouts, fresh=False)
     assert record["optim/skipped"] == 1 and same(state_of(one), before)
     one.loss_of = original
-    assert math.isfinite(one.update(rollouts, fresh=False)["loss"]) and one.skipped == 1
+    assert math.isfinite(one.update(rollouts, fresh=False)["loss"]) and one.state.skipped == 1
 
 
 # --- empty, one-token, over-long ---
@@ -335,7 +336,7 @@ def test_batches_of_one_verdict(trainer, tmp_path, gate):
         for rollout in batch:
             rollout.verdict = verdict
         record = one.update(batch, fresh=True)
-        assert one.skipped == 0 and record["kl"] == pytest.approx(base["kl"])
+        assert one.state.skipped == 0 and record["kl"] == pytest.approx(base["kl"])
         d = record["logratio/mean"]
         assert d == pytest.approx(base["logratio/mean"])
         if verdict == 0:

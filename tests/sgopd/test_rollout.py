@@ -16,9 +16,9 @@ from transformers import (
 
 from sgopd.config import UserError
 from sgopd.grading import THOUGHT_TAGS
+from sgopd.models import head_of, hidden_states
 from sgopd.rollout import Rollout, Sampling, collate, filtered, generate, sample, texts_of
 from sgopd.startup import check_sampling
-from sgopd.teacher import head_of, hidden_states
 
 PROMPTS = ["1+2=", "12345+6=", "7", "0+0+0+0+0="]
 

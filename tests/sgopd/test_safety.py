@@ -21,7 +21,7 @@ import sgopd
 from sgopd import checkpoint
 from sgopd.config import Config, UserError
 from sgopd.data import load_prompts
-from sgopd.teacher import load_model, load_tokenizer
+from sgopd.models import load_model, load_tokenizer
 from sgopd.trainer import Trainer
 from sgopd.verifier import VerifierPool
 
@@ -110,7 +110,7 @@ import json, sys
 from pathlib import Path
 from sgopd.config import Config
 from sgopd.trainer import Trainer
-import sgopd.rollout, sgopd.trainer
+import sgopd.rollout, sgopd.samplers.plain
 
 answers = json.loads(Path(sys.argv[2]).read_text())
 generate = sgopd.rollout.generate
@@ -121,7 +121,7 @@ def hostile(model, tokenizer, prompts, sampling, seed):
         completion.text, completion.truncated = answers[number % len(answers)], False
     return completions
 
-sgopd.trainer.generate = hostile
+sgopd.samplers.plain.generate = hostile
 trainer = Trainer(Config.load(sys.argv[1]))
 trainer.train()
 print(json.dumps(sorted(sys.modules)))

@@ -5,8 +5,8 @@ import torch
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GPT2Config, GraniteConfig, LlamaConfig
 
 from sgopd.config import Config, UserError
+from sgopd.models import eos_ids_of, head_of, hidden_states, load_model, load_tokenizer
 from sgopd.startup import check_golds, check_head, check_pair, check_prompts
-from sgopd.teacher import eos_ids_of, head_of, hidden_states, load_model, load_tokenizer
 from sgopd.verifier import VerifierPool
 
 SIZE = {

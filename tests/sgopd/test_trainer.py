@@ -40,7 +40,7 @@ def expected_loss(trainer, rollouts, agree=1.8, conflict=1.0, teacher_loss="same
         start = len(rollout.prompt_ids)
         log_p = torch.log_softmax(student(ids).logits[0, start - 1 : -1] / temperature, -1)
         with torch.no_grad():
-            log_q = torch.log_softmax(trainer.teacher(ids).logits[0, start - 1 : -1] / temperature, -1)
+            log_q = torch.log_softmax(trainer.teacher.model(ids).logits[0, start - 1 : -1] / temperature, -1)
         y = rollout.completion.ids[:, None]
         d = (log_q.gather(-1, y) - log_p.detach().gather(-1, y)).squeeze(-1)
         signed = d * rollout.verdict
@@ -114,14 +114,14 @@ def test_the_loss_on_teacher_rollouts_is_the_chosen_one(trainer, teacher_loss):
 
 def test_training_moves_the_student_towards_the_teacher_and_leaves_the_teacher_alone(trainer):
     one = trainer(max_steps=30, gate="opd")
-    teacher = copy.deepcopy(one.teacher.state_dict())
+    teacher = copy.deepcopy(one.teacher.model.state_dict())
     kl = []
     for _ in range(30):
         rollouts, _ = one.make_batch()
         kl.append(one.update(rollouts, fresh=True)["kl"])
     assert sum(kl[-5:]) < 0.8 * sum(kl[:5])
-    assert all(torch.equal(teacher[name], weight) for name, weight in one.teacher.state_dict().items())
-    assert not any(parameter.requires_grad for parameter in one.teacher.parameters())
+    assert all(torch.equal(teacher[name], weight) for name, weight in one.teacher.model.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in one.teacher.model.parameters())
 
 
 def test_a_reference_changes_the_target(trainer, tiny, tmp_path):
@@ -176,12 +176,12 @@ def test_the_teacher_is_trusted_in_conflicts_as_far_as_it_was_endorsed(trainer, 
     incorrect = trainer(teacher_reliability="incorrect", output_dir=str(tmp_path / "c"), **changes)
     batches = [one.make_batch() for one in (off, trust, incorrect)]
     assert all(r.reliability == 0 for r in batches[0][0])
-    expected = [trust.phases.reliability(r.example) for r in batches[1][0]]
+    expected = [trust.state.phases.reliability(r.example) for r in batches[1][0]]
     assert [r.reliability for r in batches[1][0]] == expected and {0.0, 0.5} & set(expected) and max(expected) > 0
     assert [r.reliability for r in batches[2][0]] == [
         0.0 if r.verdict == 1 else reliability for r, reliability in zip(batches[2][0], expected)
     ]
-    assert all(sum(one.phases.probes[r.example]) for one in (off, trust) for r in batches[0][0])
+    assert all(sum(one.state.phases.probes[r.example]) for one in (off, trust) for r in batches[0][0])
     gate = [one.update(batch[0], fresh=True)["gate/mean"] for one, batch in zip((off, trust, incorrect), batches)]
     assert gate[0] < gate[2] <= gate[1], "conflicts weigh 0 under opdvr, and their reliability under trust"
 
@@ -201,7 +201,7 @@ def test_only_endorsed_teacher_rollouts_enter_and_the_batch_never_changes_size(t
     counts = {example: sum(r.example == example for r in rollouts) for example in {r.example for r in rollouts}}
     assert list(counts.values()) == [4, 4]
     assert sum(r.in_teacher_slot for r in rollouts) == 4
-    assert (one.phases.proposed, one.phases.endorsed) == (4, len(theirs))
+    assert (one.state.phases.proposed, one.state.phases.endorsed) == (4, len(theirs))
     # accuracy is taken over the slots that the teacher was never offered
     free = [r.verdict == 1 for r in rollouts if not r.in_teacher_slot]
     assert record["rollout/accuracy"] == sum(free) / 4
@@ -220,15 +220,15 @@ def test_a_full_share(trainer, endorse, source):
     record = one.update(rollouts, fresh=True)  # no student tokens at all in one of the two cases
     assert math.isfinite(record["loss"]) and record["loss"] > 0
     assert ("kl" in record) == (source == "student")
-    assert one.phases.endorsed == (8 if endorse else 0), "what is unknown is no endorsement"
-    assert {one.phases.reliability(r.example) for r in rollouts} == {float(endorse is True)}
+    assert one.state.phases.endorsed == (8 if endorse else 0), "what is unknown is no endorsement"
+    assert {one.state.phases.reliability(r.example) for r in rollouts} == {float(endorse is True)}
 
 
 def test_prompts_follow_the_shared_order(trainer, tiny):
     one = trainer(num_generations=2)
     examples = [[r.example for r in one.make_batch()[0]] for _ in range(3)]
     flat = [e for batch in examples for e in batch[::2]]
-    assert flat == sgopd.trainer.take(0, 12, 48, one.config.seed) and one.position == 12
+    assert flat == sgopd.trainer.take(0, 12, 48, one.config.seed) and one.state.position == 12
     assert all(batch[::2] == batch[1::2] for batch in examples)
 
 
@@ -239,7 +239,7 @@ def test_several_updates_on_one_batch(trainer):
     assert [r["step"] for r in records] == [1, 2, 3, 4]
     assert ["rollout/accuracy" in r for r in records] == [True, False, True, False]
     assert ["engine/logprob_gap_mean" in r for r in records] == [True, False, True, False]
-    assert one.position == 16
+    assert one.state.position == 16
 
 
 def run_in(trainer):

@@ -1,0 +1,132 @@
+"""The student's forward and the loss as one module, so that a head that lies in shards is whole inside `forward`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recomputed
+from transformers import PreTrainedModel
+
+from sgopd.config import Config
+from sgopd.models import Head, head_arguments, head_of, hidden_states
+from sgopd.rollout import Batch
+from sgopd.teachers import Hidden, Targets
+from sgopd_kernels import Gate, Stats, gated_kl_loss
+
+
+class Measured(NamedTuple):
+    """What a forward tells beside its loss."""
+
+    own: Tensor  # [n] which of the batch's N positions are in the student's own rollouts
+    stats: Stats  # of these, each [n]
+    teacher_rollouts: Tensor | None  # the loss on the others, if there are any; in the loss already
+
+
+class StudentLoss(nn.Module):
+    """The loss of micro-batches of B rollouts with N positions.
+
+    Args:
+        vocabulary: tokens that can be sampled.
+    """
+
+    def __init__(self, student: PreTrainedModel, config: Config, gate: Gate, vocabulary: int) -> None:
+        super().__init__()
+        self.student, self.config, self.vocabulary = student, config, vocabulary
+        self.settings: dict[str, Any] = {
+            # Verdicts are shuffled over the rollouts of the whole batch, before they come here.
+            "gate": dataclasses.replace(gate, control=None) if gate.control == "shuffled" else gate,
+            "temperature": config.temperature,
+            "precision": config.precision,
+            "backend": config.backend,
+        }
+
+    def forward(
+        self,
+        batch: Batch,
+        verdict: Tensor,
+        targets: Targets,
+        reference: Hidden | None,
+        num_items: int,
+        generator: torch.Generator,
+    ) -> tuple[Tensor, Measured]:
+        """The loss divided by `num_items`. `verdict` is [B]; targets and reference are of the N positions."""
+        config, rows = self.config, batch.rows
+        with torch.autocast(rows.device.type, torch.bfloat16, enabled=config.bf16):
+            hidden_NH = hidden_states(self.student, batch.ids_BT, batch.mask_BT)[rows, batch.columns]
+        reliability = torch.tensor([rollout.reliability for rollout in batch.rollouts], device=rows.device)[rows]
+        from_teacher = torch.tensor([one.source == "teacher" for one in batch.rollouts], device=rows.device)[rows]
+        verdict = verdict[rows]
+
+        def gated(part: Tensor, **choices: Any) -> tuple[Tensor, Stats]:
+            if config.teacher_reliability != "off":
+                choices["reliability"] = reliability[part]
+            choices |= {"num_items": num_items, "generator": generator}
+            theirs = None if reference is None else reference.part(part)
+            tokens = batch.token_ids[part], verdict[part]
+            return self.gated(hidden_NH[part], targets.part(part), theirs, *tokens, **choices)
+
+        own, theirs = (~from_teacher).nonzero().squeeze(-1), from_teacher.nonzero().squeeze(-1)
+        loss, stats = gated(own)
+        if not len(theirs):
+            return loss, Measured(own, stats, None)
+        if config.teacher_rollout_loss == "nll":
+            total = nll(
+                hidden_NH[theirs],
+                head_of(self.student),
+                batch.token_ids[theirs],
+                self.vocabulary,
+                config.temperature,
+            )
+            their_loss = total / num_items
+        elif config.teacher_rollout_loss == "forward-kl":
+            their_loss, _ = gated(theirs, estimator="full", divergence="forward-kl")
+        else:
+            their_loss, _ = gated(theirs)
+        return loss + their_loss, Measured(own, stats, their_loss.detach())
+
+    def gated(
+        self,
+        hidden_NH: Tensor,
+        targets: Targets,
+        reference: Hidden | None,
+        token_ids: Tensor,
+        verdict: Tensor,
+        **choices: Any,
+    ) -> tuple[Tensor, Stats]:
+        """The loss of sgopd_kernels for this kind of targets, with this run's settings, and its statistics."""
+        config, head = self.config, head_of(self.student)
+        weight = head.weight
+        if config.bf16:  # as autocast treats a head: bf16 operands (the kernel keeps its logits in fp32)
+            hidden_NH, weight = hidden_NH.bfloat16(), weight.bfloat16()
+        if reference is not None:
+            choices |= {
+                "reference_hidden": reference.hidden_NH,
+                "reference_weight": reference.head.weight,
+                "reference_bias": reference.head.bias,
+                "reference_logit_scale": reference.head.logit_scale,
+                "reference_softcap": reference.head.softcap,
+            }
+        assert isinstance(targets, Hidden)
+        settings = self.settings | {
+            "estimator": config.estimator,
+            "divergence": ("jsd", config.jsd_beta) if config.divergence == "jsd" else config.divergence,
+            **head_arguments(head, targets.head),
+        }
+        heads = hidden_NH, weight, targets.hidden_NH, targets.head.weight
+        loss, stats = gated_kl_loss(*heads, token_ids, verdict, return_stats=True, **(settings | choices))
+        assert isinstance(stats, Stats)
+        return loss, stats
+
+
+def nll(hidden_NH: Tensor, head: Head, token_ids: Tensor, vocabulary: int, temperature: float) -> Tensor:
+    """Sum of -log pi_S(token) over N tokens, 1,024 at a time; the backward pass makes the logits again."""
+
+    def piece(hidden: Tensor, ids: Tensor) -> Tensor:
+        logits = head.logits(hidden)[:, :vocabulary].float() / temperature
+        return nn.functional.cross_entropy(logits, ids, reduction="sum")
+
+    pieces = zip(hidden_NH.split(1024), token_ids.split(1024))
+    return torch.stack([recomputed(piece, hidden, ids, use_reentrant=False) for hidden, ids in pieces]).sum()

@@ -1,0 +1,47 @@
+"""The teacher in this process, whole."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sgopd import checkpoint
+from sgopd.models import head_of, hidden_states
+from sgopd.rollout import Batch, Rollout
+from sgopd.samplers.plain import PlainSampler
+from sgopd.teachers import Hidden
+
+
+class LocalTeacher:
+    """A frozen model beside the student; the reference is one, too.
+
+    Args:
+        bf16: autocast its forward to bfloat16.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, bf16: bool) -> None:
+        self.model, self.bf16 = model, bf16
+        self.head = head_of(model)
+        self.vocabulary = self.head.weight.shape[0]
+        self.sampler = PlainSampler(lambda: contextlib.nullcontext(model), tokenizer)
+
+    def start(self, rollouts: Sequence[Rollout]) -> None:
+        pass
+
+    @torch.no_grad()
+    def score(self, batch: Batch) -> Hidden:
+        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16):
+            hidden_BTH = hidden_states(self.model, batch.ids_BT, batch.mask_BT)
+        return Hidden(hidden_BTH[batch.rows, batch.columns], self.head)
+
+    def specimen(self) -> Hidden:
+        return Hidden(self.head.weight.new_zeros(1, self.head.weight.shape[1]), self.head)
+
+    def digest(self) -> str:
+        return checkpoint.weights_digest(self.model)
+
+    def close(self) -> None:
+        pass
