@@ -243,8 +243,8 @@ def test_files_that_a_page_names_exist(page: str) -> None:
             assert (ROOT / name).exists(), f"{page} names {name}"
 
 
-def test_the_readme_tree_is_the_tree() -> None:
-    tree = re.search(r"## The tree\n\n```text\n(.*?)```", text_of("README.md"), re.DOTALL)
+def test_the_tree_on_the_page_is_the_tree() -> None:
+    tree = re.search(r"## The tree\n\n```text\n(.*?)```", text_of("docs/house.md"), re.DOTALL)
     assert tree
     room, listed = ROOT, set()
     for line in tree[1].splitlines():
@@ -252,10 +252,10 @@ def test_the_readme_tree_is_the_tree() -> None:
         names = re.split(r"\s{2,}", line.strip())[0].split()
         for name in names:
             path = (room if indented else ROOT) / name
-            assert path.exists(), f"README's tree has {path}"
+            assert path.exists(), f"docs/house.md has {path}"
             listed.add(path)
         if not indented:
             room = ROOT / names[0]
     for package in ("sgopd", "sgopd_kernels"):
         modules = {path for path in (ROOT / package).glob("*.py") if not path.name.startswith("_")}
-        assert modules <= listed, f"README's tree lacks {[str(one.relative_to(ROOT)) for one in modules - listed]}"
+        assert modules <= listed, f"docs/house.md lacks {[str(one.relative_to(ROOT)) for one in modules - listed]}"

@@ -1,6 +1,6 @@
 """Every option of `gated_kl_loss` on every backend: its error against the float64 reference, as a Markdown table.
 
-    python tools/errors.py [--page docs/kernels.md]
+    python tools/errors.py [--page docs/loss.md]
 
 Seeded inputs: 160 tokens, 20 % ignored, V 1,200, widths 48 and 64, logits of standard deviation 3, a teacher of its own
 (KL several nats); "near": the student perturbed (KL about 1e-3). Errors are Frobenius: the loss per token, dH, dW.
