@@ -8,6 +8,7 @@
 
 namespace sgopd {
 py::class_<Pairs> define_pairs(py::module_&);          // pairs.cpp
+void define_products(py::module_&);                    // products.cpp
 void define_screen(py::module_&, py::class_<Pairs>&);  // screen.cpp
 }  // namespace sgopd
 
@@ -78,7 +79,8 @@ PYBIND11_MODULE(_cpu, m) {
   py::class_<sgopd::Kernels>(m, "Kernels", "What an instruction set has, on this processor.")
       .def_readonly("name", &sgopd::Kernels::name)
       .def_property_readonly("int16", [](const sgopd::Kernels& k) { return k.int16 != nullptr; })
-      .def_property_readonly("bf16", [](const sgopd::Kernels& k) { return k.bf16 != nullptr; });
+      .def_property_readonly("bf16", [](const sgopd::Kernels& k) { return k.bf16 != nullptr; })
+      .def_property_readonly("tiles", [](const sgopd::Kernels& k) { return k.tiles != nullptr; });
   m.def("kernels", &sgopd::kernels, "isa"_a = "", py::return_value_policy::reference,
         "Of an instruction set by name, or the best one.");
   m.def(
@@ -95,6 +97,7 @@ PYBIND11_MODULE(_cpu, m) {
         "weight_stride"_a, "h"_a, "out"_a, "out_stride"_a, "threads"_a, "isa"_a = "");
   auto pairs = sgopd::define_pairs(m);
   sgopd::define_screen(m, pairs);
+  sgopd::define_products(m);
 }
 #undef PyInit__cpu
 SGOPD_PYINIT(PyInit__cpu, sgopd_pybind_init)

@@ -27,13 +27,25 @@ const std::vector<Kernels>& all_kernels() {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const Int16Kernels* int16 = avx2 ? &avx2::int16() : nullptr;
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl"))
-      found.push_back({"avx512", avx512::rows, &avx512::pairs(),
-                       __builtin_cpu_supports("avx512vnni") ? &avx512vnni::int16() : int16,
-                       __builtin_cpu_supports("avx512bf16") ? &avx512bf16::bf16() : nullptr});
-    if (avx2) found.push_back({"avx2", avx2::rows, &avx2::pairs(), int16, nullptr});
+        __builtin_cpu_supports("avx512vl")) {
+      const bool bf16 = __builtin_cpu_supports("avx512bf16");
+      const Kernels avx512{"avx512",
+                           avx512::rows,
+                           &avx512::pairs(),
+                           __builtin_cpu_supports("avx512vnni") ? &avx512vnni::int16() : int16,
+                           bf16 ? &avx512bf16::bf16() : nullptr,
+                           nullptr};
+      if (bf16 && amx::available()) {
+        found.push_back(avx512);
+        found.back().name = "amx";
+        found.back().tiles = &amx::tiles();
+      }
+      found.push_back(avx512);
+    }
+    if (avx2) found.push_back({"avx2", avx2::rows, &avx2::pairs(), int16, nullptr, nullptr});
 #endif
-    found.push_back({"base", base::rows, &base::pairs(), nullptr, nullptr});
+    found.push_back({"base", base::rows, &base::pairs(), nullptr, nullptr, nullptr});
+    found.push_back({"amx-emulated", base::rows, &base::pairs(), nullptr, nullptr, &emulated::tiles()});
     return found;
   }();
   return all;

@@ -7,6 +7,7 @@
 #include "../rows.h"
 #include "int16.h"
 #include "pair_kernels.h"
+#include "tile_kernels.h"
 
 namespace sgopd {
 
@@ -26,6 +27,7 @@ struct Kernels {
   const PairKernels* pairs;
   const Int16Kernels* int16;
   const BFloat16Kernels* bf16;
+  const TileKernels* tiles;
 };
 
 // Of the build and this processor, best first.

@@ -85,8 +85,11 @@ class CpuBackend(NativeBackend):
         return torch.frombuffer(pages, dtype=torch.float32).view(rows, columns)
 
     def project(self, hidden: Tensor, weight: Tensor, out: Tensor) -> None:
-        """bf16 operands through csrc/cpu/project_bf16.cpp where the processor can: fp32 results without fp32 copies."""
+        """bf16 operands on tiles or dot products where the processor has them: fp32 results without fp32 copies."""
         both = hidden.dtype == weight.dtype == torch.bfloat16 and hidden.stride(1) == weight.stride(1) == 1
+        if both and self.has_tiles(weight):
+            self.project_tiles(hidden, weight, out)
+            return
         if not both or self.module is None or not self.kernels().bf16:
             super().project(hidden, weight, out)
             return
@@ -101,6 +104,90 @@ class CpuBackend(NativeBackend):
             h=h,
             out=out.data_ptr(),
             out_stride=out.stride(0),
+            **self.launch(),
+        )
+
+    def add_hidden_gradient(self, gradient: Tensor, weight: Tensor, out: Tensor) -> None:
+        """A bf16 head on tiles: the gradient as two bf16 numbers, its 16 leading bits."""
+        if weight.dtype == torch.bfloat16 and self.has_tiles(weight):
+            self.add_hidden_gradient_tiles(gradient, None, weight, out)
+        else:
+            super().add_hidden_gradient(gradient, weight, out)
+
+    def add_weight_gradient(self, gradient: Tensor, hidden: Tensor, out: Tensor) -> None:
+        if hidden.dtype == torch.bfloat16 and self.has_tiles(hidden):
+            self.add_weight_gradient_tiles(gradient, None, hidden, out)
+        else:
+            super().add_weight_gradient(gradient, hidden, out)
+
+    # --- products on tiles of bf16 numbers (csrc/cpu/tiles.h) ---
+
+    def has_tiles(self, *operands: Tensor) -> bool:
+        """Whether the processor has them, and for these operands."""
+        return self.module is not None and self.kernels().tiles and all(t.dtype in _ELEMENTS for t in operands)
+
+    def project_tiles(self, hidden: Tensor, weight: Tensor, out: Tensor) -> None:
+        """out [n, V] fp32 = hidden @ weight.T; fp32 operands as two bf16 numbers, three products."""
+        assert self.module is not None
+        hidden, weight = _unit_stride(hidden), _unit_stride(weight)
+        self.module.project_tiles(
+            hidden=_matrix(hidden),
+            n=hidden.shape[0],
+            weight=_matrix(weight),
+            v=weight.shape[0],
+            h=weight.shape[1],
+            out=out.data_ptr(),
+            out_stride=out.stride(0),
+            **self.launch(),
+        )
+
+    def _tiled(self, gradient: Tensor, fine: Tensor | None) -> dict[str, Any]:
+        assert gradient.dtype == torch.float32 and gradient.stride(1) == 1
+        blocks = {"fine": 0, "fine_stride": 0}
+        if fine is not None:
+            blocks = {"fine": fine.data_ptr(), "fine_stride": fine.stride(0)}
+        n, v = gradient.shape
+        return {"gradient": gradient.data_ptr(), "stride": gradient.stride(0), "n": n, "v": v, **blocks}
+
+    def add_hidden_gradient_tiles(self, gradient: Tensor, fine: Tensor | None, weight: Tensor, out: Tensor) -> None:
+        """out [n, H] fp32 += gradient @ weight.
+
+        `fine` [ceil(n / 32), ceil(V / 32)] uint8: in which blocks both operands have 16 bits, and not 8; None: in all.
+        """
+        assert self.module is not None
+        weight = _unit_stride(weight)
+        self.module.add_hidden_gradient_tiles(
+            **self._tiled(gradient, fine),
+            weight=_matrix(weight),
+            h=weight.shape[1],
+            out=out.data_ptr(),
+            out_stride=out.stride(0),
+            **self.launch(),
+        )
+
+    def add_weight_gradient_tiles(
+        self,
+        gradient: Tensor,
+        fine: Tensor | None,
+        hidden: Tensor,
+        out: Tensor,
+        rest: Tensor | None = None,
+        first: bool = False,
+    ) -> None:
+        """out [V, H] += gradient.T @ hidden, in fp32, or in bf16 with `rest` [V, H] int8: 8 more bits of the sum.
+
+        `first`: nothing was added yet, and what `out` holds is not read; bf16 then needs no rest.
+        """
+        assert self.module is not None
+        hidden = _unit_stride(hidden)
+        beside = {} if rest is None else {"rest": rest.data_ptr(), "rest_stride": rest.stride(0)}
+        self.module.add_weight_gradient_tiles(
+            **self._tiled(gradient, fine),
+            hidden=_matrix(hidden),
+            h=hidden.shape[1],
+            out=_matrix(out),
+            first=first,
+            **beside,
             **self.launch(),
         )
 
