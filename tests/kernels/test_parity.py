@@ -110,7 +110,7 @@ def test_instruction_sets_agree(kit: Any, monkeypatch: pytest.MonkeyPatch) -> No
     from sgopd_kernels.backends.cpu import CpuBackend
 
     sets = CpuBackend().instruction_sets()
-    assert sets[-1] == "base"
+    assert "base" in sets
     for isa in sets:
         monkeypatch.setattr(CpuBackend, "isa", isa)
         for case in ("usual", "near-1e-5", "one-hot"):

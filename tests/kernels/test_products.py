@@ -19,7 +19,7 @@ MACHINES = [
     pytest.param("amx", marks=pytest.mark.skipif(not AMX, reason="this processor, or its system, has no AMX-BF16")),
 ]
 FP32, BF16 = torch.float32, torch.bfloat16
-# (n, V, H): one of each; edges within a tile, a strip, a panel and a step of sums; H 2,048 in bf16: rows 4,096 bytes apart
+# (n, V, H): one of each; edges in a tile, a strip, a panel, a step of sums; H 2,048: bf16 rows 4,096 bytes apart
 SIZES = [(1, 1, 1), (5, 63, 33), (37, 130, 65), (64, 64, 64), (33, 600, 31), (3, 70, 2048)]
 ONE, TWO = 2e-3, 6e-6  # what operands of one and of two limbs come to: 2^-9 and 2^-17, and sums in fp32
 
@@ -123,7 +123,9 @@ def test_a_weight_gradient_in_bf16(on: CpuBackend) -> None:
         on.add_weight_gradient_tiles(g, None, x, fp32, first=chunk == 0)
         on.add_weight_gradient_tiles(g, None, x, out[:, :h], rest[:, :h], first=chunk == 0)
         # its own rounding is half of its last bit
-        assert float((out[:, :h].double() - fp32.double()).norm()) <= 1.01 * float((fp32.bfloat16().double() - fp32.double()).norm())
+        assert float((out[:, :h].double() - fp32.double()).norm()) <= 1.01 * float(
+            (fp32.bfloat16().double() - fp32.double()).norm()
+        )
         assert bool((out[:, h:] == 7).all() and (rest[:, h:] == 7).all())
     assert float((fp32.double() - total).norm() / total.norm()) < TWO
     once = torch.empty(v, h, dtype=BF16)
@@ -144,4 +146,6 @@ def test_without_amx_there_is_no_such_instruction_set() -> None:
 
 def test_an_instruction_set_without_tiles_refuses() -> None:
     with pytest.raises(ValueError, match="needs AMX-BF16"):
-        _cpu.project_tiles(hidden=(64, 1, False), n=1, weight=(64, 1, False), v=1, h=1, out=64, out_stride=1, isa="base")
+        _cpu.project_tiles(
+            hidden=(64, 1, False), n=1, weight=(64, 1, False), v=1, h=1, out=64, out_stride=1, isa="base"
+        )
