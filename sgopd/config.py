@@ -203,6 +203,10 @@ class Config:
     # --- logging and checkpoints ---
     logging_steps: int = free("print, track and keep completions every so many updates (metrics.jsonl has all)", 10)
     num_completions_to_log: int = free("rollouts kept per interval in completions/; 0 is off", 64)
+    num_tokens_to_log: int = free(
+        "tokens of each of these that are kept with d, KL, weight and entropies, for the report's inspector; 0 is off",
+        1024,
+    )
     report_to: str | list[str] = free("none, or accelerate's trackers: wandb, tensorboard, trackio, …", "none")
     run_name: str | None = free("name of the run at wandb and trackio; the folder's name by default", None)
     save_steps: int | None = free("checkpoint every so many updates; at the end only by default", None)
@@ -220,7 +224,7 @@ class Config:
                 raise UserError(f"{name}: got {key!r}, which is no argument here: {remedies[key]}")
         at_least = {
             0: "top_k cold_start_steps teacher_probes warmup_steps weight_decay max_grad_norm eval_temperature "
-            "num_completions_to_log",
+            "num_completions_to_log num_tokens_to_log",
             1: "dataset_size eval_dataset_size max_completion_length num_generations verifier_workers max_steps "
             "verifier_memory_mb per_device_train_batch_size gradient_accumulation_steps num_iterations eval_steps "
             "num_generations_eval eval_k per_device_eval_batch_size logging_steps save_steps save_total_limit "

@@ -8,7 +8,7 @@ import functools
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from sgopd.config import Config, UserError
@@ -19,6 +19,7 @@ from sgopd.processes import Processes
 from sgopd.rollout import sampling_of
 from sgopd.samplers import Sampler
 from sgopd.samplers.plain import PlainSampler
+from sgopd.scores import scores
 from sgopd.startup import check_golds, check_model, check_prompt_ends, start_verifier
 from sgopd.verdicts import VerdictWatch, verifying
 from sgopd.verifier import CORRECT, UNKNOWN, VerifierPool
@@ -77,6 +78,8 @@ def evaluate(
         result |= {name: math.nan for name in result if "_at_k" in name}
     return {
         **result,
+        "eval/correct": list(correct.values()),
+        "eval/questions_sha256": prompts.digest(),
         "eval/unknown": unknown / len(rows),
         "eval/length_mean": sum(length for _, _, length, _ in rows) / len(rows),
         "eval/length_clipped": sum(clipped for _, _, _, clipped in rows) / len(rows),
@@ -117,32 +120,3 @@ def evaluate_models(config: Config) -> list[dict[str, Any]]:
             )
             records.append({"kind": "eval", "model": whose, "path": path, **finite(result)})
     return records
-
-
-def scores(correct: Sequence[int], samples: int, k: int) -> dict[str, Any]:
-    """avg@k and pass@k from the number of right answers to each question, out of `samples`."""
-    average, average_se = mean_and_se([count / samples for count in correct])
-    passing, passing_se = mean_and_se([pass_at_k(samples, count, k) for count in correct])
-    return {
-        "eval/k": k,
-        "eval/samples": samples,
-        "eval/questions": len(correct),
-        "eval/avg_at_k": average,
-        "eval/avg_at_k_se": average_se,
-        "eval/pass_at_k": passing,
-        "eval/pass_at_k_se": passing_se,
-    }
-
-
-def pass_at_k(samples: int, correct: int, k: int) -> float:
-    """Unbiased estimate of the chance that one of k samples is right (Chen et al. 2021, arXiv 2107.03374, eq. 1)."""
-    return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
-
-
-def mean_and_se(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error; the latter is NaN for a single value."""
-    n = len(values)
-    mean = sum(values) / n
-    if n < 2:
-        return mean, math.nan
-    return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n)

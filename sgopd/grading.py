@@ -222,6 +222,18 @@ def stated_answer(response: str, tags: Tags = THOUGHT_TAGS) -> str | None:
     return (wrapped[1] if wrapped else answer).strip() or None
 
 
+def read_answer(kind: str, response: str, tags: Tags = THOUGHT_TAGS) -> str | None:
+    """What a verifier of that kind compares with the reference: for a person to read.
+
+    None where there is no answer, and for a custom verifier, which gets the whole response.
+    """
+    reader = {"math": boxed_answer, "exact": stated_answer, "reasoning-gym": stated_answer}.get(kind)
+    try:
+        return reader(response, tags) if reader else None
+    except Exception:  # whatever a model may write; the verdict's reason says it
+        return None
+
+
 def reference_answer(example: Example) -> str | None:
     r"""The gold of `example["answer"]`: its last box, or what follows `####` (GSM8K), or the whole; None if empty.
 

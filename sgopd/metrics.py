@@ -13,13 +13,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-import pyarrow.parquet
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from sgopd.data import Prompts
-from sgopd.files import make_folder, new_file, sync, writing
+from sgopd.files import sync, writing
 from sgopd.processes import Processes
 from sgopd.rollout import Rollout
 from sgopd_kernels import Stats
@@ -207,35 +203,6 @@ def add_verifier_metrics(sums: Sums, reasons: Sequence[str]) -> None:
     """How often the verifier could not simply say correct or incorrect, by its reasons."""
     for fault in VERIFIER_FAULTS:
         sums.add(f"verifier/{fault}", reasons.count(fault), len(reasons))
-
-
-def write_completions(
-    folder: Path, step: int, rollouts: Sequence[Rollout], prompts: Prompts, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    """Writes `folder`/step-….parquet, one row a rollout; none for no rollouts.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    rows = [
-        {
-            "step": step,
-            "prompt": tokenizer.decode(rollout.prompt_ids),
-            "completion": rollout.completion.text,
-            "answer": prompts.examples[rollout.example]["answer"],
-            "verdict": rollout.verdict,
-            "reason": rollout.reason,
-            "source": rollout.source,
-            "tokens": len(rollout.completion.ids),
-            "truncated": rollout.completion.truncated,
-        }
-        for rollout in rollouts
-    ]
-    if rows:
-        with writing(folder):
-            make_folder(folder)
-        with new_file(folder / f"step-{step:06d}.parquet") as path:
-            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
 
 
 def repetition(ids: Sequence[int], n: int = 4) -> float | None:

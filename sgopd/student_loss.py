@@ -23,6 +23,7 @@ class Measured(NamedTuple):
     own: Tensor  # [n] which of the batch's N positions are in the student's own rollouts
     stats: Stats  # of these, each [n]
     teacher_rollouts: Tensor | None  # the loss on the others, if there are any; in the loss already
+    teacher_stats: Stats | None  # of the others, where their loss has any
 
 
 class StudentLoss(nn.Module):
@@ -71,7 +72,8 @@ class StudentLoss(nn.Module):
         own, theirs = (~from_teacher).nonzero().squeeze(-1), from_teacher.nonzero().squeeze(-1)
         loss, stats = gated(own)
         if not len(theirs):
-            return loss, Measured(own, stats, None)
+            return loss, Measured(own, stats, None, None)
+        their_stats = None
         if config.teacher_rollout_loss == "nll":
             total = nll(
                 hidden_NH[theirs],
@@ -82,10 +84,10 @@ class StudentLoss(nn.Module):
             )
             their_loss = total / num_items
         elif config.teacher_rollout_loss == "forward-kl":
-            their_loss, _ = gated(theirs, estimator="full", divergence="forward-kl")
+            their_loss, their_stats = gated(theirs, estimator="full", divergence="forward-kl")
         else:
-            their_loss, _ = gated(theirs)
-        return loss + their_loss, Measured(own, stats, their_loss.detach())
+            their_loss, their_stats = gated(theirs)
+        return loss + their_loss, Measured(own, stats, their_loss.detach(), their_stats)
 
     def gated(
         self,

@@ -28,6 +28,7 @@ from transformers import get_scheduler, set_seed
 
 from sgopd import __version__, checkpoint, startup
 from sgopd.checkpoint import RunState
+from sgopd.completions import keep_token_stats, write_completions
 from sgopd.config import Config, UserError
 from sgopd.data import derive_seed, has_eval_data, load_prompts, take
 from sgopd.engines.ddp import DataParallel
@@ -40,7 +41,6 @@ from sgopd.metrics import (
     add_token_metrics,
     add_verifier_metrics,
     finite,
-    write_completions,
 )
 from sgopd.models import (
     eos_ids_of,
@@ -398,12 +398,16 @@ class Trainer:
         verdicts = verdicts.to(self.device)
         targets = self.teacher.score(batch)
         reference = self.reference.score(batch) if self.reference is not None else None
-        loss, (own, stats, their_loss) = self.engine.module(batch, verdicts, targets, reference, num_items, generator)
+        loss, measured = self.engine.module(batch, verdicts, targets, reference, num_items, generator)
+        own, stats, their_loss, their_stats = measured
         engine_logprob = None
         if fresh:
             logprobs = [rollout.completion.logprobs for rollout in rollouts]
             engine_logprob = torch.cat(logprobs).to(self.device)[own]
         add_token_metrics(sums, stats, verdicts[batch.rows][own], engine_logprob, self.gate.tolerance)
+        keep_token_stats(rollouts, "student", stats, verdicts, self.gate.tolerance)
+        if their_stats is not None:
+            keep_token_stats(rollouts, "teacher", their_stats, verdicts, self.gate.tolerance)
         if their_loss is not None:
             sums.add("loss/teacher_rollouts", their_loss * num_items, len(batch.rows) - len(own))
         sums.count("loss", loss.detach())  # added up over micro-batches and processes: the loss of the update
@@ -499,7 +503,8 @@ class Trainer:
             )
             if self.processes.main and (limit := self.config.num_completions_to_log):
                 kept = rollouts[:: -(-len(rollouts) // limit)]  # evenly spaced: the teacher's come first
-                write_completions(self.run_dir / "completions", self.state.step, kept, self.prompts, self.tokenizer)
+                folder = self.run_dir / "completions"
+                write_completions(folder, self.state.step, kept, self.prompts, self.tokenizer, self.config)
 
     def write(self, record: Record) -> None:
         if self.metrics is not None:

@@ -161,6 +161,13 @@ DEFECTS += [
     Defect("signal: only the process that got it leaves", TRAINER, "processes.any(interrupt.signal)", "interrupt.signal", "cli::test_a_signal_to_one_of_two_processes_ends_both"),
     Defect("signal: a second one waits too", "sgopd/processes.py", "            raise KeyboardInterrupt\n", "            return\n", "checkpoint::test_a_second_signal_does_not_wait"),
     Defect("signal: the status of a run that is done", "sgopd/cli.py", "return 128 + trainer.stopped_by", "return 0", "checkpoint::test_a_signal_gives_the_conventional_exit_status"),
+    Defect("completions: agreement turned round", "sgopd/completions.py", "(signed > tolerance).float() - (signed < -tolerance)", "(signed < -tolerance).float() - (signed > tolerance)", "inspector"),
+    Defect("completions: the verdict instead of what the gate was told", "sgopd/completions.py", '"gate_verdict": int(verdict[0])', '"gate_verdict": rollout.verdict', "inspector"),
+    Defect("completions: the bound on tokens ignored", "sgopd/completions.py", "rollout.completion.ids[:limit]", "rollout.completion.ids[:]", "inspector"),
+    Defect("inspector: a token's bytes in the wrong order", "sgopd/report/inspector.py", "values.dtype.itemsize).T.tobytes()", "values.dtype.itemsize)[:, ::-1].T.tobytes()", "inspector"),
+    Defect("inspector: numbers rounded down", "sgopd/report/inspector.py", "(bits + half) & mask", "bits & mask", "inspector"),
+    Defect("inspector: texts of a file at their full length", "sgopd/report/inspector.py", "cut(text, PIECE_SHOWN)", "text", "inspector"),
+    Defect("report: any script may run in it", "sgopd/report/__init__.py", "f\"script-src 'sha256-{", "f\"script-src 'unsafe-inline' 'sha256-{", "inspector"),
 ]
 # fmt: on
 KERNEL_TESTS = [

@@ -1,7 +1,9 @@
-"""report.html: one self-contained page about a run (no network, no scripts), made from its run directory."""
+"""report.html: one self-contained page about a run, made from its run directory. It reads without scripts as well."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +16,21 @@ from sgopd.config import UserError
 from sgopd.files import new_file
 from sgopd.report.checks import checks
 from sgopd.report.figures import CELLS, SMOOTHED_FROM, average_name, drawings
+from sgopd.report.inspector import TEXT_SHOWN, Packed, cut, pack
 from sgopd.report.quantities import last_tenth, number, show, total
 from sgopd.report.run import Record, Run, read_run
 
 __all__ = ["write_report"]
 
 MARK = "SG-OPD run report"  # in the title of every page
-TEXT_SHOWN = 4000  # characters of a prompt or completion
+HERE = Path(__file__).parent
+SCRIPT = (HERE / "inspector.js").read_text(encoding="utf-8")
+# The page's one script, by its hash, and no text that becomes markup in it.
+POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; "
+    f"script-src 'sha256-{base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()}'; "
+    "require-trusted-types-for 'script'; trusted-types 'none'"
+)
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -35,7 +45,8 @@ def write_report(run_dir: str | Path) -> Path:
         UserError: the page cannot be written, or another one has its name.
     """
     run_dir = Path(run_dir)
-    target, page = run_dir / "report.html", render(read_run(run_dir))
+    run = read_run(run_dir)
+    target, page = run_dir / "report.html", render(run, pack(run_dir / "completions", run.unreadable))
     if target.exists() and MARK not in target.read_text(encoding="utf-8", errors="replace"):
         raise UserError(f"{target} is no report of a run, and would be overwritten: move it away, then `sgopd report`")
     with new_file(target) as path:  # a reader never sees half a page
@@ -43,10 +54,10 @@ def write_report(run_dir: str | Path) -> Path:
     return target
 
 
-def render(run: Run) -> str:
+def render(run: Run, rollouts: Packed | None) -> str:
     """The page. The template escapes every text of the run; only figures and definitions are markup."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader(HERE),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -54,6 +65,9 @@ def render(run: Run) -> str:
     )
     return environment.get_template("report.html.jinja").render(
         run=run,
+        rollouts=rollouts,
+        script=Markup(SCRIPT),
+        policy=POLICY,
         facts=facts(run),
         headline=headline(run),
         results=results(run),
@@ -173,22 +187,16 @@ def shown_completion(row: Record) -> dict[str, Any]:
         "source": row.get("source") or "student",
         "verdict": verdict,
         "reason": row.get("reason") or "",
-        "answer": _cut(row.get("answer")),
-        "prompt": _cut(_prompt_text(row.get("prompt"))),
-        "completion": _cut(row.get("completion")),
+        "answer": _text(row.get("answer")),
+        "prompt": _text(row.get("prompt")),
+        "completion": _text(row.get("completion")),
     }
 
 
-def _prompt_text(prompt: Any) -> str:
-    if isinstance(prompt, list):
-        return "\n".join(f"[{m.get('role')}] {m.get('content')}" for m in prompt if isinstance(m, dict))
-    return "" if prompt is None else str(prompt)
-
-
-def _cut(text: Any) -> str:
-    text = "" if text is None else str(text)
-    left_out = len(text) - TEXT_SHOWN
-    return text if left_out <= 0 else f"{text[:TEXT_SHOWN]}\n[… {left_out:,} more characters]"
+def _text(value: Any) -> str:
+    if isinstance(value, list):  # a conversation
+        value = "\n".join(f"[{m.get('role')}] {m.get('content')}" for m in value if isinstance(m, dict))
+    return cut("" if value is None else str(value), TEXT_SHOWN)
 
 
 def _score(record: Record, which: str) -> Score:

@@ -126,3 +126,56 @@ def trainer(settings: Callable[..., dict[str, Any]]) -> Callable[..., Any]:
         return trainer
 
     return make
+
+
+@pytest.fixture(scope="session")
+def keep_rollouts() -> Callable[..., Path]:
+    """Writes completions/ as a run would, with made-up tokens: most of them nearly certain, as a language model's."""
+    import numpy
+    import pyarrow
+    import pyarrow.parquet
+
+    from sgopd.completions import TOKEN_COLUMNS
+    from sgopd.report.inspector import QUANTITIES
+
+    def write(folder: Path, count: int, tokens: int, steps: int = 1) -> Path:
+        rng = numpy.random.default_rng(0)
+        words = [f" {word}" for word in rng.integers(0, 10**6, 20_000)]
+        (folder / "completions").mkdir(parents=True)
+        for step, rows in enumerate(numpy.array_split(numpy.arange(count), steps), start=1):
+            N = len(rows) * tokens
+            d = (rng.normal(size=N) * numpy.exp(rng.normal(-3, 2.5, size=N))).clip(-200, 200)
+            student_logprob = -numpy.exp(rng.normal(-3, 2.5, size=N))
+            entropies = [numpy.exp(rng.normal(-2, 2, size=N)) for _ in range(2)]
+            verdict = numpy.array([(-1, 0, 1, 1)[row % 4] for row in rows])
+            agreement = numpy.sign(d) * numpy.repeat(verdict, tokens)
+            gate = numpy.choose(agreement.astype(int) + 1, (1.0, 1.0, 1.8))
+            ids = (rng.zipf(1.3, size=N) % len(words)).astype(int)
+            columns = dict(zip(QUANTITIES, (d, d**2 / 2, student_logprob, *entropies, gate)))
+            columns |= {"token_id": ids, "token_text": [words[id] for id in ids], "agreement": agreement}
+            offsets = numpy.arange(0, N + 1, tokens)
+
+            def split(name: str, values: Any, offsets: Any = offsets) -> pyarrow.Array:
+                item = TOKEN_COLUMNS[name].value_type
+                values = values.astype("f2") if item == pyarrow.float16() else values
+                return pyarrow.ListArray.from_arrays(offsets, pyarrow.array(values).cast(item))
+
+            table = {
+                "step": [step] * len(rows),
+                "prompt": [f"What is {row} and {row + 1}?" for row in rows],
+                "completion": ["left out"] * len(rows),
+                "answer": [str(2 * row + 1) for row in rows],
+                "extracted": [str(2 * row + 1) if row % 4 > 1 else None for row in rows],
+                "verdict": verdict,
+                "reason": [("no_answer", "timeout", "correct", "correct")[row % 4] for row in rows],
+                "source": ["teacher" if row % 10 == 3 else "student" for row in rows],
+                "tokens": [tokens] * len(rows),
+                "truncated": [False] * len(rows),
+                "gate_verdict": verdict,
+                **{name: split(name, values) for name, values in columns.items()},
+            }
+            path = folder / "completions" / f"step-{step:06d}.parquet"
+            pyarrow.parquet.write_table(pyarrow.table(table), path)
+        return folder
+
+    return write

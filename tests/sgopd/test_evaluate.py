@@ -10,9 +10,10 @@ import pytest
 
 from sgopd.config import Config, UserError
 from sgopd.data import load_prompts
-from sgopd.evaluate import evaluate, evaluate_models, mean_and_se, pass_at_k, scores
+from sgopd.evaluate import evaluate, evaluate_models
 from sgopd.processes import Processes
 from sgopd.samplers.plain import PlainSampler
+from sgopd.scores import mean_and_se, pass_at_k, scores
 from sgopd.verifier import Verdict
 
 

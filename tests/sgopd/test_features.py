@@ -52,6 +52,7 @@ RUNS = {
         "gate_tolerance": 0.01,
         "precision": "exact",
         "num_completions_to_log": 2,
+        "num_tokens_to_log": 3,
         "temperature": 0.8,
         "top_k": 8,
         "top_p": 0.9,

@@ -174,7 +174,7 @@ class Page(HTMLParser):
             assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing"
 
     def handle_data(self, data: str) -> None:
-        if not self.open or self.open[-1] != "style":
+        if not self.open or self.open[-1] not in ("style", "script"):
             self.words.append(data)
 
     @property
@@ -220,10 +220,10 @@ def test_a_healthy_run_raises_no_warning(healthy: Path) -> None:
     assert "The verifier endorsed" in page.text
 
 
-def test_the_page_needs_no_network_and_no_script(healthy: Path) -> None:
+def test_the_page_needs_no_network(healthy: Path) -> None:
     html = read(healthy)
     page = Page(html)
-    assert not {"script", "link", "img", "iframe", "object"} & set(page.tags)
+    assert not {"link", "img", "iframe", "object"} & set(page.tags)
     references = [value for _, name, value in page.attributes if name in ("src", "href", "xlink:href")]
     assert references and all(value.startswith("#") for value in references)
     assert "url(http" not in html and "@import" not in html
@@ -256,7 +256,7 @@ def test_what_the_model_wrote_stays_text(tmp_path: Path) -> None:
     evil = "</pre></article><script>alert(1)</script><img src=x onerror=alert(2)> & \\boxed{1}"
     rows = [completion(1, evil, answer=evil, reason=evil, source=evil, prompt=evil)]
     page = report(write_run(tmp_path / evil.replace("/", "⁄"), healthy_run(1), rows, config=f"run_name: '{evil}'\n"))
-    assert "script" not in page.tags and "img" not in page.tags
+    assert page.tags.count("script") == 2 and "img" not in page.tags  # the inspector's data and its code
     assert not any(name.startswith("on") for _, name, _ in page.attributes)
     assert page.text.count("<script>alert(1)</script>") >= 5
 
@@ -272,7 +272,7 @@ def test_rare_verdicts_are_among_the_completions(tmp_path: Path) -> None:
     rows += [completion(1, "wrong", -1), completion(1, "unknown", 0), completion(1, "taught", 1, source="teacher")]
     page = report(write_run(tmp_path, healthy_run(1), rows))
     assert all(words in page.text for words in ("wrong", "unknown", "taught"))
-    assert page.tags.count("article") == 6
+    assert page.attributes.count(("article", "class", "completion")) == 6
 
 
 def test_a_file_cut_short_loses_its_last_line_only(healthy: Path, tmp_path: Path) -> None:
