@@ -27,7 +27,9 @@ TOKEN_COLUMNS = {"gate_verdict": pyarrow.int8(), "token_id": pyarrow.list_(pyarr
 CHARACTER_TOKENS = 4  # at most: UTF-8 has four bytes a character
 
 
-def keep_token_stats(rollouts: Sequence[Rollout], source: str, stats: Stats, verdicts: Tensor, tolerance: float) -> None:
+def keep_token_stats(
+    rollouts: Sequence[Rollout], source: str, stats: Stats, verdicts: Tensor, tolerance: float
+) -> None:
     """Gives each rollout of `source` its part of `stats`, on the device that has them.
 
     Args:
