@@ -120,12 +120,12 @@ class Call:
 
     def ladder(self, need: Need) -> list[Plan]:
         """Plans from the cheapest that the call may take to one that always keeps within the budget."""
-        problem, backend = self.problem, self.backend
+        problem, backend, numbers = self.problem, self.backend, calibration.FITTED
         columns = self.shard.columns if self.shard else None
         budget, v, width = problem.spec.budget, problem.vocabulary, problem.student_hidden.shape[1]
         narrow = (
             budget >= calibration.AUTO
-            and problem.student_hidden.numel() * v >= calibration.NARROW_WORTHWHILE
+            and problem.student_hidden.numel() * v >= numbers.columns.narrow_worthwhile
             and backend.narrows(problem.student_hidden, problem.student.weight)
         )
         exact = Exact(problem, backend, need, columns=columns, narrow=narrow)
@@ -133,12 +133,15 @@ class Call:
             return [exact]
         work = self.rows.numel() * v * width
         if isinstance(backend, CpuBackend) and backend.has_pairs(problem.student.weight):
-            if work < calibration.WORTHWHILE:
+            if work < numbers.pairs.worthwhile:
                 return [exact]
-            fastest = partial(backend.project_screened, segment=calibration.SETTINGS[0].segment)
+            fastest = partial(backend.project_screened, segment=numbers.quantized.settings[0].segment(width))
             rest = Rest(problem.student.weight[:v], fastest)
-            return [*screens(problem, backend, need, rest, self.rows), Pairs(problem, backend, need, rest)]
-        if backend.filters_columns and self.valid is None and work >= calibration.COLUMNS_WORTHWHILE:
+            return [
+                *screens(problem, backend, need, rest, self.rows),
+                Pairs(problem, backend, need, rest),
+            ]
+        if backend.filters_columns and self.valid is None and work >= numbers.columns.worthwhile:
             return [Columns(problem, backend, need), exact]
         return [exact]
 

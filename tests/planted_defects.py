@@ -79,7 +79,7 @@ DEFECTS = [
     Defect("torch: a softcap unmasks a column", TORCH, "z = torch.where(z == -torch.inf, z, ", "z = torch.where(z == torch.inf, z, "),
     Defect("door: a stride shorter than the row accepted", "csrc/arguments.h", "if (stride < columns)", "if (false)"),
     Defect("pairs: squares of what is left in plain fp32", "csrc/cpu/pair_kernels.cpp", "threshold > 1e-37f ? 1.f / threshold : 1e37f", "1.f"),
-    Defect("screen: the estimate of the usual share refined", "sgopd_kernels/plans/screen.py", "at_most = self.mass *", "at_most = calibration.MASS *"),
+    Defect("screen: the estimate of the usual share refined", "sgopd_kernels/plans/screen.py", "at_most = self.mass *", "at_most = numbers.mass *"),
     Defect("screen: feedback with the wrong sign", "csrc/cpu/feedback.h", "x - taken", "x + taken"),
     Defect("screen: feedback without a limit", "csrc/cpu/int16.h", "constexpr float kMostFeedback = 1.f;", "constexpr float kMostFeedback = 1e9f;"),
     Defect("screen: feedback left out", "sgopd_kernels/backends/cpu.py", "along=0 if feedback is None else feedback[0].data_ptr()", "along=0 if feedback is None else torch.zeros_like(feedback[0]).data_ptr()"),

@@ -1,11 +1,20 @@
-"""What was fitted or tuned: every number that another model, processor or device might move.
+"""Every number that another model, processor or device might move, in one frozen object: `FITTED`.
 
-Errors are relative Frobenius errors. On which inputs each was measured, and how to do it again: docs/kernels.md.
+`python tools/calibrate.py` measures it, and docs/kernels.md has its tables. Numbers are of two kinds:
+
+- *fitted*: factors of the error estimates, `margin` times the largest ratio of true to estimated error seen on the
+  models named. One that is too small breaks a promise: tests/kernels/test_calibration.py turns red.
+- *tuned*: where one way becomes faster than another. One that is off costs time alone.
+
+A new plan adds its numbers so: a frozen dataclass here, each number with its kind, what was measured and the command; a
+field of `Calibration`; in its module `calibration.FITTED.<field>.<number>`, read when a call runs, so that a test or
+a measurement can put another object there; for a fitted factor, a line in tools/calibrate.py that measures its ratio.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from .. import _extension
 from .._checks import number
@@ -25,43 +34,96 @@ def budget_of(precision: str | float) -> float:
 
 @dataclass(frozen=True)
 class Setting:
-    """A way to screen."""
+    """A way to quantize logits."""
 
-    segment: int  # products that the screen sums in one int32: longer ones are 8 % faster, a logit's variance 2.5 times
+    products: int  # about so many are summed in one int32: a row of a head is cut into equal segments
     feedback: bool  # hidden states rounded with feedback
-    coherence: float  # its noise in the hidden gradient, against errors that are independent
-    kl: float  # where it leaves room for the rest, at a budget of 1: the noise goes with 1 / sqrt(KL)
+    # Fitted: its noise in the hidden gradient, against errors that are independent. What rounding a hidden state leaves
+    # is one vector for all columns of its token, and adds up along what they share.
+    coherence: float
+    kl: float  # tuned: where it leaves room for the residual, at a budget of 1: the noise goes with 1 / sqrt(KL)
+
+    def segment(self, width: int) -> int:
+        """Products that one int32 sums, even: `products`, or equal parts of a wider row.
+
+        Longer sums are faster: of 576 by 8 % over 192, at 2.5 times a logit's variance. Sums of one length leave noise
+        in proportion to the logits' spread, whatever the width.
+        """
+        parts = max(1, round(width / self.products))
+        return max(self.products, -(-width // (2 * parts)) * 2) if parts == 1 else -(-width // (2 * parts)) * 2
 
 
-# From the fastest to the most exact. What rounding a hidden state leaves is one vector for all columns of its token,
-# and adds up along what they share: 2.9-5.1 times independent errors measured, 1.5-1.7 with feedback (`Rounding`).
-SETTINGS = (Setting(576, False, 5.0, 4e-9), Setting(576, True, 2.5, 1e-9), Setting(192, True, 2.5, 2.5e-10))
+@dataclass(frozen=True)
+class ResidualNumbers:
+    """What pairs and columns leave out of their products (directions.py)."""
 
-# Directions of the head that the rest of a gradient keeps, and that rounding feeds back (csrc/cpu/int16.h).
-RANK = int(getattr(_extension.CPU, "DIRECTIONS", 16))
-SAMPLED_ROWS = 1024  # of the head, from which they come: 0.5 % more of a row lies outside them than with all rows
-# ||rest outside the directions|| against its entries taken as independent: 2.6-4.6 measured
-COHERENCE = 5.0
-SPREAD = 1.5  # likewise in dW and G itself: 0.8-1.3 measured
+    rank: int = int(getattr(_extension.CPU, "DIRECTIONS", 16))  # directions of the head kept (csrc/cpu/int16.h)
+    sampled_rows: int = 1024  # tuned: of the head, for its directions; 0.5 % more lies outside them than with all rows
+    # Fitted: the residual's part outside the directions, in dH, against entries that are independent.
+    coherence: float = 5.0
+    spread: float = 1.5  # fitted: likewise in dW and G itself
 
-# Pairs, on the CPU.
-SHARE = 0.25  # of the budget: what is left of ||G|| at first, before the estimate's factors
-NOISE_SHARE = 0.9  # of the budget: the most that a screen's noise may take, where there is a rest as well
-MOST = 0.12  # share of pairs above which dense products are faster
-WORTHWHILE = 2.0**31.5  # multiply-adds of one projection below which a call is exact: 105 tokens of SmolLM2
 
-# The screen.
-# Probability from which a logit is computed again in fp32: where the KL leaves no more room than the first setting
-# needs, and at most. The variance that the tail leaves in a gradient goes with MASS * tail / KL.
-MASS, MOST_MASS = 1e-4, 4e-4
-GATE = 1e-4  # log-ratio below which a sign may flip (docs/method.md)
-PROBED_ROWS, PROBED_STRIDE = 16, 16
+@dataclass(frozen=True)
+class PairNumbers:
+    """Gradient products over pairs, on the CPU (pairs.py). All tuned."""
 
-# Columns, on devices.
-# Share of columns above which dense products of a gradient rounded to bf16 cost less: 2 (Hs + Ht) + 8 s Hs of split
-# products, a gather and a scatter, against 6 Hs + 2 Ht.
-MOST_COLUMNS = 0.35
-COLUMN_SHARE = 0.3  # of the budget: what dropped columns may weigh, before the estimate's factors
-COLUMNS_WORTHWHILE = 2.0**33  # multiply-adds of one projection from which columns are filtered …
-NARROW_WORTHWHILE = 2.0**33  # … and from which G may be rounded to bf16
-TILE = 8192  # columns whose head and gradient are gathered at once
+    share: float = 0.25  # of the budget: what is left of ||G|| at first, before the estimate's factors
+    noise_share: float = 0.9  # of the budget: the most that quantization noise may take, where a residual is left too
+    most: float = 0.12  # share of pairs above which dense products are faster
+    worthwhile: float = 2.0**31.5  # multiply-adds of one projection below which a call is exact: 105 tokens of SmolLM2
+
+
+@dataclass(frozen=True)
+class QuantizedNumbers:
+    """Logits in integers (quantized.py)."""
+
+    # From the fastest to the most exact.
+    settings: tuple[Setting, ...] = (
+        Setting(576, False, 5.0, 4e-9),
+        Setting(576, True, 2.5, 1e-9),
+        Setting(192, True, 2.5, 2.5e-10),
+    )
+    # Tuned: probability from which a logit is computed again in fp32, where the KL leaves no more room than the first
+    # setting needs, and at most. The variance that the tail leaves in a gradient goes with mass * tail / KL.
+    mass: float = 1e-4
+    most_mass: float = 4e-4
+    deviations: float = 5.0  # fitted: of a logit's noise, that a token's log-ratio may be off
+    gate: float = 1e-4  # log-ratio below which a sign may flip (docs/method.md)
+    probed_rows: int = 16  # tuned
+    probed_stride: int = 16  # tuned: columns
+
+
+@dataclass(frozen=True)
+class ColumnNumbers:
+    """Gradient products over columns, on devices (columns.py). By arithmetic: no device has measured them."""
+
+    # Share of columns above which dense products of a gradient rounded to bf16 cost less: 2 (Hs + Ht) + 8 s Hs of
+    # split products, a gather and a scatter, against 6 Hs + 2 Ht.
+    most: float = 0.35
+    share: float = 0.3  # of the budget: what dropped columns may weigh, before the estimate's factors
+    worthwhile: float = 2.0**33  # multiply-adds of one projection from which columns are filtered …
+    narrow_worthwhile: float = 2.0**33  # … and from which G may be rounded to bf16
+    tile: int = 8192  # columns whose head and gradient are gathered at once
+
+
+@dataclass(frozen=True)
+class Calibration:
+    models: tuple[str, ...] = ("SmolLM2-135M (49,152 x 576)",)  # whose hidden states the factors were fitted on
+    command: str = "python tools/calibrate.py"
+    margin: float = 1.1
+    residual: ResidualNumbers = field(default_factory=ResidualNumbers)
+    pairs: PairNumbers = field(default_factory=PairNumbers)
+    quantized: QuantizedNumbers = field(default_factory=QuantizedNumbers)
+    columns: ColumnNumbers = field(default_factory=ColumnNumbers)
+
+    def __post_init__(self) -> None:
+        if not self.quantized.settings:
+            raise ValueError("quantized.settings: expected at least one")
+
+    def changed(self, **parts: dict[str, Any]) -> Calibration:
+        """Another one, for a measurement or a test: changed(pairs={"worthwhile": 0.0})."""
+        return replace(self, **{name: replace(getattr(self, name), **changes) for name, changes in parts.items()})
+
+
+FITTED = Calibration()

@@ -39,8 +39,8 @@ class Columns(Exact):
     def held_bytes(self) -> tuple[int, int]:
         """Beside the exact plan's: a tile of the head and of its gradient; gathered columns."""
         fixed, row = super().held_bytes()
-        columns = int(calibration.MOST_COLUMNS * self.v)
-        tile = min(calibration.TILE, columns) * self.head.shape[1] * (4 + self.head.element_size())
+        columns = int(calibration.FITTED.columns.most * self.v)
+        tile = min(calibration.FITTED.columns.tile, columns) * self.head.shape[1] * (4 + self.head.element_size())
         return fixed + tile, row + 4 * columns
 
     def forward(self, chunk: Chunk) -> float:
@@ -54,18 +54,20 @@ class Columns(Exact):
         budget = self.problem.spec.budget
         ordered, order = torch.linalg.vector_norm(g, dim=0).double().square().sort(descending=True)
         below = ordered.flip(0).cumsum(0).flip(0)  # what this column and all smaller ones weigh: nothing cancels
-        count = (below > (calibration.COLUMN_SHARE * budget) ** 2 * below[0]).sum()
+        count = (below > (calibration.FITTED.columns.share * budget) ** 2 * below[0]).sum()
         left = torch.cat([below, below.new_zeros(1)]).gather(0, count.unsqueeze(0)).squeeze(0)
         needed, energy, lost = torch.stack([count.double(), below[0], left]).tolist()  # the host waits
         if energy == 0:
             return None, 0.0
-        self.pays = needed <= calibration.MOST_COLUMNS * self.v and energy > 0  # a NaN is nothing to filter
+        self.pays = needed <= calibration.FITTED.columns.most * self.v and energy > 0  # a NaN is nothing to filter
         if not self.pays:
             return None, 0.0
         index = order[: int(needed)].sort().values
         gradient = g[:, index]
         self.hidden = g.new_zeros(g.shape[0], self.head.shape[1])
-        for tile, part in zip(index.split(calibration.TILE), gradient.split(calibration.TILE, 1)):
+        for tile, part in zip(
+            index.split(calibration.FITTED.columns.tile), gradient.split(calibration.FITTED.columns.tile, 1)
+        ):
             self.backend.add_hidden_gradient(part, self.head[tile], self.hidden)
         error = self.rest.error(lost, energy, self.hidden)
         self.pays = error <= budget
@@ -82,7 +84,9 @@ class Columns(Exact):
         if out.hidden is not None:
             out.hidden[chunk.rows] = self.rest.add_to(self.hidden, rest).to(out.hidden.dtype)
         if out.weight is not None:
-            for tile, part in zip(index.split(calibration.TILE), gradient.split(calibration.TILE, 1)):
+            for tile, part in zip(
+                index.split(calibration.FITTED.columns.tile), gradient.split(calibration.FITTED.columns.tile, 1)
+            ):
                 rows = out.weight.new_zeros(tile.numel(), out.weight.shape[1])
                 self.backend.add_weight_gradient(part, chunk.hidden, rows)
                 out.weight.index_add_(0, tile, rows)

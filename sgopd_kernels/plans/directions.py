@@ -30,8 +30,10 @@ class Directions:
     @staticmethod
     def of(weight: Tensor) -> Directions:
         v, h = weight.shape
-        sample = weight[:: max(1, v // calibration.SAMPLED_ROWS)].float()
-        start = torch.randn(h, min(calibration.RANK, h), generator=torch.Generator().manual_seed(0)).to(weight.device)
+        sample = weight[:: max(1, v // calibration.FITTED.residual.sampled_rows)].float()
+        start = torch.randn(h, min(calibration.FITTED.residual.rank, h), generator=torch.Generator().manual_seed(0)).to(
+            weight.device
+        )
         for _ in range(2):
             start = torch.linalg.qr(sample.T @ (sample @ start))[0]
         along = sample @ start
@@ -46,7 +48,7 @@ class Directions:
         return out
 
 
-Coefficients = tuple[Tensor, Tensor]  # [H, RANK] fp32 each
+Coefficients = tuple[Tensor, Tensor]  # [H, 16] fp32 each
 
 
 def feedback(directions: Directions) -> Coefficients:
@@ -66,7 +68,7 @@ def feedback(directions: Directions) -> Coefficients:
     absorb = torch.linalg.solve(behind + inverse, basis.T)
 
     def padded(x: Tensor) -> Tensor:
-        return torch.nn.functional.pad(x, (0, calibration.RANK - r)).float().contiguous()
+        return torch.nn.functional.pad(x, (0, calibration.FITTED.residual.rank - r)).float().contiguous()
 
     return padded(basis.T), padded(absorb)
 
@@ -91,8 +93,9 @@ class Rest:
     def error(self, left: float, energy: float, hidden: Tensor) -> float:
         """Estimated error of both gradients: `left` of `energy` = ||G||^2 stayed; hidden [n, H], what was taken."""
         reach = float(hidden.norm())
-        lost = calibration.COHERENCE * left**0.5 * self.directions.outside / reach if reach > 0 else float("inf")
-        return max(lost, calibration.SPREAD * (left / energy) ** 0.5)
+        numbers = calibration.FITTED.residual
+        lost = numbers.coherence * left**0.5 * self.directions.outside / reach if reach > 0 else float("inf")
+        return max(lost, numbers.spread * (left / energy) ** 0.5)
 
     def add_to(self, hidden: Tensor, rest: Tensor) -> Tensor:
         """The hidden gradient [n, H]: of what was taken, and of the rest [n, V] along the directions."""

@@ -39,7 +39,7 @@ class Pairs(Exact):
     def held_bytes(self) -> tuple[int, int]:
         """Beside the exact plan's: threads' scratch; MOST of a row, a column and a value each."""
         fixed, row = super().held_bytes()
-        return fixed + 16 * 2**20, row + int(8 * calibration.MOST * self.v)
+        return fixed + 16 * 2**20, row + int(8 * calibration.FITTED.pairs.most * self.v)
 
     def forward(self, chunk: Chunk) -> float:
         super().forward(chunk)
@@ -56,9 +56,9 @@ class Pairs(Exact):
         return error
 
     def _take(self, g: Tensor, noise: float) -> tuple[list[TakenPairs], float]:
-        backend, budget = self.backend, self.budget
-        most, left_for_noise = calibration.MOST, calibration.NOISE_SHARE * budget
-        first = backend.take_large(g, calibration.SHARE * budget, most)
+        backend, budget, numbers = self.backend, self.budget, calibration.FITTED.pairs
+        most, left_for_noise = numbers.most, numbers.noise_share * budget
+        first = backend.take_large(g, numbers.share * budget, most)
         if first.dense:
             return [], _relative(noise, _energy(g) if noise else 0.0)
         taken, self.hidden = [first], torch.zeros(g.shape[0], self.head.shape[1])

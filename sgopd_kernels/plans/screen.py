@@ -58,9 +58,12 @@ class Screen(Pairs):
         p, at, feedback = self.problem, chunk.rows, self.feedback
         assert p.teacher is not None and p.teacher_hidden is not None and chunk.z_teacher is not None
         student, teacher = (feedback.student, feedback.teacher) if feedback else (None, None)
-        segment, project = self.setting.segment, self.backend.project_screened
-        project(p.student_hidden[at], self.head, chunk.z_student, segment, student)
-        project(p.teacher_hidden[at], p.teacher.weight[: self.v], chunk.z_teacher, segment, teacher)
+        project = self.backend.project_screened
+        for hidden, weight, out, rounding in (
+            (p.student_hidden, self.head, chunk.z_student, student),
+            (p.teacher_hidden, p.teacher.weight[: self.v], chunk.z_teacher, teacher),
+        ):
+            project(hidden[at], weight, out, self.setting.segment(weight.shape[1]), rounding)
         self.measured = self.backend.refine(p, at, chunk.z_student, chunk.z_teacher, self.mass)
 
     def forward(self, chunk: Chunk) -> float:
@@ -73,15 +76,15 @@ class Screen(Pairs):
 
     def error(self, stats: Tensor, scale: Tensor) -> tuple[float, float]:
         """(estimate of the loss's error, inf where a gate's sign may flip; noise in dH, as large as an error of G)."""
-        report = self.measured
+        report, numbers = self.measured, calibration.FITTED.quantized
         tail = torch.maximum(report[:, 2], report[:, 3])
         variance = report[:, 4] + report[:, 5]
         at_most = self.mass * tail * variance  # bounds the sum over the tail of p^2 times the variance
-        ratio = 5 * float(at_most.max().sqrt())
+        ratio = numbers.deviations * float(at_most.max().sqrt())
         loss = float((tail * variance).sum() / stats[:, STATS["kl"]].abs().sum().clamp(min=1e-300))
         row_weight = (stats[:, STATS["gate"]] * scale).double()
         noise = self.setting.coherence * float((row_weight.square() * at_most).sum().sqrt())
-        return loss if ratio <= calibration.GATE else math.inf, noise
+        return loss if ratio <= numbers.gate else math.inf, noise
 
 
 def screens(problem: Problem, backend: CpuBackend, need: Need, rest: Rest, rows: Tensor) -> list[Screen]:
@@ -102,7 +105,8 @@ def screens(problem: Problem, backend: CpuBackend, need: Need, rest: Rest, rows:
         or rows.numel() == 0
     ):
         return []
-    probed, stride = calibration.PROBED_ROWS, calibration.PROBED_STRIDE
+    numbers = calibration.FITTED.quantized
+    probed, stride, settings = numbers.probed_rows, numbers.probed_stride, numbers.settings
     at = rows[:: max(1, rows.numel() // probed)][:probed]
     columns = slice(0, p.vocabulary, stride)
     scale = 1 / p.spec.temperature
@@ -115,16 +119,22 @@ def screens(problem: Problem, backend: CpuBackend, need: Need, rest: Rest, rows:
     log_q = logits(p.teacher_hidden, p.teacher.weight, p.teacher.logit_scale)
     # Restricted to a sixteenth of the columns a probability is sixteen times as large.
     mass = (torch.maximum(log_p, log_q) - torch.tensor(stride).log()).exp()
-    if float((mass > calibration.MASS).float().mean()) >= calibration.MOST:
+    if float((mass > numbers.mass).float().mean()) >= calibration.FITTED.pairs.most:
         return []
     kl = float((log_p.exp() * (log_p - log_q)).sum(-1).median())
     room = kl * p.spec.budget**2
     both = Feedback(rest, p.teacher.weight[: p.vocabulary])
-    first = next((i for i, s in enumerate(calibration.SETTINGS) if room > s.kl), len(calibration.SETTINGS))
-    at_first = min(calibration.MOST_MASS, calibration.MASS * max(1.0, room / calibration.SETTINGS[0].kl) ** 0.75)
+    first = next((i for i, s in enumerate(settings) if room > s.kl), len(settings))
+    at_first = min(numbers.most_mass, numbers.mass * max(1.0, room / settings[0].kl) ** 0.75)
     return [
         Screen(
-            p, backend, need, rest, both if setting.feedback else None, setting, calibration.MASS if later else at_first
+            p,
+            backend,
+            need,
+            rest,
+            both if setting.feedback else None,
+            setting,
+            numbers.mass if later else at_first,
         )
-        for later, setting in enumerate(calibration.SETTINGS[first:])
+        for later, setting in enumerate(settings[first:])
     ]

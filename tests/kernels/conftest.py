@@ -184,6 +184,14 @@ def _rank(function: Callable[..., Any], rank: int, world: int, folder: Path, arg
         torch.distributed.destroy_process_group()
 
 
+@pytest.fixture
+def calibrate(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """calibrate(pairs={"worthwhile": 0.0}): other numbers in the calibration, for one test."""
+    from sgopd_kernels.plans import calibration
+
+    return lambda **parts: monkeypatch.setattr(calibration, "FITTED", calibration.FITTED.changed(**parts))
+
+
 @pytest.fixture(scope="session")
 def kit() -> Any:
     """The functions above, for test modules: importlib mode has no sibling imports."""

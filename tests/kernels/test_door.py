@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from sgopd_kernels import Gate, gated_advantage, gated_kl_loss, gated_logprob_loss, gated_topk_kl_loss
-from sgopd_kernels.plans import calibration
 
 BACKENDS = ["torch", "cpu", "reference"]
 FUSED = ["torch", "cpu"]
@@ -485,9 +484,9 @@ def test_a_gradient_for_what_asks_for_one(kit: Any, frozen: tuple[str, ...], bac
 
 
 @pytest.mark.parametrize("budget", [1.5e-3, 0.0])
-def test_stats_speak_of_a_backward_that_comes_later(monkeypatch: pytest.MonkeyPatch, kit: Any, budget: float) -> None:
+def test_stats_speak_of_a_backward_that_comes_later(calibrate: Any, kit: Any, budget: float) -> None:
     """reduction="none": what the losses took, until the gradients are made; then both."""
-    monkeypatch.setattr(calibration, "WORTHWHILE", 0)
+    calibrate(pairs={"worthwhile": 0.0})
     inputs = kit.make_inputs(n=64, v=4000, hs=64, peak=6.0, near=0.3, masked=0.0, seed=2)
     precision = budget or "exact"
     *_, mean = kit.call(inputs, precision=precision, backend="cpu")

@@ -118,7 +118,7 @@ _PEAK = """
     from sgopd_kernels.plans import calibration
 
     backend, dtype, plan, n, v, h = sys.argv[1], getattr(torch, sys.argv[2]), sys.argv[3], *map(int, sys.argv[4:])
-    calibration.WORTHWHILE = 0
+    calibration.FITTED = calibration.FITTED.changed(pairs={"worthwhile": 0.0})
     precision = "exact" if plan == "exact" else "auto"
     libc = ctypes.CDLL("libc.so.6")
 

@@ -20,8 +20,8 @@ SCREENS = CpuBackend.module is not None and CpuBackend().kernels().int16
 
 
 @pytest.fixture(autouse=True)
-def any_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration, "WORTHWHILE", 0.0)
+def any_size(calibrate: Any) -> None:
+    calibrate(pairs={"worthwhile": 0.0})
 
 
 def inputs(spread: float, distance: float, dtype: torch.dtype, n: int = 70, v: int = 4103, h: int = 65) -> list[Tensor]:
@@ -52,8 +52,8 @@ def error(got: Tensor, true: Tensor) -> float:
     return float((got - true).norm() / true.norm())
 
 
-def change_settings(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
-    monkeypatch.setattr(calibration, "SETTINGS", tuple(replace(s, **changes) for s in calibration.SETTINGS))
+def settings(**changes: Any) -> dict[str, Any]:
+    return {"settings": tuple(replace(s, **changes) for s in calibration.FITTED.quantized.settings)}
 
 
 @pytest.mark.parametrize("gate", ["opd", "sg-opd", "opdvr"])
@@ -92,15 +92,15 @@ def shared_directions(spread: float, rank: int, distance: float) -> list[Tensor]
 
 @pytest.mark.parametrize(("spread", "rank", "distance"), [(4.0, 4, 1e-2), (6.0, 4, 3e-3), (6.0, 1, 3e-3)])
 def test_the_estimate_refuses_a_screen_whose_noise_adds_up(
-    monkeypatch: pytest.MonkeyPatch, spread: float, rank: int, distance: float
+    calibrate: Any, spread: float, rank: int, distance: float
 ) -> None:
     """Rounding a hidden state moves all logits of its token together, along what the head's rows share."""
     # No probe before the estimate.
-    change_settings(monkeypatch, kl=1e-30)
+    calibrate(quantized=settings(kl=1e-30))
     operands = shared_directions(spread, rank, distance)
     truth = gradients([t.double() if t.is_floating_point() else t for t in operands])
     assert error(gradients(operands, backend="cpu")[1], truth[1]) <= calibration.AUTO
-    change_settings(monkeypatch, coherence=1.0)
+    calibrate(quantized=settings(coherence=1.0))
     unguarded = gradients(operands, backend="cpu")
     if unguarded[3].plan == "screened":  # not on a processor without a screen
         assert error(unguarded[1], truth[1]) > 1.5 * calibration.AUTO
@@ -132,13 +132,15 @@ def test_the_estimate_bounds_the_error() -> None:
         assert max(error(m, t) for m, t in zip(got[1:3], truth[1:3])) <= got[3].error_estimate
 
 
-@pytest.mark.parametrize("setting", [s for s in calibration.SETTINGS if s.feedback], ids=lambda s: str(s.segment))
+@pytest.mark.parametrize(
+    "setting", [s for s in calibration.FITTED.quantized.settings if s.feedback], ids=lambda s: str(s.products)
+)
 @pytest.mark.parametrize(("spread", "rank", "distance"), [(4.0, 1, 1e-2), (6.0, 16, 3e-3), (6.0, 48, 3e-3)])
 def test_the_estimate_holds_with_feedback(
-    monkeypatch: pytest.MonkeyPatch, setting: calibration.Setting, spread: float, rank: int, distance: float
+    calibrate: Any, setting: calibration.Setting, spread: float, rank: int, distance: float
 ) -> None:
     """With shared directions fewer, as many and three times as many as those that rounding feeds back."""
-    monkeypatch.setattr(calibration, "SETTINGS", (replace(setting, kl=1e-30),))
+    calibrate(quantized={"settings": (replace(setting, kl=1e-30),)})
     operands = shared_directions(spread, rank, distance)
     truth = gradients([t.double() if t.is_floating_point() else t for t in operands])
     got = gradients(operands, precision=5e-3)
@@ -170,11 +172,10 @@ def test_feedback_takes_the_screens_error_off_the_heads_directions(segment: int,
     assert noise(rounding)[0] < 4 * plain
 
 
-def test_the_estimate_knows_what_was_refined(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the KL leaves room, fewer logits are computed again in fp32: with far fewer, the screen must be refused."""
-    change_settings(monkeypatch, kl=1e-30)
-    monkeypatch.setattr(calibration, "MOST_MASS", 0.1)
-    monkeypatch.setattr(calibration, "GATE", 1.0)  # the sign's guard would refuse it as well
+def test_the_estimate_knows_what_was_refined(calibrate: Any) -> None:
+    """Where the KL leaves room, fewer logits are computed again in fp32: with far fewer, the plan must be refused."""
+    # the sign's guard would refuse it as well
+    calibrate(quantized={**settings(kl=1e-30), "most_mass": 0.1, "gate": 1.0})
     for distance in (0.01, 0.003, 0.001):
         operands = inputs(4.0, distance, torch.float32)
         truth = gradients([t.double() if t.is_floating_point() else t for t in operands])
