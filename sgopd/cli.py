@@ -3,6 +3,7 @@
 sgopd train CONFIG.yaml [--key value …]       one run: metrics.jsonl, checkpoints, the trained model, report.html
 sgopd quickstart [--key value …]              the shipped example, in about a minute on a CPU
 sgopd evaluate RUN_DIR|CONFIG.yaml [--key …]  avg@k and pass@k of a trained model
+sgopd watch RUN_DIR                           a run in this terminal: at work in another process, or finished
 sgopd report RUN_DIR                          report.html anew
 
 Every setting of a config file is a flag: `sgopd train --help` lists them. On several processes or GPUs:
@@ -16,14 +17,12 @@ import dataclasses
 import json
 import os
 import sys
-from collections import deque
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from sgopd import __version__
@@ -33,7 +32,7 @@ if TYPE_CHECKING:  # torch and transformers take seconds to import: `--help` doe
     from sgopd.report.run import Run
 
 Record = dict[str, Any]
-RECENT = 20  # updates that the live accuracy is taken over
+UNSET = ("watch", "report")  # commands that take no settings
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if command == "quickstart":
             return quickstart(overrides)
         assert path is not None
+        if command == "watch":
+            return watch(path)
         return evaluate(path, overrides) if command == "evaluate" else report(path)
     except UserError as error:
         if main_process or isinstance(error, LostProcess):  # the main process may be the one that was lost
@@ -64,13 +65,14 @@ def parse(arguments: Sequence[str] | None) -> tuple[str, Path | None, dict[str, 
         ("train", "CONFIG.yaml", "train a student"),
         ("quickstart", None, "train the shipped example"),
         ("evaluate", "RUN_DIR|CONFIG.yaml", "evaluate a trained model; JSON lines if the output is not a terminal"),
+        ("watch", "RUN_DIR", "show a run that is at work in another process, or a finished one"),
         ("report", "RUN_DIR", "write report.html from a run directory"),
     ):
-        usage = " ".join(filter(None, ("sgopd", name, path, "[--key value …]" if name != "report" else None)))
+        usage = " ".join(filter(None, ("sgopd", name, path, "[--key value …]" if name not in UNSET else None)))
         command = commands.add_parser(name, usage=usage, help=what, description=what, allow_abbrev=False)
         if path is not None:
             command.add_argument("path", type=Path, metavar=path, nargs="?" if name == "train" else None)
-        if name == "report":
+        if name in UNSET:
             continue
         for field in dataclasses.fields(Config):
             required = field.default is field.default_factory is dataclasses.MISSING
@@ -82,7 +84,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[str, Path | None, dict[str, 
     for word in rest:
         flag = word.split("=")[0]
         names = [f"--{field.name}" for field in dataclasses.fields(Config)]
-        raise UserError(unknown("argument", flag, names if known.command != "report" else []))
+        raise UserError(unknown("argument", flag, names if known.command not in UNSET else []))
     values = vars(known)
     command_name, path_given = values.pop("command"), values.pop("path", None)
     return command_name, path_given, {name: parse_flag(name, text) for name, text in values.items()}
@@ -151,6 +153,14 @@ def evaluate(path: Path, overrides: dict[str, Any]) -> int:
     return 0
 
 
+def watch(path: Path) -> int:
+    """A run in this terminal."""
+    from sgopd.watch import watch
+
+    watch(path, Console())
+    return 0
+
+
 def report(path: Path) -> int:
     """report.html of a run directory."""
     from sgopd.report import write_report
@@ -163,15 +173,15 @@ def report(path: Path) -> int:
 
 
 def run(config: Config) -> int:
-    """Trains, with a progress bar on a terminal and plain lines elsewhere, and ends with the results."""
+    """Trains, with the view of `sgopd watch` on a terminal and plain lines elsewhere, and ends with the results."""
     quiet_libraries()
     from sgopd.report.run import read_run
     from sgopd.trainer import Trainer
+    from sgopd.watch import Display
 
     display = Display(config)
     trainer = Trainer(config, say=display.say, on_record=display.record)
-    with display.progress:
-        display.start(trainer.state.step)
+    with display.start(trainer.state.step):
         run_dir = trainer.train()
     if trainer.stopped_by is not None:
         trainer.say(
@@ -196,54 +206,6 @@ def quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-class Display:
-    """A run on the console."""
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
-        self.console = Console()
-        self.live = self.console.is_terminal
-        self.recent: deque[float] = deque(maxlen=RECENT)
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=not self.live,
-        )
-
-    def start(self, step: int) -> None:
-        self.task = self.progress.add_task("training", total=self.config.max_steps, completed=step, numbers="")
-
-    def say(self, line: str) -> None:
-        style = "yellow" if line.startswith("warning") else None
-        self.console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
-
-    def record(self, record: Record) -> None:
-        if record["kind"] == "eval":
-            whose = record["model"] if record["model"] == "teacher" else f"student, step {record['step']}"
-            average, passing = f"avg@{record['eval/samples']}", f"pass@{record['eval/k']}"
-            self.say(f"{whose}: {average} {score(record, 'avg')}, {passing} {score(record, 'pass')}")
-        if record["kind"] != "train":
-            return
-        if "rollout/accuracy" in record:
-            self.recent.append(record["rollout/accuracy"])
-        numbers = f"KL {record['kl']:.3f}" if "kl" in record else ""
-        if self.recent:
-            numbers = f"accuracy {sum(self.recent) / len(self.recent):.1%}  {numbers}"
-        if share := record.get("phase/teacher_share"):  # of a batch of rollouts: later updates on it have none
-            numbers += f"  teacher {share:.0%}"
-        step, last = record["step"], self.config.max_steps
-        self.progress.update(self.task, completed=step, numbers=numbers)
-        if not self.live and (step in (1, last) or step % self.config.logging_steps == 0):
-            self.say(
-                f"step {step}/{last}  {numbers}  loss {record['loss']:.4f}  {record['tokens_per_second']:.0f} tokens/s"
-            )
-
-
 def results(run: Run) -> list[tuple[str, Record]]:
     """A run's evaluations, by what to call them."""
     rows = (("student before", run.before), ("student after", run.after), ("teacher", run.teacher))
@@ -252,6 +214,8 @@ def results(run: Run) -> list[tuple[str, Record]]:
 
 def table(rows: Sequence[tuple[str, Record]]) -> Table:
     """avg@k and pass@k with standard errors over questions."""
+    from sgopd.watch import score
+
     first = rows[0][1]
     result = Table(title=f"{first['eval/questions']} questions, {first['eval/samples']} rollouts each")
     result.add_column("")
@@ -262,14 +226,6 @@ def table(rows: Sequence[tuple[str, Record]]) -> Table:
         length = f"{record['eval/length_mean']:.1f}"
         result.add_row(name, score(record, "avg"), score(record, "pass"), length)
     return result
-
-
-def score(record: Record, which: str) -> str:
-    """A percentage with its standard error."""
-    value, error = record[f"eval/{which}_at_k"], record[f"eval/{which}_at_k_se"]
-    if value is None or value != value:  # there was no verdict
-        return "–"
-    return f"{100 * value:.1f} %" if error is None or error != error else f"{100 * value:.1f} ± {100 * error:.1f} %"
 
 
 if __name__ == "__main__":

@@ -202,6 +202,10 @@ class Config:
 
     # --- logging and checkpoints ---
     logging_steps: int = free("print, track and keep completions every so many updates (metrics.jsonl has all)", 10)
+    stop_on_warning: bool = free(
+        "save and stop when one of the report's checks first warns; they run every logging_steps, after ten updates",
+        False,
+    )
     num_completions_to_log: int = free("rollouts kept per interval in completions/; 0 is off", 64)
     num_tokens_to_log: int = free(
         "tokens of each of these that are kept with d, KL, weight and entropies, for the report's inspector; 0 is off",

@@ -9,6 +9,8 @@ import fcntl
 import os
 import shutil
 import socket
+import struct
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -57,6 +59,19 @@ class FolderLock:
 
     def release(self) -> None:
         self._file.close()
+
+
+def is_taken(folder: Path) -> bool:
+    """Whether another process holds the folder's lock. Asks without taking it; False where that cannot be asked."""
+    if sys.platform != "linux":
+        return False
+    try:
+        with open(folder / LOCK, "rb") as file:
+            wanted = struct.pack("hhqqi", fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)  # Linux' struct flock
+            kind, *_ = struct.unpack("hhqqi", fcntl.fcntl(file, fcntl.F_GETLK, wanted))
+    except (OSError, struct.error):
+        return False
+    return kind != fcntl.F_UNLCK
 
 
 @contextlib.contextmanager

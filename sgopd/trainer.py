@@ -53,6 +53,8 @@ from sgopd.models import (
 from sgopd.phases import Phases
 from sgopd.processes import Interrupt, Processes
 from sgopd.report import write_report
+from sgopd.report.checks import Health
+from sgopd.report.run import read_metrics
 from sgopd.rollout import Rollout, batch_of, sampling_of
 from sgopd.samplers import Sampler
 from sgopd.samplers.plain import PlainSampler
@@ -95,6 +97,7 @@ class Trainer:
         self.run_dir = Path(config.output_dir)
         self.opened = contextlib.ExitStack()
         self.metrics: MetricsFile | None = None  # from `train` on, on the main process
+        self.health = Health()  # sees records there
         try:
             self.prepare()
         except BaseException:
@@ -229,6 +232,8 @@ class Trainer:
                     record |= self.update(rollouts, fresh=iteration == 0)
                     self.log(record, rollouts)
                     record = {}
+                if due(self.state.step, config.logging_steps):
+                    self.check_health()
                 if (skipped := self.state.skipped) >= config.max_skipped_steps:
                     raise UserError(
                         f"stopped at step {self.state.step}: {skipped} updates had a loss or gradient that was not "
@@ -469,6 +474,7 @@ class Trainer:
                     remove_folder(path)
         self.metrics = MetricsFile(self.run_dir / "metrics.jsonl", self.state.metrics_position)
         self.opened.callback(self.metrics.close)
+        self.health = Health(read_metrics(self.run_dir / "metrics.jsonl")[0])
         with writing(self.run_dir):
             for folder in (".", "checkpoints", "completions"):
                 remove_leftovers(self.run_dir / folder)
@@ -506,9 +512,23 @@ class Trainer:
                 folder = self.run_dir / "completions"
                 write_completions(folder, self.state.step, kept, self.prompts, self.tokenizer, self.config)
 
+    def check_health(self) -> None:
+        """Says what the report's checks warn of, once; with `stop_on_warning` the run ends there, saved."""
+        warned = self.processes.on_main(self.health.news)
+        for check in warned:
+            self.say(f"warning: {check.name}: {check.finding} {check.advice}")
+        if warned and self.config.stop_on_warning:
+            self.save()
+            raise UserError(
+                f"stopped at step {self.state.step}, and saved (stop_on_warning): "
+                f"{', '.join(check.name for check in warned)}. The advice is in the warning above, the curves are in "
+                "`sgopd report`. To go on all the same, resume: what was warned of stops a run once"
+            )
+
     def write(self, record: Record) -> None:
         if self.metrics is not None:
             self.metrics.write(record)
+            self.health.see(record)
             self.on_record(record)
 
     def save(self) -> None:

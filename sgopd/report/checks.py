@@ -1,4 +1,4 @@
-"""The known failure modes of on-policy distillation, looked for in a run's numbers.
+"""The known failure modes of on-policy distillation, looked for in a run's numbers, in the report and while it runs.
 
 Each check says what it found and, where something is wrong, what to do. The thresholds are rules of thumb: they
 point at curves to look at, and prove nothing.
@@ -7,11 +7,12 @@ point at curves to look at, and prove nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from sgopd.report.quantities import first_tenth, last_tenth, mean, number, show, total
+from sgopd.report.course import Course, Record
+from sgopd.report.quantities import number, show
 from sgopd.report.run import Run
 
 TREND_STEPS = 10  # updates; a shorter run has no trend to judge
@@ -49,25 +50,56 @@ def not_measured(name: str, why: str) -> Check:
 
 def checks(run: Run) -> list[Check]:
     """All checks, warnings first."""
-    found = [check(run) for check in CHECKS]
+    course = Course.of(run)
+    found = [check(course) for check in (completed, *CHECKS)]
     order = ("warning", "fine", "not measured")
     return sorted(found, key=lambda check: order.index(check.state))
 
 
-def completed(run: Run) -> Check:
+class Health:
+    """The checks on a run that goes on: what is wrong, said once, when it first is.
+
+    Args:
+        records: what the run has written so far; what is wrong in them already was said, and is not said again.
+    """
+
+    def __init__(self, records: Iterable[Record] = ()) -> None:
+        self.course = Course()
+        for record in records:
+            self.course.see(record)
+        self.said = {check.name for check in warnings(self.course)}
+
+    def see(self, record: Record) -> None:
+        self.course.see(record)
+
+    def news(self) -> list[Check]:
+        """Warnings that did not hold before."""
+        found = [check for check in warnings(self.course) if check.name not in self.said]
+        self.said |= {check.name for check in found}
+        return found
+
+
+def warnings(course: Course) -> list[Check]:
+    """What is wrong in a run that goes on. Its first updates are too few to say."""
+    if course.updates < TREND_STEPS:
+        return []
+    return [found for check in CHECKS if (found := check(course)).state == "warning"]
+
+
+def completed(course: Course) -> Check:
     name = "End of the run"
-    if run.finished:
-        return fine(name, f"{len(run.train)} updates were recorded, and the end of the run.")
+    if course.finished:
+        return fine(name, f"{course.updates} updates were recorded, and the end of the run.")
     return warning(
         name,
-        f"The record stops after update {run.steps[-1] if run.train else 0}, without the end of the run.",
+        f"The record stops after update {course.step}, without the end of the run.",
         "If it is not still running, continue it with resume_from_checkpoint: auto.",
     )
 
 
-def accuracy(run: Run) -> Check:
+def accuracy(course: Course) -> Check:
     return _evaluated(
-        run,
+        course,
         "Accuracy",
         "avg",
         "The student got worse. Lower the learning rate, check that the teacher is better than the student on "
@@ -75,9 +107,9 @@ def accuracy(run: Run) -> Check:
     )
 
 
-def diversity(run: Run) -> Check:
+def diversity(course: Course) -> Check:
     return _evaluated(
-        run,
+        course,
         "Diversity",
         "pass",
         "Some answers that the student could reach by trying several times are out of its reach now. Where that "
@@ -86,18 +118,18 @@ def diversity(run: Run) -> Check:
     )
 
 
-def _evaluated(run: Run, name: str, which: str, advice: str) -> Check:
+def _evaluated(course: Course, name: str, which: str, advice: str) -> Check:
     """Whether avg@k or pass@k fell, and what to do then."""
-    change, error = _gain(run, which)
+    change, error = _gain(course, which)
     if not math.isfinite(change):
         return not_measured(name, "There is no evaluation both before and after training (eval_on_start).")
     finding = f"{which}@k changed by {_points(change)} (two standard errors: {200 * error:.1f})."
     return warning(name, finding, advice) if _fell(change, error) else fine(name, finding)
 
 
-def _gain(run: Run, which: str) -> tuple[float, float]:
+def _gain(course: Course, which: str) -> tuple[float, float]:
     """Change of avg@k or pass@k from before to after training, and its standard error as if unpaired."""
-    records = [record if record is not None else {} for record in (run.before, run.after)]
+    records = [record if record is not None else {} for record in (course.before, course.after)]
     before, after = (number(record.get(f"eval/{which}_at_k")) for record in records)
     return after - before, math.hypot(*(number(record.get(f"eval/{which}_at_k_se")) for record in records))
 
@@ -110,13 +142,13 @@ def _points(change: float) -> str:
     return f"{100 * change:+.1f} points".replace("-", "−")
 
 
-def length_inflation(run: Run) -> Check:
+def length_inflation(course: Course) -> Check:
     name = "Length"
-    lengths = run.series("rollout/length_mean")
-    if not run.has("rollout/length_mean") or len(lengths) < TREND_STEPS:
-        return _short(name, run, "rollout/length_mean")
-    first, last = first_tenth(lengths), last_tenth(lengths)
-    clipped = last_tenth(run.series("rollout/length_clipped"))
+    lengths = course.trends["rollout/length_mean"]
+    if not lengths.count or course.updates < TREND_STEPS:
+        return _short(name, course, "rollout/length_mean")
+    first, last = lengths.first, lengths.last
+    clipped = course.trends["rollout/length_clipped"].last
     finding = (
         f"Mean length went from {show(first)} to {show(last, 'tokens')}; {show(clipped, '%')} were clipped at the end."
     )
@@ -138,13 +170,13 @@ def length_inflation(run: Run) -> Check:
     return fine(name, finding)
 
 
-def entropy_collapse(run: Run) -> Check:
+def entropy_collapse(course: Course) -> Check:
     name = "Entropy"
-    student = run.series("entropy/student")
-    if not run.has("entropy/student") or len(student) < TREND_STEPS:
-        return _short(name, run, "entropy/student")
-    first, last = first_tenth(student), last_tenth(student)
-    teacher = last_tenth(run.series("entropy/teacher"))
+    student = course.trends["entropy/student"]
+    if not student.count or course.updates < TREND_STEPS:
+        return _short(name, course, "entropy/student")
+    first, last = student.first, student.last
+    teacher = course.trends["entropy/teacher"].last
     finding = (
         f"The student's went from {show(first)} to {show(last, 'nats')}; the teacher's is {show(teacher, 'nats')}."
     )
@@ -162,12 +194,12 @@ def entropy_collapse(run: Run) -> Check:
     return fine(name, finding)
 
 
-def divergence(run: Run) -> Check:
+def divergence(course: Course) -> Check:
     name = "KL to the teacher"
-    kl = run.series("kl")
-    if not run.has("kl") or len(kl) < TREND_STEPS:
-        return _short(name, run, "kl")
-    first, last = first_tenth(kl), last_tenth(kl)
+    kl = course.trends["kl"]
+    if not kl.count or course.updates < TREND_STEPS:
+        return _short(name, course, "kl")
+    first, last = kl.first, kl.last
     finding = f"KL to the teacher went from {show(first)} to {show(last, 'nats')} per token."
     if last > KL_GROWTH * first:
         return warning(
@@ -179,13 +211,12 @@ def divergence(run: Run) -> Check:
     return fine(name, finding)
 
 
-def teacher_acceptance(run: Run) -> Check:
+def teacher_acceptance(course: Course) -> Check:
     name = "Teacher acceptance"
-    proposed, endorsed = run.series("phase/teacher_proposed"), run.series("phase/teacher_endorsed")
-    if not any(value > 0 for value in proposed):
+    proposed, accepted = (course.trends[f"phase/teacher_{word}"].total for word in ("proposed", "endorsed"))
+    if not proposed:
         return not_measured(name, "No slot was offered to the teacher (cold_start_steps).")
-    accepted = total(endorsed)
-    finding = f"The verifier endorsed {accepted:,.0f} of {total(proposed):,.0f} teacher rollouts."
+    finding = f"The verifier endorsed {accepted:,.0f} of {proposed:,.0f} teacher rollouts."
     if accepted == 0:
         return warning(
             name,
@@ -196,17 +227,17 @@ def teacher_acceptance(run: Run) -> Check:
     return fine(name, finding)
 
 
-def verdict_balance(run: Run) -> Check:
+def verdict_balance(course: Course) -> Check:
     name = "Verdicts"
-    if not run.has("rollout/correct"):
+    if not course.has("rollout/correct"):
         return not_measured(name, "rollout/correct was not recorded.")
-    if verdict_share(run, "unknown") == 1:
+    if verdict_share(course, "unknown") == 1:
         return warning(
             name,
             "No rollout got a verdict.",
             "This was plain distillation. Look at what the verifier returns for a few completions.",
         )
-    share = verdict_share(run, "correct")
+    share = verdict_share(course, "correct")
     finding = f"{show(share, '%')} of the student's rollouts were correct."
     if share == 0:
         return warning(
@@ -218,14 +249,14 @@ def verdict_balance(run: Run) -> Check:
     return fine(name, finding)
 
 
-def unknown_verdicts(run: Run) -> Check:
+def unknown_verdicts(course: Course) -> Check:
     name = "Unknown verdicts"
-    if not run.has("rollout/unknown"):
+    if not course.has("rollout/unknown"):
         return not_measured(name, "rollout/unknown was not recorded.")
-    unknown = verdict_share(run, "unknown")
+    unknown = verdict_share(course, "unknown")
     finding = f"{show(unknown, '%')} of the student's rollouts got no verdict."
     if unknown > UNKNOWN_SHARE:
-        faults = {fault: mean(run.series(f"verifier/{fault}")) for fault in ("timeout", "error", "crashed")}
+        faults = {fault: course.trends[f"verifier/{fault}"].mean for fault in ("timeout", "error", "crashed")}
         known = {fault: share for fault, share in faults.items() if share > 0}
         cause = f" Most often: {max(known, key=known.__getitem__)}." if known else ""
         return warning(
@@ -238,11 +269,11 @@ def unknown_verdicts(run: Run) -> Check:
     return fine(name, finding)
 
 
-def engine_gap(run: Run) -> Check:
+def engine_gap(course: Course) -> Check:
     name = "Engine and trainer"
-    if not run.has("engine/logprob_gap_mean"):
+    if not course.has("engine/logprob_gap_mean"):
         return not_measured(name, "engine/logprob_gap_mean was not recorded.")
-    gap = max(value for value in run.series("engine/logprob_gap_mean") if math.isfinite(value))
+    gap = course.trends["engine/logprob_gap_mean"].largest
     finding = f"Their log-probabilities differ by {show(gap, 'nats')} per token at most (mean of an update)."
     if gap > ENGINE_GAP:
         return warning(
@@ -254,11 +285,11 @@ def engine_gap(run: Run) -> Check:
     return fine(name, finding)
 
 
-def repetition(run: Run) -> Check:
+def repetition(course: Course) -> Check:
     name = "Repetition"
-    if not run.has("rollout/repetition"):
+    if not course.has("rollout/repetition"):
         return not_measured(name, "rollout/repetition was not recorded.")
-    share = last_tenth(run.series("rollout/repetition"))
+    share = course.trends["rollout/repetition"].last
     finding = f"{show(share, '%')} of the 4-grams in a rollout repeat earlier ones at the end."
     if share > REPETITION_SHARE:
         return warning(
@@ -270,12 +301,12 @@ def repetition(run: Run) -> Check:
     return fine(name, finding)
 
 
-def skipped_updates(run: Run) -> Check:
+def skipped_updates(course: Course) -> Check:
     name = "Skipped updates"
-    if not run.has("optim/skipped"):
+    if not course.has("optim/skipped"):
         return not_measured(name, "optim/skipped was not recorded.")
-    skipped = max(value for value in run.series("optim/skipped") if math.isfinite(value))  # counted since the start
-    finding = f"{skipped:,.0f} of {len(run.train):,} updates were skipped."
+    skipped = course.trends["optim/skipped"].largest  # counted since the start
+    finding = f"{skipped:,.0f} of {course.updates:,} updates were skipped."
     if skipped:
         return warning(
             name,
@@ -286,14 +317,13 @@ def skipped_updates(run: Run) -> Check:
     return fine(name, finding)
 
 
-def verdict_share(run: Run, verdict: str) -> float:
+def verdict_share(course: Course, verdict: str) -> float:
     """Share of the student's rollouts with this verdict, over the whole run."""
-    counts = {word: total(run.series(f"rollout/{word}")) for word in ("correct", "incorrect", "unknown")}
+    counts = {word: course.trends[f"rollout/{word}"].total for word in ("correct", "incorrect", "unknown")}
     return counts[verdict] / (sum(counts.values()) or math.nan)
 
 
-CHECKS: tuple[Callable[[Run], Check], ...] = (
-    completed,
+CHECKS: tuple[Callable[[Course], Check], ...] = (
     accuracy,
     diversity,
     divergence,
@@ -308,7 +338,7 @@ CHECKS: tuple[Callable[[Run], Check], ...] = (
 )
 
 
-def _short(name: str, run: Run, key: str) -> Check:
-    if not run.has(key):
+def _short(name: str, course: Course, key: str) -> Check:
+    if not course.has(key):
         return not_measured(name, f"{key} was not recorded.")
     return not_measured(name, f"A run of fewer than {TREND_STEPS} updates has no trend.")

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+EDGE = 20  # the most values that are the beginning, or the end, of a series
+
 
 def number(value: Any) -> float:
     """`value` as a float; NaN for None, text and everything else that is no number."""
@@ -23,20 +25,15 @@ def total(values: Sequence[float]) -> float:
     return sum(value for value in values if math.isfinite(value))
 
 
-def first_tenth(values: Sequence[float]) -> float:
-    """Mean over the first tenth of the measured values (at least one, at most 20)."""
-    finite = [value for value in values if math.isfinite(value)]
-    return mean(finite[: _tenth(finite)])
-
-
 def last_tenth(values: Sequence[float]) -> float:
-    """Mean over the last tenth of the measured values (at least one, at most 20)."""
+    """Mean over the last tenth of the measured values (at least one, at most EDGE)."""
     finite = [value for value in values if math.isfinite(value)]
-    return mean(finite[-_tenth(finite) :])
+    return mean(finite[-edge(len(finite)) :])
 
 
-def _tenth(values: Sequence[float]) -> int:
-    return min(20, max(1, len(values) // 10))
+def edge(count: int) -> int:
+    """How many of `count` values are its beginning, or its end."""
+    return min(EDGE, max(1, count // 10))
 
 
 def show(value: float, unit: str = "") -> str:

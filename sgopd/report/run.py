@@ -125,16 +125,21 @@ def read_metrics(path: Path) -> tuple[list[Record], int]:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         if not line.strip():
             continue
-        try:
-            record = json.loads(line)
-            well_formed = isinstance(record["step"], int) and isinstance(record["kind"], str)
-        except (json.JSONDecodeError, KeyError, TypeError):
-            well_formed = False
-        if well_formed:
+        if (record := parse_record(line)) is not None:
             records.append(record)
         else:
             bad_lines += 1
     return records, bad_lines
+
+
+def parse_record(line: str) -> Record | None:
+    """A line of metrics.jsonl; None for one that is no record."""
+    try:
+        record = json.loads(line)
+        well_formed = isinstance(record["step"], int) and isinstance(record["kind"], str)
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return None
+    return record if well_formed else None
 
 
 def _read_config(path: Path, unreadable: list[str]) -> tuple[Record, str]:
@@ -163,11 +168,11 @@ def _read_completions(folder: Path, unreadable: list[str]) -> list[Record]:
     steps = sorted({row["step"] for row in rows if isinstance(row.get("step"), int)})
     shown: list[Record] = []
     for step in dict.fromkeys([*steps[:1], *steps[-1:]]):
-        shown += _varied([row for row in rows if row.get("step") == step], COMPLETIONS_SHOWN)
+        shown += varied([row for row in rows if row.get("step") == step], COMPLETIONS_SHOWN)
     return shown
 
 
-def _varied(rows: list[Record], count: int) -> list[Record]:
+def varied(rows: list[Record], count: int) -> list[Record]:
     """`count` rows that take turns over (source, verdict), so that a rare kind is seen too."""
     kinds: dict[tuple[Any, Any], list[Record]] = {}
     for row in rows:

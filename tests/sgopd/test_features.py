@@ -117,6 +117,7 @@ ELSEWHERE = [
     "max_completion_length",
     "per_device_train_batch_size",
     "logging_steps",
+    "stop_on_warning",
     "num_generations_eval",
     "eval_dataset_name",
     "eval_dataset_size",
