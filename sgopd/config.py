@@ -191,6 +191,13 @@ class Config:
     max_skipped_steps: int = free("stop once this many updates were skipped for a non-finite loss or gradient", 10)
     seed: int = fixed("of data order, sampling and dropout", 0)
 
+    # --- processes ---
+    fsdp: bool = fixed(
+        "put the student, its gradient and optimiser state into shards over the processes (FSDP2, docs/scaling.md)",
+        False,
+    )
+    fsdp_teacher: bool = free("with fsdp, the teacher's body as well", False)
+
     # --- evaluation ---
     eval_steps: int | None = free("evaluate every so many updates; at the end only by default", None)
     eval_on_start: bool = fixed("evaluate the student before the first update", False)
@@ -270,6 +277,7 @@ class Config:
             self.divergence == "reverse-kl" or self.estimator == "full",
             "reverse-kl with estimator sampled, which is the policy gradient of that divergence. Use estimator full",
         )
+        self._expect("fsdp_teacher", self.fsdp or not self.fsdp_teacher, "false without fsdp")
         self._expect(
             "eval_k",
             (self.eval_k or 1) <= self.num_generations_eval,

@@ -10,6 +10,7 @@ from types import FrameType
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
@@ -41,8 +42,8 @@ class Processes:
         kind, precision = self.accelerator.distributed_type, self.accelerator.mixed_precision
         if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
             raise UserError(
-                f"accelerate was launched with {kind.value}, but this loop is data-parallel only: every process holds "
-                "the whole model. Launch it with --multi_gpu or --cpu"
+                f"accelerate was launched with {kind.value}, which this loop does not use. Start it with torchrun; "
+                "fsdp: true puts the student into shards"
             )
         if precision != "no" and not (config.bf16 and precision == "bf16"):
             raise UserError(
@@ -89,10 +90,25 @@ def together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise LostProcess(
-            f"lost another process of this run ({str(error).splitlines()[0]}): its own last words say why. Start all "
-            "of them again, with --resume_from_checkpoint auto"
-        ) from error
+        raise lost(error) from error
+
+
+@contextlib.contextmanager
+def meeting() -> Iterator[None]:
+    """Around a computation in which the processes meet: as `together`, but its own errors stay what they are."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower():
+            raise lost(error) from error
+        raise
+
+
+def lost(error: RuntimeError) -> LostProcess:
+    return LostProcess(
+        f"lost another process of this run ({str(error).splitlines()[0]}): its own last words say why. Start all "
+        "of them again, with --resume_from_checkpoint auto"
+    )
 
 
 class Interrupt:

@@ -31,6 +31,7 @@ from sgopd.checkpoint import RunState
 from sgopd.completions import keep_token_stats, write_completions
 from sgopd.config import Config, UserError
 from sgopd.data import derive_seed, has_eval_data, load_prompts, take
+from sgopd.engines import Engine, fsdp
 from sgopd.engines.ddp import DataParallel
 from sgopd.evaluate import evaluate
 from sgopd.files import make_folder, new_file, new_folder, remove_folder, remove_leftovers, writing
@@ -148,7 +149,14 @@ class Trainer:
         self.watch = VerdictWatch(processes, self.say)
 
         # --- how the student is trained and sampled from ---
-        self.engine = DataParallel(self.loss, processes)
+        self.engine: Engine
+        if config.fsdp:
+            mesh = fsdp.mesh_of(processes)
+            self.engine = fsdp.FullySharded(self.loss, processes, mesh)
+            if config.fsdp_teacher:
+                fsdp.shard_teacher(frozen["teacher"], mesh)
+        else:
+            self.engine = DataParallel(self.loss, processes)
         self.sampler = PlainSampler(self.engine.whole, self.tokenizer)
         matrices = [p for p in self.engine.parameters if p.ndim >= 2]
         vectors = [p for p in self.engine.parameters if p.ndim < 2]  # norms and biases do not decay
@@ -303,7 +311,7 @@ class Trainer:
 
         Adds the verdicts to `heard`.
         """
-        if not slots:
+        if self.processes.any(len(slots) or None) is None:  # without any here, a student in shards is still gathered
             return []
         config, began = self.config, time.perf_counter()
         prompts = [self.prompts.ids[example] for example, _ in slots]
@@ -403,7 +411,7 @@ class Trainer:
         verdicts = verdicts.to(self.device)
         targets = self.teacher.score(batch)
         reference = self.reference.score(batch) if self.reference is not None else None
-        loss, measured = self.engine.module(batch, verdicts, targets, reference, num_items, generator)
+        loss, measured = self.engine.forward(batch, verdicts, targets, reference, num_items, generator)
         own, stats, their_loss, their_stats = measured
         engine_logprob = None
         if fresh:
@@ -570,13 +578,21 @@ class Trainer:
     def restore(self, path: Path) -> None:
         """Everything but the weights, which are loaded already."""
         state, optimizer, random_states = checkpoint.load(path)
-        if len(random_states) != self.processes.count:
+        before, now = len(random_states), self.processes.count
+        if before != now and not self.config.fsdp:
             raise UserError(
-                f"{path} was written by {len(random_states)} processes, this run has {self.processes.count}: launch as "
-                "many, or start a new run with that folder as model_name_or_path"
+                f"{path} was written by {before} processes, this run has {now}: launch as many, or start a new run "
+                "with that folder as model_name_or_path"
             )
         self.findings = startup.compare_contents(self.contents, state, path) + self.findings
-        checkpoint.set_random_state(random_states[self.processes.rank])
+        if before == now:
+            checkpoint.set_random_state(random_states[self.processes.rank])
+        else:
+            set_seed(derive_seed(self.config.seed, "global", state["step"], self.processes.rank) % 2**32)
+            self.findings.append(
+                f"warning: {path} was written by {before} processes, this run has {now}: weights and optimiser go on, "
+                "with other random numbers, and per_device_train_batch_size is of each process"
+            )
         self.load_optimizer(optimizer, path)
         self.state.restore(state)
 

@@ -1,6 +1,6 @@
 """How the student, its gradients and its optimiser state lie over the processes: one file an engine.
 
-`sgopd.trainer` knows the protocol alone. All methods but `backward` are called by all processes at once.
+`sgopd.trainer` knows the protocol alone. All methods are called by all processes at once.
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ from transformers import PreTrainedModel
 
 
 class Engine(Protocol):
-    """Made of a `StudentLoss`, whose forward is called through `module`."""
+    """Made of a `StudentLoss`."""
 
-    module: nn.Module
     parameters: list[nn.Parameter]  # what is trained, as the optimiser gets it
+
+    def forward(self, *arguments: Any) -> Any:
+        """`StudentLoss.forward`."""
+        ...
 
     def backward(self, loss: Tensor) -> None:
         """Adds this process's part of the gradient; `loss` is divided by the tokens of all processes already."""

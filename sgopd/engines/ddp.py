@@ -24,9 +24,11 @@ class DataParallel:
     """The engine of one process, and of several that hold the same."""
 
     def __init__(self, loss: StudentLoss, processes: Processes) -> None:
-        self.module: nn.Module = loss
-        self.student, self.processes = loss.student, processes
+        self.loss, self.student, self.processes = loss, loss.student, processes
         self.parameters = [parameter for parameter in loss.parameters() if parameter.requires_grad]
+
+    def forward(self, *arguments: Any) -> Any:
+        return self.loss(*arguments)
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()

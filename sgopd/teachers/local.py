@@ -1,4 +1,4 @@
-"""The teacher in this process, whole."""
+"""The teacher in this process."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sgopd import checkpoint
@@ -13,6 +14,17 @@ from sgopd.models import head_of, hidden_states
 from sgopd.rollout import Batch, Rollout
 from sgopd.samplers.plain import PlainSampler
 from sgopd.teachers import Hidden
+
+
+class Body(nn.Module):
+    """A model's forward to its last hidden states, as a module of its own, so that an engine can put it into shards."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        return hidden_states(self.model, ids_BT, mask_BT)
 
 
 class LocalTeacher:
@@ -23,7 +35,7 @@ class LocalTeacher:
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, bf16: bool) -> None:
-        self.model, self.bf16 = model, bf16
+        self.model, self.body, self.bf16 = model, Body(model), bf16
         self.head = head_of(model)
         self.vocabulary = self.head.weight.shape[0]
         self.sampler = PlainSampler(lambda: contextlib.nullcontext(model), tokenizer)
@@ -34,7 +46,7 @@ class LocalTeacher:
     @torch.no_grad()
     def score(self, batch: Batch) -> Hidden:
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16):
-            hidden_BTH = hidden_states(self.model, batch.ids_BT, batch.mask_BT)
+            hidden_BTH = self.body(batch.ids_BT, batch.mask_BT)
         return Hidden(hidden_BTH[batch.rows, batch.columns], self.head)
 
     def specimen(self) -> Hidden:
