@@ -12,6 +12,7 @@
 #     hostile         the verifier under attack, and its accuracy beside plain math-verify (minutes)
 #     wheel-check     sdist and wheel built twice: the same bytes? and tested in a clean environment (minutes)
 #     versions        the tests with the oldest and the newest transformers, accelerate and datasets (minutes)
+#     hosts           a run on two hosts, which are network namespaces: needs root (minutes)
 #   make gpu-suite    on a machine with a GPU: device tests, our plans beside the peers, sweeps (docs/gpu.md)
 PYTHON ?= python3
 VENV ?= .venv
@@ -23,7 +24,7 @@ PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
 # One virtual environment: pip must not work in it twice at once.
 .NOTPARALLEL:
-LONG := chaos soak fuzz sanitize hostile wheel-check versions
+LONG := chaos soak fuzz sanitize hostile wheel-check versions hosts
 .PHONY: install quickstart test test-versions lint format bench long $(addprefix long-,$(LONG)) gpu-suite lock sbom clean
 .DEFAULT_GOAL := quickstart
 
@@ -109,6 +110,9 @@ long-sanitize: $(VENV)/.test
 long-hostile: $(VENV)/.test
 	$(VENV)/bin/python tools/verifier_accuracy.py --wrong
 	$(VENV)/bin/python tests/verifier_hostile.py
+
+long-hosts: $(VENV)/.test
+	$(VENV)/bin/python tests/two_hosts.py
 
 long-wheel-check: $(VENV)/.torch
 	$(PIP) -r requirements/build.txt

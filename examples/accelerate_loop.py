@@ -90,7 +90,7 @@ def main(arguments: list[str] | None = None) -> list[tuple[float, float, float]]
     torch.manual_seed(0)
     accelerator = Accelerator()
     if accelerator.num_processes > 1:
-        raise SystemExit("this example runs in one process; for several: accelerate launch -m sgopd train")
+        raise SystemExit("this example runs in one process; for several: torchrun -m sgopd train")
     tokenizer = AutoTokenizer.from_pretrained(QUICKSTART / "student")
     student = AutoModelForCausalLM.from_pretrained(QUICKSTART / "student")
     teacher = AutoModelForCausalLM.from_pretrained(QUICKSTART / "teacher").to(accelerator.device).eval()

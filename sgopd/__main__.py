@@ -1,4 +1,4 @@
-"""`python -m sgopd`, which `accelerate launch -m sgopd train …` uses."""
+"""`python -m sgopd`, which `torchrun -m sgopd train …` uses."""
 
 import sys
 

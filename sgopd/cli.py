@@ -7,7 +7,7 @@ sgopd watch RUN_DIR                           a run in this terminal: at work in
 sgopd report RUN_DIR                          report.html anew
 
 Every setting of a config file is a flag: `sgopd train --help` lists them. On several processes or GPUs:
-accelerate launch -m sgopd train CONFIG.yaml
+torchrun --nproc_per_node 8 -m sgopd train CONFIG.yaml
 """
 
 from __future__ import annotations

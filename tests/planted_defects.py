@@ -98,6 +98,7 @@ DEFECTS = [
 FILES = "sgopd/files.py"
 CHECKPOINT = "sgopd/checkpoint.py"
 METRICS = "sgopd/metrics.py"
+FSDP = "sgopd/engines/fsdp.py"
 STARTUP = "sgopd/startup.py"
 TRAINER = "sgopd/trainer.py"
 VERIFIER = "sgopd/verifier.py"
@@ -119,8 +120,13 @@ DEFECTS += [
     Defect("resume: records not compared", STARTUP, "    if own:\n        check_records", "    if False:\n        check_records", "checkpoint::test_records_that_changed_or_went_are_no_ground_to_go_on_from"),
     Defect("resume: records' sum not compared", METRICS, 'if hashlib.sha256(content).hexdigest() != state.get', 'if False and state.get', "files"),
     Defect("resume: random states of another run's", TRAINER, "        checkpoint.set_random_state(random_states[self.processes.rank])\n", "", "trainer"),
-    Defect("resume: another number of processes accepted", TRAINER, "if len(random_states) != self.processes.count:", "if False:", "trainer"),
+    Defect("resume: another number of processes accepted", TRAINER, "if before != now and not self.config.fsdp:", "if False:", "trainer"),
     Defect("resume: later checkpoints stay", TRAINER, "                if checkpoint.step_of(path) > self.state.step:\n", "                if False:\n", "checkpoint::test_what_came_after_the_checkpoint_goes_before_anything_is_written"),
+    Defect("shards: the gradient's mean over the processes in place of its sum", FSDP, "                group.set_gradient_divide_factor(1.0)\n", "", "fsdp"),
+    Defect("shards: tied weights gathered twice", FSDP, "gathered[id(tensor)] = one", "gathered[id(tensor)] = one.clone()", "fsdp"),
+    Defect("shards: the optimiser begins anew", FSDP, "        set_optimizer_state_dict(self.module, optimizer, own)\n", "", "fsdp"),
+    Defect("shards: their list unpickled whole", FSDP, "if (module, name) not in Reader.ALLOWED:", "if False:", "fsdp"),
+    Defect("shards: a process without rollouts stays away", TRAINER, "if self.processes.any(len(slots) or None) is None:", "if not slots:", "fsdp"),
     Defect("a run in the folder of another", STARTUP, "        if used:\n            raise", "        if False:\n            raise", "cli::test_a_run_is_never_overwritten"),
     Defect("update: a gradient that is not finite applied", TRAINER, '(("loss", measured["loss"]), ("gradient", norm))', '(("loss", measured["loss"]),)', "numbers"),
     Defect("update: left out without being counted", TRAINER, "            self.state.skipped += 1\n", "", "numbers"),

@@ -77,7 +77,7 @@ class SGOPDMixin:
             # Around the wrapper's forward its gradient hooks would not run, and the processes would drift apart.
             raise NotImplementedError(
                 f"SGOPDMixin runs in one process on a PreTrainedModel, got {type(model).__name__}; for several "
-                "processes use `accelerate launch -m sgopd train`, or sgopd.integrations.trl"
+                "processes use `torchrun -m sgopd train`, or sgopd.integrations.trl"
             )
         hidden = hidden_states(student, ids, mask)
         with torch.no_grad():
