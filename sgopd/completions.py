@@ -38,7 +38,7 @@ def keep_token_stats(
         tolerance: the gate's, in nats.
     """
     chosen = [index for index, rollout in enumerate(rollouts) if rollout.source == source]
-    lengths = torch.tensor([len(rollouts[index].completion.ids) for index in chosen])
+    lengths = torch.tensor([len(rollouts[index].completion.ids) for index in chosen], dtype=torch.long)
     verdict = verdicts[chosen].repeat_interleave(lengths.to(verdicts.device))
     signed = stats.logratio * verdict
     agreement = (signed > tolerance).float() - (signed < -tolerance).float()
