@@ -19,6 +19,7 @@ from sgopd.files import sync, writing
 from sgopd.processes import Processes
 from sgopd.rollout import Rollout
 from sgopd_kernels import Stats
+from sgopd_kernels.plans.base import PLANS
 
 VERIFIER_FAULTS = ("timeout", "error", "no_answer", "truncated", "crashed")
 
@@ -167,6 +168,12 @@ def add_token_metrics(
     sums.add("gate/agree_fraction_weighted", (agree * d.abs()).sum(), d.abs().sum())
     sums.add("entropy/student", stats.student_entropy.sum(), N)
     sums.add("entropy/teacher", stats.teacher_entropy.sum(), N)
+    if stats.report is not None:  # the reference backend has no plan
+        plan, kept, error = stats.report
+        for index, name in enumerate(PLANS):
+            sums.add(f"plan/{name}", (plan == index) * N, N)
+        sums.add("plan/kept", kept * N, N)
+        sums.largest("plan/error_estimate", error)
     for word, sign in (("correct", 1), ("incorrect", -1)):
         for cell, inside in (("agree", d * sign > tolerance), ("conflict", d * sign < -tolerance)):
             inside = (inside & (verdict == sign)).to(d.dtype)

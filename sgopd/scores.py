@@ -12,8 +12,9 @@ from typing import Any
 
 def scores(correct: Sequence[int], samples: int, k: int) -> dict[str, Any]:
     """avg@k and pass@k from the number of right answers to each question, out of `samples`."""
-    average, average_se = mean_and_se([count / samples for count in correct])
-    passing, passing_se = mean_and_se([pass_at_k(samples, count, k) for count in correct])
+    rates = by_question(correct, samples, k)
+    average, average_se = mean_and_se(rates["avg"])
+    passing, passing_se = mean_and_se(rates["pass"])
     return {
         "eval/k": k,
         "eval/samples": samples,
@@ -25,17 +26,17 @@ def scores(correct: Sequence[int], samples: int, k: int) -> dict[str, Any]:
     }
 
 
-def paired(before: Sequence[int], after: Sequence[int], samples: int, k: int) -> dict[str, tuple[float, float]]:
-    """Change of avg@k ("avg") and pass@k ("pass") with its standard error, over the questions' own changes.
-
-    Args:
-        before, after: right answers to each question, out of `samples`, in the same order of questions.
-    """
-    counts = list(zip(before, after))
+def by_question(correct: Sequence[int], samples: int, k: int) -> dict[str, list[float]]:
+    """Each question's share of right answers ("avg") and pass@k ("pass")."""
     return {
-        "avg": mean_and_se([(b - a) / samples for a, b in counts]),
-        "pass": mean_and_se([pass_at_k(samples, b, k) - pass_at_k(samples, a, k) for a, b in counts]),
+        "avg": [count / samples for count in correct],
+        "pass": [pass_at_k(samples, count, k) for count in correct],
     }
+
+
+def change(before: Sequence[float], after: Sequence[float]) -> tuple[float, float]:
+    """Mean change and its standard error, paired: over the questions' own changes."""
+    return mean_and_se([b - a for a, b in zip(before, after)])
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:

@@ -17,8 +17,8 @@ from sgopd.files import new_file
 from sgopd.report.checks import checks
 from sgopd.report.figures import CELLS, SMOOTHED_FROM, average_name, drawings
 from sgopd.report.inspector import TEXT_SHOWN, Packed, cut, pack
-from sgopd.report.quantities import last_tenth, number, show, total
-from sgopd.report.run import Record, Run, read_run
+from sgopd.report.quantities import last_tenth, number, points, show, total
+from sgopd.report.run import Record, Run, paired, read_run
 
 __all__ = ["write_report"]
 
@@ -71,6 +71,7 @@ def render(run: Run, rollouts: Packed | None) -> str:
         facts=facts(run),
         headline=headline(run),
         results=results(run),
+        changes=changes(run),
         **result_names(run),
         checks=checks(run),
         findings=findings(run),
@@ -154,6 +155,17 @@ def results(run: Run) -> list[Result]:
         for name, record in who
         if record is not None
     ]
+
+
+def changes(run: Run) -> list[tuple[str, str, str]]:
+    """(what, of avg@k, of pass@k) in points, paired per question: what training did, and what the teacher has left."""
+    rows = (("Change of the student", run.before, run.after), ("Teacher − student after", run.after, run.teacher))
+    found = []
+    for name, before, after in rows:
+        average, passing = paired(before, after, "avg"), paired(before, after, "pass")
+        if average is not None:
+            found.append((name, points(*average), points(*passing) if passing is not None else "–"))
+    return found
 
 
 def result_names(run: Run) -> dict[str, str]:

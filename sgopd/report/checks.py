@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sgopd.report.course import Course, Record
-from sgopd.report.quantities import number, show
-from sgopd.report.run import Run
+from sgopd.report.quantities import number, points, show
+from sgopd.report.run import Run, paired
 
 TREND_STEPS = 10  # updates; a shorter run has no trend to judge
 LENGTH_GROWTH = 1.5  # × the first tenth's mean length
@@ -120,26 +120,24 @@ def diversity(course: Course) -> Check:
 
 def _evaluated(course: Course, name: str, which: str, advice: str) -> Check:
     """Whether avg@k or pass@k fell, and what to do then."""
-    change, error = _gain(course, which)
+    change, error, how = _gain(course, which)
     if not math.isfinite(change):
         return not_measured(name, "There is no evaluation both before and after training (eval_on_start).")
-    finding = f"{which}@k changed by {_points(change)} (two standard errors: {200 * error:.1f})."
+    finding = f"{which}@k changed by {points(change)} points (two standard errors{how}: {200 * error:.1f})."
     return warning(name, finding, advice) if _fell(change, error) else fine(name, finding)
 
 
-def _gain(course: Course, which: str) -> tuple[float, float]:
-    """Change of avg@k or pass@k from before to after training, and its standard error as if unpaired."""
+def _gain(course: Course, which: str) -> tuple[float, float, str]:
+    """Change of avg@k or pass@k from before to after training, its standard error, and whether that is paired."""
     records = [record if record is not None else {} for record in (course.before, course.after)]
     before, after = (number(record.get(f"eval/{which}_at_k")) for record in records)
-    return after - before, math.hypot(*(number(record.get(f"eval/{which}_at_k_se")) for record in records))
+    if (of_questions := paired(course.before, course.after, which)) is not None:
+        return after - before, of_questions[1], ", paired"
+    return after - before, math.hypot(*(number(record.get(f"eval/{which}_at_k_se")) for record in records)), ""
 
 
 def _fell(change: float, error: float) -> bool:
     return change < -2 * error if math.isfinite(error) else change < 0
-
-
-def _points(change: float) -> str:
-    return f"{100 * change:+.1f} points".replace("-", "−")
 
 
 def length_inflation(course: Course) -> Check:

@@ -19,7 +19,7 @@ import matplotlib
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import Formatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from sgopd.report.quantities import last_tenth, mean, number, show, total
 from sgopd.report.run import Record, Run
@@ -27,6 +27,7 @@ from sgopd.report.run import Record, Run
 MAX_POINTS = 240  # a longer curve is drawn as the means of this many stretches of updates
 SMOOTHED_FROM = 40  # updates; a shorter curve is drawn as it is
 SIZE = (3.9, 2.15)  # inches of 72 px, before scaling to the column
+TICK_CHARACTERS = 6  # of a label, for which there is room beside the axis
 PLOT = (0.15, 0.12, 0.82, 0.85)  # left, bottom, width, height in it: the same in all, so that neighbours line up
 
 # Placeholder colours (nothing else in an SVG has them) and the CSS variables that take their place.
@@ -320,6 +321,34 @@ SECTIONS = (
                 stacked=True,
             ),
             Figure(
+                "Plan of the loss",
+                "%",
+                "Share of tokens by how their loss was computed: every vocabulary column exactly, the few that matter "
+                "(filtered), or those that a cheaper pass found (screened).",
+                (
+                    Series("plan/exact", "exact", "grey"),
+                    Series("plan/filtered", "filtered"),
+                    Series("plan/screened", "screened", "green"),
+                ),
+                stacked=True,
+            ),
+            Figure(
+                "Kept gradient entries",
+                "%",
+                "Share of the gradient's entries (tokens × vocabulary) that entered its products one by one; 100 % for "
+                "the exact plan.",
+                (Series("plan/kept", "kept"),),
+            ),
+            Figure(
+                "Error estimate",
+                "",
+                "Estimated relative error of loss and gradient, of an update's worst chunk (precision); 0 for the "
+                "exact plan.",
+                (Series("plan/error_estimate", "largest"),),
+                unless_zero=True,
+                log=True,
+            ),
+            Figure(
                 "Throughput",
                 "tokens/s",
                 "Completion tokens trained on, per second of the whole update.",
@@ -482,15 +511,13 @@ def _finish(axes: Axes, unit: str, values: Sequence[float], *, log: bool, stacke
         decades = math.log10(max(positive) / min(positive))
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < 2 else (1.0,), numticks=6))
         axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_major_formatter(Ticks())
         return
-    axes.yaxis.set_major_locator(MaxNLocator(4))
+    axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))  # at most two digits
     if unit == "%":
         axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{round(100 * share, 6):g}"))
-        low, high = axes.get_ylim()
-        axes.set_ylim(max(low, -0.02), min(high, 1.02))
     else:
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}".replace("-", "−")))
+        axes.yaxis.set_major_formatter(Ticks())
     if stacked:
         axes.set_ylim(bottom=0)
         if unit == "%":
@@ -499,6 +526,24 @@ def _finish(axes: Axes, unit: str, values: Sequence[float], *, log: bool, stacke
     elif finite and min(finite) == max(finite):  # a flat curve would get a scale of rounding noise
         width = abs(finite[0]) * 0.5 or (0.01 if unit == "%" else 1.0)
         axes.set_ylim(finite[0] - width, finite[0] + width)
+    if unit == "%":
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(low, -0.02), min(high, 1.02))
+
+
+class Ticks(Formatter):
+    """One notation for all labels of an axis: written out where they fit beside it, else with a power of ten."""
+
+    def format_ticks(self, values: Sequence[float]) -> list[str]:
+        written = [f"{value:,.10g}" for value in values]
+        if any("e" in text or len(text) > TICK_CHARACTERS for text in written):
+            powers = [re.sub(r"(\.0)?e\+?(-?)0*", r"e\2", f"{value:.1e}") if value else "0" for value in values]
+            if len(set(powers)) == len(values):  # not where it has too few digits, as for 1.00015 and 1.00020
+                written = powers
+        return [text.replace("-", "−") for text in written]
+
+    def __call__(self, value: float, pos: int | None = None) -> str:
+        return self.format_ticks([value])[0]
 
 
 def to_svg(plot: Callable[[Axes], None], description: str) -> Markup:

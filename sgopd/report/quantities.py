@@ -51,3 +51,11 @@ def show(value: float, unit: str = "") -> str:
         text = f"{value:.3g}"
     # A no-break space: a number and its unit stay on one line.
     return f"{text}\u00a0{unit}".strip().replace("-", "−")
+
+
+def points(change: float, error: float = math.nan) -> str:
+    """A change of a share in percentage points, with its standard error where there is one."""
+    if not math.isfinite(change):
+        return "–"
+    text = f"{100 * change:+.1f}" + (f" ± {100 * error:.1f}" if math.isfinite(error) else "")
+    return text.replace("-", "−")

@@ -14,6 +14,7 @@ import yaml
 
 from sgopd.files import LOCK, LOCKED_BY
 from sgopd.report.quantities import number
+from sgopd.scores import by_question, change
 
 Record = dict[str, Any]
 
@@ -65,6 +66,31 @@ class Run:
     def teacher(self) -> Record | None:
         evaluations = self.evaluations("teacher")
         return evaluations[-1] if evaluations else None
+
+
+def paired(before: Record | None, after: Record | None, which: str) -> tuple[float, float] | None:
+    """Change of "avg"@k or "pass"@k between two evaluations, with its standard error over the questions' own changes.
+
+    None where they are not of the same questions, or do not have the right answers to each.
+    """
+    if before is None or after is None or before.get("eval/questions_sha256") != after.get("eval/questions_sha256"):
+        return None
+    if which == "pass" and before.get("eval/k") != after.get("eval/k"):
+        return None
+    earlier, later = question_rates(before), question_rates(after)
+    if earlier is None or later is None or len(earlier["avg"]) != len(later["avg"]):
+        return None
+    return change(earlier[which], later[which])
+
+
+def question_rates(record: Record) -> dict[str, list[float]] | None:
+    """avg@k and pass@k of each question of an evaluation; None where it has them not."""
+    counts, samples, k = (record.get(f"eval/{name}") for name in ("correct", "samples", "k"))
+    if not (isinstance(counts, list) and counts and isinstance(samples, int) and isinstance(k, int) and k >= 1):
+        return None
+    if k > samples or not all(isinstance(count, int) and 0 <= count <= samples for count in counts):
+        return None
+    return by_question(counts, samples, k)
 
 
 def read_run(run_dir: Path) -> Run:

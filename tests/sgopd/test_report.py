@@ -66,6 +66,11 @@ def healthy_run(updates: int = 200) -> list[Record]:
             "time/update": rng.uniform(0.08, 0.1),
             "tokens": 1536,
             "tokens_per_second": rng.uniform(4800, 5600),
+            "plan/exact": 0.0,
+            "plan/filtered": 1.0,
+            "plan/screened": 0.0,
+            "plan/kept": rng.uniform(0.01, 0.02),
+            "plan/error_estimate": 1e-5 * rng.uniform(0.5, 20),
             "verifier/timeout": 0.0,
             "verifier/error": 0.0,
             "verifier/no_answer": max(0.0, 0.06 * (1 - progress)),
@@ -209,7 +214,7 @@ def test_a_full_run_has_its_numbers_curves_and_texts(healthy: Path) -> None:
     assert "first words" in page.text and "last words" in page.text
     assert "learning_rate: 0.001" in page.text
     described = [value for tag, name, value in page.attributes if tag == "svg" and name == "aria-label"]
-    assert page.tags.count("svg") == page.tags.count("figcaption") == len(described) == 25
+    assert page.tags.count("svg") == page.tags.count("figcaption") == len(described) == 28
     assert any(text.startswith("KL per token. KL: from") and "at step 200" in text for text in described)
     assert "Not measured" not in page.text
 
@@ -243,8 +248,42 @@ def test_every_colour_of_a_figure_follows_the_theme(healthy: Path) -> None:
 def test_rounding_of_coordinates_leaves_the_axis_labels_alone(tmp_path: Path) -> None:
     records = [{"kind": "train", "step": step, "gate/mean": 1.0 + step / 1000} for step in range(1, 6)]
     write_report(write_run(tmp_path, records))
-    labels = re.findall(r"<text[^>]*>([^<]*)</text>", read(tmp_path))
-    assert "1.0015" in labels
+    assert "1.002" in tick_labels(read(tmp_path))
+
+
+def tick_labels(html: str) -> list[str]:
+    return re.findall(r"<text[^>]*>([^<]*)</text>", html)
+
+
+def test_the_labels_of_an_axis_fit_beside_it_in_one_notation(tmp_path: Path) -> None:
+    rates = [2.5e-4 * (1 - step / 200) for step in range(200)]
+    records = [{"kind": "train", "step": step, "optim/lr": rate} for step, rate in enumerate(rates, start=1)]
+    write_report(write_run(tmp_path, records))
+    small = [label for label in tick_labels(read(tmp_path)) if "e" in label or "." in label]
+    assert small == ["1e−4", "2e−4"]
+
+
+def test_an_axis_of_shares_ends_at_a_hundred(tmp_path: Path) -> None:
+    """Also where all shares are the same."""
+    records = [{"kind": "train", "step": step, "optim/clipped_share": 1.0} for step in range(1, 30)]
+    write_report(write_run(tmp_path, records))
+    labels = [float(label) for label in tick_labels(read(tmp_path)) if label.replace(".", "").isdigit()]
+    assert 100 in labels and max(labels) == 100
+
+
+def test_changes_are_paired_by_question(tmp_path: Path) -> None:
+    """The student gains one answer of four on every question: there is no doubt of it, whatever the questions."""
+    counts = [0, 1, 2, 3] * 16
+    more = {"eval/k": 2, "eval/samples": 4, "eval/questions": 64, "eval/questions_sha256": "x"}
+    before = {**evaluation("student", 0, 0.375, 0.6), **more, "eval/correct": counts}
+    after = {**evaluation("student", 9, 0.625, 0.8), **more, "eval/correct": [count + 1 for count in counts]}
+    page = report(write_run(tmp_path / "same", [before, after]))
+    assert "Change of the student +25.0 ± 0.0" in page.text
+    assert "avg@k changed by +25.0 points (two standard errors, paired: 0.0)." in page.text
+    for name, other in (("questions", {"eval/questions_sha256": "y"}), ("older", {"eval/correct": None})):
+        page = report(write_run(tmp_path / name, [before, {**after, **other}]))
+        assert "Change of the student" not in page.text
+        assert "(two standard errors: 3.4)" in page.text
 
 
 def test_the_same_run_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -281,7 +320,7 @@ def test_a_file_cut_short_loses_its_last_line_only(healthy: Path, tmp_path: Path
     page = report(tmp_path)
     assert "1 line of metrics.jsonl could not be read" in page.text
     assert "incomplete" in page.text
-    assert page.tags.count("svg") == 25
+    assert page.tags.count("svg") == 28
 
 
 @pytest.mark.parametrize(

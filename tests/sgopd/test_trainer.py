@@ -348,7 +348,7 @@ def test_the_records(whole_run):
 
 
 def test_every_metric_is_defined_in_the_docs(whole_run, root):
-    text = (root / "docs" / "metrics.md").read_text()
+    text, _, _ = (root / "docs" / "metrics.md").read_text().partition("## Completions")
     defined = set(re.findall(r"^\| `([^`]+)`", text, re.MULTILINE))
     expanded = set()
     for name in defined:
