@@ -8,7 +8,7 @@ namespace sgopd {
 enum Estimator : int { kFull = 0, kSampled = 1 };
 enum Divergence : int { kReverseKL = 0, kForwardKL = 1, kJSD = 2 };
 
-// Columns of the statistics a call returns, one row of doubles a token (sgopd_kernels.reference.TokenValues).
+// Columns of the statistics a call returns, one row of doubles a token (sgopd_kernels.oracle.TokenValues).
 enum Column : int {
   kLoss = 0,
   kKL,

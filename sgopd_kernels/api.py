@@ -15,10 +15,10 @@ from . import backends
 from ._checks import FLOATS, INTEGERS, constant, integer, number, one_of, positive, require, scale, tensor
 from .gate import Gate, cell_weights, choose, draw_agreement, resolve_gate
 from .ops import TENSORS, fused_loss, problem_of, refuse_transforms, scale_of
+from .oracle import STATS, token_values
 from .plans.base import KEPT, PLANS
 from .plans.calibration import budget_of
 from .problem import Spec
-from .reference import STATS, token_values
 from .values import check_logprob, check_sampled, check_values
 
 Divergence = str | tuple[str, float]
@@ -40,7 +40,7 @@ class Stats:
         gate: the weight w.
         agree: bool, d * verdict > tolerance.
         backend: which backend computed it: "cpu", "triton", "torch", "cuda" or "reference".
-        plan: the cheapest plan that ran on a part of the call: "screened", "filtered", "exact", or "reference".
+        plan: the cheapest plan that ran on a part of the call: "quantized", "filtered", "exact", or "reference".
         kept: share of the gradient's [tokens, vocabulary] entries that entered its products one by one; 1 for exact.
             NaN where no gradient was made.
         error_estimate: estimated relative error of loss and gradients, of the worst chunk. 0 for exact, unless its
@@ -570,9 +570,9 @@ class _Call:
         if name == "reference":
             return self._reference(spec, all_tensors, return_stats)
         refuse_transforms(self.name)
-        need = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
+        needs_grad = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
         group = process_group.group_name if process_group is not None else ""
-        loss, stats, *_, report = fused_loss(*all_tensors.values(), *spec.encode(), name, group, need)
+        loss, stats, *_, report = fused_loss(*all_tensors.values(), *spec.encode(), name, group, needs_grad)
         if reduction == "none":
             loss = loss.reshape(self.shape)
         return (loss, self._stats(stats.detach(), name, report.detach())) if return_stats else loss

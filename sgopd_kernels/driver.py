@@ -13,17 +13,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .backends.cpu import CpuBackend
-from .backends.torch import ShardedColumns, TorchBackend
+from .backends.torch import TorchBackend, VocabularySlice
 from .gate import cell_weights, draw_agreement
+from .oracle import STATS
 from .plans import calibration
-from .plans.base import Gradients, Need, Plan, Report
+from .plans.base import Gradients, NeedsGrad, Plan, Report
 from .plans.columns import Columns
-from .plans.directions import Rest
+from .plans.directions import Residual
 from .plans.exact import Exact
 from .plans.pairs import Pairs
-from .plans.screen import screens
+from .plans.quantized import quantized
 from .problem import Chunk, Problem
-from .reference import STATS
 from .values import check_values
 
 
@@ -46,7 +46,7 @@ def run(
     problem: Problem,
     backend: TorchBackend,
     row_scale: Tensor,
-    need: Need,
+    needs_grad: NeedsGrad,
     group: dist.ProcessGroup | None = None,
 ) -> Result:
     """Runs the cheapest plans within `problem.spec.budget`.
@@ -77,12 +77,12 @@ def run(
         weights *= valid
     call = Call(problem, backend, rows, valid, weights, row_scale, shard)
     if problem.uniform is None:
-        return call.compute(None, need)
+        return call.compute(None, needs_grad)
     # The `random` control draws agreement at the measured rate: measure it first.
-    measured = call.compute(None, Need()).stats[rows]
+    measured = call.compute(None, NeedsGrad()).stats[rows]
     d = measured[:, STATS["teacher_logprob"]] - measured[:, STATS["student_logprob"]]
     forced = draw_agreement(d, problem.verdict[rows].double(), spec.tolerance, problem.uniform[rows])
-    return call.compute(forced, need)
+    return call.compute(forced, needs_grad)
 
 
 @dataclass
@@ -91,25 +91,25 @@ class Call:
 
     problem: Problem
     backend: TorchBackend
-    rows: Tensor  # [M] positions in the problem
+    positions: Tensor  # [M] in the problem's tokens
     valid: Tensor | None  # [M]
     weights: Tensor  # [3, M]
     row_scale: Tensor  # [N]
     shard: Shard | None
 
-    def compute(self, forced: Tensor | None, need: Need) -> Result:
+    def compute(self, forced: Tensor | None, needs_grad: NeedsGrad) -> Result:
         """`forced` [M]: agreement, where the `random` control draws it."""
         hidden, head = self.problem.student_hidden, self.problem.student
         device, (v_all, h) = hidden.device, head.weight.shape
         stats = torch.zeros(hidden.shape[0], len(STATS), dtype=torch.float64, device=device)
-        ladder = self.ladder(need)
+        ladder = self.ladder(needs_grad)
         size = self.chunk_rows(ladder[0])
         out = Gradients(
-            torch.zeros_like(hidden, dtype=gradient_dtype(hidden)) if need.hidden else None,
-            self.backend.zeros(v_all, h, device) if need.weight else None,
-            torch.zeros(v_all, dtype=torch.float32, device=device) if need.bias else None,
+            torch.zeros_like(hidden, dtype=gradient_dtype(hidden)) if needs_grad.hidden else None,
+            self.backend.zeros(v_all, h, device) if needs_grad.weight else None,
+            torch.zeros(v_all, dtype=torch.float32, device=device) if needs_grad.bias else None,
         )
-        report = self.walk(ladder, size, forced, need, stats, out)
+        report = self.walk(ladder, size, forced, needs_grad, stats, out)
         return Result(
             stats,
             out.hidden,
@@ -118,31 +118,31 @@ class Call:
             report.tensor(),
         )
 
-    def ladder(self, need: Need) -> list[Plan]:
+    def ladder(self, needs_grad: NeedsGrad) -> list[Plan]:
         """Plans from the cheapest that the call may take to one that always keeps within the budget."""
         problem, backend, numbers = self.problem, self.backend, calibration.FITTED
-        columns = self.shard.columns if self.shard else None
+        vocabulary = self.shard.slice if self.shard else None
         budget, v, width = problem.spec.budget, problem.vocabulary, problem.student_hidden.shape[1]
         narrow = (
             budget >= calibration.AUTO
             and problem.student_hidden.numel() * v >= numbers.columns.narrow_worthwhile
             and backend.narrows(problem.student_hidden, problem.student.weight)
         )
-        exact = Exact(problem, backend, need, columns=columns, narrow=narrow)
+        exact = Exact(problem, backend, needs_grad, vocabulary=vocabulary, narrow=narrow)
         if budget == 0 or self.shard is not None:
             return [exact]
-        work = self.rows.numel() * v * width
+        work = self.positions.numel() * v * width
         if isinstance(backend, CpuBackend) and backend.has_pairs(problem.student.weight):
             if work < numbers.pairs.worthwhile:
                 return [exact]
-            fastest = partial(backend.project_screened, segment=numbers.quantized.settings[0].segment(width))
-            rest = Rest(problem.student.weight[:v], fastest)
+            fastest = partial(backend.project_quantized, segment=numbers.quantized.settings[0].segment(width))
+            residual = Residual(problem.student.weight[:v], fastest)
             return [
-                *screens(problem, backend, need, rest, self.rows),
-                Pairs(problem, backend, need, rest),
+                *quantized(problem, backend, needs_grad, residual, self.positions),
+                Pairs(problem, backend, needs_grad, residual),
             ]
         if backend.filters_columns and self.valid is None and work >= numbers.columns.worthwhile:
-            return [Columns(problem, backend, need), exact]
+            return [Columns(problem, backend, needs_grad), exact]
         return [exact]
 
     def chunk_rows(self, plan: Plan) -> int:
@@ -150,7 +150,7 @@ class Call:
 
         Ranks must agree on it: their collectives pair up.
         """
-        problem, valid = self.problem, self.rows.numel()
+        problem, valid = self.problem, self.positions.numel()
         v = self.shard.widest if self.shard else problem.vocabulary
         heads = [h for h in (problem.student, problem.teacher, problem.reference) if h is not None]
         blocks = len(heads) + (0 if problem.topk_ids is None else 3)  # the completed teacher; what completing it takes
@@ -167,22 +167,22 @@ class Call:
         return size if unit == 16 else min(rows, -(-size // unit) * unit)
 
     def walk(
-        self, ladder: list[Plan], size: int, forced: Tensor | None, need: Need, stats: Tensor, out: Gradients
+        self, ladder: list[Plan], size: int, forced: Tensor | None, needs_grad: NeedsGrad, stats: Tensor, out: Gradients
     ) -> Report:
         """Every chunk, by the first plan of the ladder whose error is within the budget. Its logits go with it."""
         problem, backend, report = self.problem, self.backend, Report()
-        v, device, total = problem.vocabulary, problem.token_ids.device, self.rows.numel()
+        v, device, total = problem.vocabulary, problem.token_ids.device, self.positions.numel()
         z_student = backend.logits(size, v, device)
         has_teacher = problem.teacher is not None or problem.topk_ids is not None
         z_teacher = backend.logits(size, v, device) if has_teacher else None
         z_reference = backend.logits(size, v, device) if problem.reference is not None else None
         for first in range(0, total, size):
             part = slice(first, min(first + size, total))
-            rows = self.rows[part]
+            rows = self.positions[part]
             n, valid = rows.numel(), None if self.valid is None else self.valid[part]
             hidden = problem.student_hidden[rows]
             chunk = Chunk(
-                rows=rows,
+                positions=rows,
                 # 0 * NaN of an ignored token is no gradient
                 hidden=hidden if valid is None else hidden.masked_fill(~valid.unsqueeze(-1), 0.0),
                 z_student=z_student[:n],
@@ -202,7 +202,7 @@ class Call:
                 error = plan.forward(chunk)
             stats[rows] = chunk.stats if valid is None else chunk.stats.masked_fill(~valid.unsqueeze(-1), 0.0)
             report.add(plan, n * v, error)
-            if need:
+            if needs_grad:
                 plan.gradients(chunk, out)
         return report
 
@@ -211,7 +211,7 @@ class Call:
 class Shard:
     """This rank's part of a vocabulary that is spread over a group: equal work, in chunks of equal size, everywhere."""
 
-    columns: ShardedColumns
+    slice: VocabularySlice
     total: int  # vocabulary over all ranks
     widest: int  # the largest slice
 
@@ -222,7 +222,7 @@ def shard_of(problem: Problem, group: dist.ProcessGroup) -> Shard:
     widths = [torch.zeros_like(width) for _ in range(dist.get_world_size(group))]
     dist.all_gather(widths, width, group=group)
     sizes = [int(w) for w in widths]
-    return Shard(ShardedColumns(sum(sizes[: dist.get_rank(group)]), group), sum(sizes), max(sizes))
+    return Shard(VocabularySlice(sum(sizes[: dist.get_rank(group)]), group), sum(sizes), max(sizes))
 
 
 def same_everywhere(problem: Problem, group: dist.ProcessGroup) -> Problem:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ._checks import number, one_of
 
-Pair = tuple[float, float]
+ByVerdict = tuple[float, float]
 CORRECT, INCORRECT, UNKNOWN = 1, -1, 0
 
 
@@ -41,8 +41,8 @@ class Gate:
             take their randomness from the loss's `generator`.
     """
 
-    agree: float | Pair = 1.8
-    conflict: float | Pair = 1.0
+    agree: float | ByVerdict = 1.8
+    conflict: float | ByVerdict = 1.0
     neutral: float = 1.0
     tolerance: float = 0.0
     keep: Literal["all", "correct", "incorrect"] = "all"
@@ -68,11 +68,11 @@ class Gate:
             one_of("Gate.control (if not None)", self.control, ("random", "shuffled"))
 
     @property
-    def agree_pair(self) -> Pair:
+    def agree_pair(self) -> ByVerdict:
         return self.agree if isinstance(self.agree, tuple) else (self.agree, self.agree)
 
     @property
-    def conflict_pair(self) -> Pair:
+    def conflict_pair(self) -> ByVerdict:
         return self.conflict if isinstance(self.conflict, tuple) else (self.conflict, self.conflict)
 
 
@@ -105,8 +105,8 @@ def resolve_gate(gate: str | Gate) -> Gate:
 def cell_weights(
     verdict: Tensor,
     reliability: Tensor | None,
-    agree: Pair,
-    conflict: Pair,
+    agree: ByVerdict,
+    conflict: ByVerdict,
     neutral: float,
     keep: str,
 ) -> Tensor:

@@ -17,9 +17,9 @@ from torch.autograd import forward_ad
 from . import driver
 from ._checks import require
 from .backends import get
-from .plans.base import KEPT, Need
+from .oracle import STATS
+from .plans.base import KEPT, NeedsGrad
 from .problem import Head, Problem, Spec
-from .reference import STATS
 from .values import check_sampled
 
 # Order of the op's tensor arguments; the first three take gradients.
@@ -154,14 +154,14 @@ def fused_loss(
     numbers: list[float],
     backend: str,
     group: str,
-    need: list[bool],
+    needs_grad: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, stats [N, 8] float64, d_hidden, d_weight, d_bias, report [3]); gradients not needed are empty."""
     arguments = locals()
     refuse_transforms("the fused loss")  # of a graph that was compiled outside
     chosen = Spec.decode(words, numbers)
     problem = problem_of(chosen, {name: arguments[name] for name in TENSORS})
-    wanted = Need(*need) if _makes_gradients(chosen, row_scale) else Need()
+    wanted = NeedsGrad(*needs_grad) if _makes_gradients(chosen, row_scale) else NeedsGrad()
     scale = row_scale if row_scale is not None else scale_of(problem, denominator)
     result = driver.run(problem, get(backend), scale, wanted, group_of(group))
     check_sampled(problem, result.stats)
@@ -210,7 +210,7 @@ def _(
     numbers: list[float],
     backend: str,
     group: str,
-    need: list[bool],
+    needs_grad: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     n = student_hidden.shape[0]
     chosen = Spec.decode(words, numbers)
@@ -221,14 +221,14 @@ def _(
         torch.empty_like(leaf, dtype=driver.gradient_dtype(leaf))
         if wanted and makes and leaf is not None
         else student_hidden.new_empty(0)
-        for wanted, leaf in zip(need, (student_hidden, student_weight, student_bias))
+        for wanted, leaf in zip(needs_grad, (student_hidden, student_weight, student_bias))
     ]
     return loss, stats, gradients[0], gradients[1], gradients[2], torch.empty(3, dtype=torch.float64)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tensors, (words, numbers, backend, group, need) = inputs[: len(TENSORS)], inputs[len(TENSORS) :]
-    ctx.words, ctx.numbers, ctx.backend, ctx.group, ctx.need = words, numbers, backend, group, need
+    tensors, (words, numbers, backend, group, needs_grad) = inputs[: len(TENSORS)], inputs[len(TENSORS) :]
+    ctx.words, ctx.numbers, ctx.backend, ctx.group, ctx.needs_grad = words, numbers, backend, group, needs_grad
     ctx.per_token = Spec.decode(words, numbers).reduction == "none"
     ctx.gradients = None
     ctx.report = output[5].detach()
@@ -240,7 +240,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     else:
         # Not save_for_backward: the backward hands these over without a copy, which only their last owner may do.
         # Detached, they hold no reference to this node.
-        ctx.gradients = [g.detach() if wanted else None for wanted, g in zip(need, output[2:5])]
+        ctx.gradients = [g.detach() if wanted else None for wanted, g in zip(needs_grad, output[2:5])]
     ctx.set_materialize_grads(False)
 
 
@@ -259,12 +259,12 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Te
         }
         tensors["row_scale"] = grad_loss.contiguous()
         _, _, *gradients, report = fused_loss(
-            *tensors.values(), ctx.words, ctx.numbers, ctx.backend, ctx.group, ctx.need
+            *tensors.values(), ctx.words, ctx.numbers, ctx.backend, ctx.group, ctx.needs_grad
         )
         # `Stats` reads the same memory; but what is written to a compiled graph's outputs is lost.
         if not torch.compiler.is_compiling() and not _batched(report):
             torch.fmax(ctx.report, report, out=ctx.report)
-        return (*(g.to(d) if wanted else None for wanted, g, d in zip(ctx.need, gradients, ctx.dtypes)), *nothing)
+        return (*(g.to(d) if wanted else None for wanted, g, d in zip(ctx.needs_grad, gradients, ctx.dtypes)), *nothing)
     if ctx.gradients is None:
         raise RuntimeError(
             "gated_kl_loss: backward was called twice; its gradients were handed over the first time. "

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .gate import Pair
+from .gate import ByVerdict
 
 
 class Head(NamedTuple):
@@ -31,8 +31,8 @@ class Spec:
     divergence: str = "reverse-kl"  # "reverse-kl" | "forward-kl" | "jsd"
     beta: float = 0.5  # of "jsd"
     temperature: float = 1.0
-    agree: Pair = (1.8, 1.8)  # in correct, in incorrect rollouts
-    conflict: Pair = (1.0, 1.0)
+    agree: ByVerdict = (1.8, 1.8)  # in correct, in incorrect rollouts
+    conflict: ByVerdict = (1.0, 1.0)
     neutral: float = 1.0
     tolerance: float = 0.0
     keep: str = "all"
@@ -142,7 +142,7 @@ class Problem:
 class Chunk:
     """n of a call's tokens, with space for their logits in all V columns. A plan computes it, the driver takes over."""
 
-    rows: Tensor  # [n] positions in the problem
+    positions: Tensor  # [n] in the problem's tokens
     hidden: Tensor  # [n, Hs] the student's, 0 where the token is none
     z_student: Tensor  # [n, V] fp32: projections; after the row pass their gradient
     z_teacher: Tensor | None
@@ -151,7 +151,7 @@ class Chunk:
     forced: Tensor | None  # [n] int8: agreement, where it is drawn
     scale: Tensor  # [n] multiplies each row's gradient
     valid: Tensor | None = None  # [n] bool: which rows are tokens; None: all
-    stats: Tensor = field(default_factory=lambda: torch.empty(0))  # [n, 8] float64, in the order of reference.STATS
+    stats: Tensor = field(default_factory=lambda: torch.empty(0))  # [n, 8] float64, in the order of oracle.STATS
 
     def part(self, rows: slice) -> Chunk:
         """Some of its tokens, in the same space."""
@@ -160,7 +160,7 @@ class Chunk:
             return None if tensor is None else tensor[rows]
 
         return Chunk(
-            self.rows[rows],
+            self.positions[rows],
             self.hidden[rows],
             self.z_student[rows],
             cut(self.z_teacher),

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ._checks import require
+from .oracle import STATS
 from .problem import Problem
-from .reference import STATS
 
 # Rounding that is forgiven of a log-probability above 0, and of probabilities that sum to more than 1.
 ROUNDING = 1e-3

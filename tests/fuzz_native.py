@@ -391,7 +391,7 @@ def refine_case(rng: random.Random, wild: bool) -> Case:
     exact = [x.tensor.double() @ w.tensor.double().T for x, w in zip(hidden, weight)]
     noise = rng.choice([0.0, 1e-3])
     z = [Block(rng, n, v, torch.float32).set(e.float() + noise * values(rng, n, v, False)) for e in exact]
-    screened = [b.tensor.clone() for b in z]
+    quantized = [b.tensor.clone() for b in z]
     ids = torch.randint(0, v, (n,), generator=torch.Generator().manual_seed(rng.getrandbits(31)))
     report = Block(rng, n, 6, torch.float64, tight=True).set(torch.zeros(n, 6))
     sides: dict[str, Any] = {"report": report.address, **common(rng)}
@@ -406,30 +406,30 @@ def refine_case(rng: random.Random, wild: bool) -> Case:
 
     def judge(_: Any) -> None:
         changed = 0
-        for block, before, true, x, w in zip(z, screened, exact, hidden, weight):
+        for block, before, true, x, w in zip(z, quantized, exact, hidden, weight):
             if not bool(torch.isfinite(true).all()):
                 continue
             moved = block.tensor != before
             changed = max(changed, int(moved.sum()))
-            # A token's pairs are its exact products less one shift, at most the largest error of the screen.
+            # A token's pairs are its exact products less one shift, at most the largest error of quantizing.
             limit = product_limit(x.tensor, w.tensor, 4e-6).amax(-1, keepdim=True) + 60 * noise + 1e-6 * true.abs()
             close(torch.where(moved, block.tensor, true.float()), true, limit, "refined")
         check(changed <= pairs.count, f"refine moved {changed} logits of {pairs.count} pairs")
         if noise == 0 and all(float(e.nan_to_num(math.inf).abs().max()) < 1e3 for e in exact if n):
-            check(bool((report.tensor[:, 4:] < 1e-2).all()), "a screen without error has a variance")
+            check(bool((report.tensor[:, 4:] < 1e-2).all()), "an exact product has a variance")
 
     return _hold(pairs.refine, [*hidden, *weight, *z, report]), arguments, judge, [*z, report]
 
 
 def pairs_case(rng: random.Random, wild: bool) -> Case:
-    """take_large, or one of the products over the pairs that it took."""
+    """extract_top, or one of the products over the pairs that it took."""
     n, v, h = rng.choice([0, 1, 2, 5, 40]), size(rng, 3000), size(rng, 90)
     gradient = matrix(rng, n, v, torch.float32, wild)
     gradient.tensor.mul_(rng.choice([1.0, 1.0, 1e-6, 1e6])).pow_(rng.choice([1, 1, 3]))
     before = gradient.tensor.clone()
     budget, most = rng.choice([1e-3, 0.03, 0.3, 1.5]), rng.choice([1.0, 1.0, 0.1])
     take = dict(gradient=gradient.address, stride=gradient.stride, n=n, v=v, budget=budget, most=most, **common(rng))
-    wanted = rng.choice(["take_large", "restore", "add_hidden_gradient", "add_weight_gradient", "add_bias_gradient"])
+    wanted = rng.choice(["extract_top", "restore", "add_hidden_gradient", "add_weight_gradient", "add_bias_gradient"])
 
     def judge_take(pairs: Any) -> None:
         rest = gradient.tensor
@@ -454,10 +454,10 @@ def pairs_case(rng: random.Random, wild: bool) -> Case:
         if n and n <= 16 and bool(torch.isfinite(before).all()) and float(before.abs().max()) > 1e-30:
             check(float(energies[1]) <= 1.001 * budget**2 * float(sum(energies)), "more than the budget was left")
 
-    if wanted == "take_large":
-        return _hold(_cpu.take_large, [gradient]), take, judge_take, [gradient]
+    if wanted == "extract_top":
+        return _hold(_cpu.extract_top, [gradient]), take, judge_take, [gradient]
 
-    pairs = _cpu.take_large(**take)
+    pairs = _cpu.extract_top(**take)
     judge_take(pairs)
     taken = torch.where((gradient.tensor == before) | torch.tensor(pairs.dense), 0.0, before.double())
     if wanted == "restore":

@@ -10,9 +10,9 @@ import pytest
 # From the ground up. A module not listed stands where its package does.
 ROOMS = {
     "sgopd_kernels": (
-        "_extension _checks gate problem reference values backends plans driver ops api",
+        "_extension _checks gate problem oracle values backends plans driver ops api",
         {
-            "plans": "calibration base directions exact pairs columns screen",
+            "plans": "calibration base directions exact pairs columns quantized",
             "backends": "torch native triton_kernels cpu cuda triton __init__",
         },
     ),

@@ -28,10 +28,10 @@ from sgopd_kernels.plans.directions import Directions
 STEPS: dict[type, tuple[str, ...]] = {
     CpuBackend: (
         "project",
-        "project_screened",
+        "project_quantized",
         "refine",
         "rows",
-        "take_large",
+        "extract_top",
         "add_pairs_hidden",
         "add_pairs_weight",
         "add_hidden_gradient",

@@ -204,19 +204,25 @@ def filtered(shape: Shape, share: float, store: Storage = Storage()) -> Cost:
     return Cost(stages, shape.chunks * LAUNCHES_SPARSE)
 
 
-def screened(shape: Shape, share: float, refined: float = 0.25, store: Storage = Storage()) -> Cost:
+def quantized(shape: Shape, share: float, refined: float = 0.25, store: Storage = Storage()) -> Cost:
     """fp8 logits, then a share `refined` of a chunk's columns again from bf16 operands; the rest as filtered."""
     widths = (("student", shape.student), ("teacher", shape.teacher))
-    screen = tuple(product(f"{who} screen", shape, w, 1, 1, store.logit, fp8=True) for who, w in widths)
+    quantized_products = tuple(product(f"{who} quantized", shape, w, 1, 1, store.logit, fp8=True) for who, w in widths)
     again = []
     for who, w in widths:
         head = shape.chunks * refined * shape.vocabulary * w * store.operand
         logits = refined * shape.logits
-        # gathered (read, written), multiplied (read), put in place of the screened values (written, read, written)
+        # gathered (read, written), multiplied (read), put in place of the quantized values (written, read, written)
         traffic = 3 * head + shape.tokens * w * store.operand + 3 * logits * store.logit
         again.append(Stage(f"{who} refinement", 2.0 * logits * w, traffic))
     carry = Stage("columns that carry mass", 0.0, shape.logits * 2 * store.logit)
-    stages = (*screen, carry, *again, row_pass(shape, store, gradient=False), *_compact(shape, store, share))
+    stages = (
+        *quantized_products,
+        carry,
+        *again,
+        row_pass(shape, store, gradient=False),
+        *_compact(shape, store, share),
+    )
     return Cost(stages, shape.chunks * 2 * LAUNCHES_SPARSE)
 
 
@@ -235,7 +241,7 @@ PLANS: dict[str, Callable[[Shape], Cost]] = {
     "filtered, s = 0.1": lambda s: filtered(s, 0.1),
     "filtered, s = 0.3": lambda s: filtered(s, 0.3),
     "filtered, s = 0.5": lambda s: filtered(s, 0.5),
-    "screened + filtered, s = 0.1": lambda s: screened(s, 0.1),
+    "quantized + filtered, s = 0.1": lambda s: quantized(s, 0.1),
     "statistics, no gradient": statistics,
     "everything recomputed (peers)": recomputed,
 }
@@ -293,7 +299,7 @@ def markdown(shape: Shape, chunks: Iterable[int]) -> str:
         "exact, G in bf16",
         "exact, G in two bf16 parts",
         "filtered, s = 0.1",
-        "screened + filtered, s = 0.1",
+        "quantized + filtered, s = 0.1",
         "statistics, no gradient",
     ]
     rows = []

@@ -9,7 +9,7 @@
 namespace sgopd {
 py::class_<Pairs> define_pairs(py::module_&);          // pairs.cpp
 void define_products(py::module_&);                    // products.cpp
-void define_screen(py::module_&, py::class_<Pairs>&);  // screen.cpp
+void define_refine(py::module_&, py::class_<Pairs>&);  // refine.cpp
 }  // namespace sgopd
 
 namespace {
@@ -96,7 +96,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("project_bf16", &project_bf16, py::kw_only(), "hidden"_a, "n"_a, "hidden_stride"_a, "weight"_a, "v"_a,
         "weight_stride"_a, "h"_a, "out"_a, "out_stride"_a, "threads"_a, "isa"_a = "");
   auto pairs = sgopd::define_pairs(m);
-  sgopd::define_screen(m, pairs);
+  sgopd::define_refine(m, pairs);
   sgopd::define_products(m);
 }
 #undef PyInit__cpu

@@ -1,4 +1,4 @@
-// Rounding to int16 with error feedback, for the instruction sets that screen (int16.h has the idea).
+// Rounding to int16 with error feedback, for the instruction sets that quantize (int16.h has the idea).
 #pragma once
 
 #include <cstring>

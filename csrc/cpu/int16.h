@@ -1,4 +1,4 @@
-// Scales of 16-bit integer products, for every instruction set that screens (project_int16.cpp,
+// Scales of 16-bit integer products, for every instruction set that quantizes (project_int16.cpp,
 // project_int16_avx2.cpp).
 #pragma once
 
@@ -67,7 +67,7 @@ inline Steps steps_of(float largest, float peak, int64_t depth, float moved) {
   if (largest == 0.f) return {0.f, 1.f};
   const float scale = room / std::sqrt(largest);
   if (!(largest < 1e30f && scale < 1e30f)) return {0.f, std::numeric_limits<float>::quiet_NaN()};
-  // An element is at most the norm, 46,341 steps, yet has to fit 16 bits; saturation would be an error of the screen.
+  // An element is at most the norm, 46,341 steps, yet has to fit 16 bits; saturation would be an error of quantizing.
   const float shrink = peak * scale > 32700.f ? 32700.f / (peak * scale) : 1.f;
   return {scale * shrink, 1.f / (scale * shrink)};
 }

@@ -1,4 +1,4 @@
-// What the filtered and screened plans do inside a row, and with a pair (token, column). Compiled once an instruction
+// What the filtered and quantized plans do inside a row, and with a pair (token, column). Compiled once an instruction
 // set.
 //
 // The pairs are few, 1-4 % of a chunk, and differ from token to token: the union of their columns over 256 tokens is
@@ -94,7 +94,7 @@ int64_t select_mass(const float* z, float z_scale, const float* t, float t_scale
   return count;
 }
 
-int64_t take_large(float* g, int64_t v, float threshold, int32_t* columns, float* values, double* energy) {
+int64_t extract_top(float* g, int64_t v, float threshold, int32_t* columns, float* values, double* energy) {
   int64_t count = 0;
   double left = 0, taken = 0;
   // Squares of fp32 leave its range beyond 1e19 and below 1e-19: what is left is summed in units of the threshold.
@@ -201,7 +201,7 @@ void widen(const uint16_t* __restrict row, int64_t h, float* __restrict out) {
 }  // namespace
 
 const PairKernels& pairs() {
-  static const PairKernels kernels{select_mass, take_large, dot, add, widen};
+  static const PairKernels kernels{select_mass, extract_top, dot, add, widen};
   return kernels;
 }
 

@@ -15,13 +15,13 @@ struct Matrix {
 };
 
 struct PairKernels {
-  // Columns of a row where either model has probability >= exp(log_threshold) by the screened logits, and column y.
+  // Columns of a row where either model has probability >= exp(log_threshold) by the quantized logits, and column y.
   // `lse` receives both log-sum-exps. Returns how many columns were written to `columns` [v], ascending.
   int64_t (*select_mass)(const float* z, float z_scale, const float* t, float t_scale, int64_t v, float log_threshold,
                          int64_t y, int32_t* columns, double* lse);
   // Columns of a row with |g| >= threshold, ascending: moved to `columns` and `values`, zeroed in g. Adds the squares
   // of what was taken and of what was left to energy[0], energy[1].
-  int64_t (*take_large)(float* g, int64_t v, float threshold, int32_t* columns, float* values, double* energy);
+  int64_t (*extract_top)(float* g, int64_t v, float threshold, int32_t* columns, float* values, double* energy);
   // out[i] = <rows[i], w>, i < count <= 4
   void (*dot)(const float* const* rows, const float* w, int64_t h, int count, float* out);
   // out += sum_i coefficient[i] * rows[i], i < count <= 4

@@ -10,11 +10,11 @@ namespace {
 // The largest entries of a gradient g [n, v], taken out of it (zeroed): as many as leave at most `budget` of its
 // Frobenius norm behind, by a histogram of a sample of tokens. `dense` and nothing taken where they would be more than
 // `most` of all entries.
-std::unique_ptr<Pairs> take_large(Address gradient, int64_t stride, int64_t n, int64_t v, double budget, double most,
-                                  int threads, const std::string& isa) {
+std::unique_ptr<Pairs> extract_top(Address gradient, int64_t stride, int64_t n, int64_t v, double budget, double most,
+                                   int threads, const std::string& isa) {
   const Logits g = logits("gradient", gradient, n, v, stride);
   require_threads(threads);
-  if (!(budget > 0) || !(most > 0)) throw std::invalid_argument("take_large: budget and most must be > 0");
+  if (!(budget > 0) || !(most > 0)) throw std::invalid_argument("extract_top: budget and most must be > 0");
   const PairKernels& k = *kernels(isa).pairs;
   auto pairs = std::make_unique<Pairs>(n, v);
   if (n == 0) return pairs;
@@ -73,7 +73,7 @@ std::unique_ptr<Pairs> take_large(Address gradient, int64_t stride, int64_t n, i
   std::memcpy(&threshold, &edge, 4);
   std::vector<double> energy(2 * n, 0.0);
   collect(*pairs, n, v, true, threads, [&](int64_t i, int32_t* columns, float* values) {
-    return k.take_large(g.data + i * g.stride, v, threshold, columns, values, energy.data() + 2 * i);
+    return k.extract_top(g.data + i * g.stride, v, threshold, columns, values, energy.data() + 2 * i);
   });
   pairs->threshold = threshold;
   for (int64_t i = 0; i < n; ++i) {
@@ -173,7 +173,7 @@ void add_bias_gradient(const Pairs& pairs, Address out) {
 
 py::class_<Pairs> define_pairs(py::module_& m) {
   using namespace py::literals;
-  m.def("take_large", &take_large, py::kw_only(), "gradient"_a, "stride"_a, "n"_a, "v"_a, "budget"_a, "most"_a,
+  m.def("extract_top", &extract_top, py::kw_only(), "gradient"_a, "stride"_a, "n"_a, "v"_a, "budget"_a, "most"_a,
         "threads"_a = 1, "isa"_a = "");
   return py::class_<Pairs>(m, "Pairs", "(token, column) pairs of a chunk, with a gradient's values or without.")
       .def_property_readonly("count", &Pairs::count)

@@ -52,7 +52,7 @@ struct Pairs {
 
   void require_values(const char* what) const {
     if (values == nullptr && count() > 0)
-      throw std::invalid_argument(std::string(what) + ": these pairs hold no gradient; take_large makes such");
+      throw std::invalid_argument(std::string(what) + ": these pairs hold no gradient; extract_top makes such");
   }
   int64_t count() const {
     int64_t total = 0;

@@ -1,4 +1,4 @@
-// Screened logits: out [n, v] = hidden [n, h] * weight [v, h]^T in 16-bit integers, fp32 out.
+// Quantized logits: out [n, v] = hidden [n, h] * weight [v, h]^T in 16-bit integers, fp32 out.
 //
 // AVX512-VNNI: vpdpwssd adds two 16-bit products to each of 16 int32 lanes, at twice the products of an fp32 FMA.
 // Every row of either operand has its own scale. It is bound by the accumulator: |sum over a segment of h| <=
@@ -8,7 +8,7 @@
 //     sqrt(2 / (12 S)) ||x|| ||w|| / 46,000        7e-4 for SmolLM2-135M's hidden states (|x| 46, |w| 3.2, S 3)
 //
 // a tenth of what rounding the operands to bf16 costs. The columns that carry probability are computed again in fp32
-// (screen.cpp), which also measures this error.
+// (refine.cpp), which also measures this error.
 //
 // A head's panel is quantised and packed once per token chunk, from L2; nothing of it is kept. Threads take panels.
 

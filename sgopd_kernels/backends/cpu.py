@@ -28,7 +28,7 @@ def _matrix(tensor: Tensor) -> tuple[int, int, bool]:
     return tensor.data_ptr(), tensor.stride(0), tensor.dtype == torch.bfloat16
 
 
-class TakenPairs(Protocol):
+class TopPairs(Protocol):
     """(token, column) pairs of a chunk with their gradient: `_cpu.Pairs`."""
 
     count: int
@@ -191,17 +191,17 @@ class CpuBackend(NativeBackend):
             **self.launch(),
         )
 
-    # --- what the filtered and screened plans are made of: fp32 and bf16 heads ---
+    # --- what the filtered and quantized plans are made of: fp32 and bf16 heads ---
 
     def has_pairs(self, weight: Tensor) -> bool:
         """Whether the products over pairs take this head."""
         return self.module is not None and weight.dtype in _ELEMENTS
 
-    def screens(self, *operands: Tensor) -> bool:
+    def quantizes(self, *operands: Tensor) -> bool:
         """Whether there are 16-bit projections of these operands on this processor."""
         return self.has_pairs(operands[0]) and self.kernels().int16 and all(t.dtype in _ELEMENTS for t in operands)
 
-    def project_screened(
+    def project_quantized(
         self, hidden: Tensor, weight: Tensor, out: Tensor, segment: int, feedback: tuple[Tensor, Tensor] | None = None
     ) -> None:
         """out [n, V] = hidden @ weight.T in 16-bit integers where the processor can: csrc/cpu/project_int16.cpp.
@@ -227,7 +227,7 @@ class CpuBackend(NativeBackend):
         )
 
     def refine(self, problem: Problem, rows: Tensor, z_s: Tensor, z_t: Tensor, mass: float) -> Tensor:
-        """fp32 logits where either model has probability `mass`; returns a report [n, 6] (csrc/cpu/screen.cpp)."""
+        """fp32 logits where either model has probability `mass`; returns a report [n, 6] (csrc/cpu/refine.cpp)."""
         assert self.module is not None and problem.teacher is not None and problem.teacher_hidden is not None
         n, v = z_s.shape
         report = torch.zeros(n, 6, dtype=torch.float64)
@@ -257,30 +257,30 @@ class CpuBackend(NativeBackend):
         )
         return report
 
-    def take_large(self, g: Tensor, budget: float, most: float) -> TakenPairs:
+    def extract_top(self, g: Tensor, budget: float, most: float) -> TopPairs:
         """The largest entries out of g [n, V], until the others hold budget^2 of ||g||^2; at most `most` of all."""
         assert self.module is not None
         n, v = g.shape
-        pairs: TakenPairs = self.module.take_large(
+        pairs: TopPairs = self.module.extract_top(
             gradient=g.data_ptr(), stride=g.stride(0), n=n, v=v, budget=budget, most=most, **self.launch()
         )
         return pairs
 
-    def restore(self, pairs: TakenPairs, g: Tensor) -> None:
+    def restore(self, pairs: TopPairs, g: Tensor) -> None:
         pairs.restore(g.data_ptr(), g.stride(0))
 
-    def add_pairs_hidden(self, pairs: TakenPairs, weight: Tensor, out: Tensor) -> None:
+    def add_pairs_hidden(self, pairs: TopPairs, weight: Tensor, out: Tensor) -> None:
         weight = _unit_stride(weight)
         pairs.add_hidden_gradient(
             weight=_matrix(weight), h=weight.shape[1], out=out.data_ptr(), out_stride=out.stride(0), **self.launch()
         )
 
-    def add_pairs_weight(self, pairs: TakenPairs, hidden: Tensor, out: Tensor) -> None:
+    def add_pairs_weight(self, pairs: TopPairs, hidden: Tensor, out: Tensor) -> None:
         pairs.add_weight_gradient(
             hidden=_matrix(hidden), h=hidden.shape[1], out=out.data_ptr(), out_stride=out.stride(0), **self.launch()
         )
 
-    def add_pairs_bias(self, pairs: TakenPairs, out: Tensor) -> None:
+    def add_pairs_bias(self, pairs: TopPairs, out: Tensor) -> None:
         pairs.add_bias_gradient(out.data_ptr())
 
     def instruction_sets(self) -> list[str]:

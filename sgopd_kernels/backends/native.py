@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..problem import Chunk, Head, Problem
-from .torch import Columns, TorchBackend
+from .torch import TorchBackend, Vocabulary
 
 _ESTIMATORS = {"full": 0, "sampled": 1}
 _DIVERGENCES = {"reverse-kl": 0, "forward-kl": 1, "jsd": 2}
@@ -30,10 +30,10 @@ class NativeBackend(TorchBackend):
         return self.cast_bytes(problem), 0
 
     def rows(
-        self, problem: Problem, chunk: Chunk, gradient: torch.dtype | None, columns: Columns | None = None
+        self, problem: Problem, chunk: Chunk, gradient: torch.dtype | None, vocabulary: Vocabulary | None = None
     ) -> Tensor:
-        assert self.module is not None and columns is None, "a native pass sees whole rows"
-        spec, rows = problem.spec, chunk.rows
+        assert self.module is not None and vocabulary is None, "a native pass sees whole rows"
+        spec, rows = problem.spec, chunk.positions
         n, v = chunk.z_student.shape
         stats = torch.empty(n, self.module.COLUMNS, dtype=torch.float64, device=chunk.z_student.device)
         # Everything the call reads stays referenced in this list until it returns.

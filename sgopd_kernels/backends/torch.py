@@ -45,7 +45,7 @@ def vocabulary_tiles(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield slice(first, first + step), cast[: part.shape[0]].copy_(part)
 
 
-class Columns:
+class Vocabulary:
     """The vocabulary, all of it in this process. What crosses columns goes through here."""
 
     def log_softmax(self, z: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ class Columns:
         return values.scatter_add(-1, y, torch.full_like(y, -1, dtype=values.dtype))
 
 
-class ShardedColumns(Columns):
+class VocabularySlice(Vocabulary):
     """A slice of the vocabulary, columns [first, first + width) of it; the other ranks hold the rest."""
 
     def __init__(self, first: int, group: dist.ProcessGroup) -> None:
@@ -154,19 +154,19 @@ class TorchBackend:
             out.addmm_(gradient.T, hidden.float())
 
     def rows(
-        self, problem: Problem, chunk: Chunk, gradient: torch.dtype | None, columns: Columns | None = None
+        self, problem: Problem, chunk: Chunk, gradient: torch.dtype | None, vocabulary: Vocabulary | None = None
     ) -> Tensor:
-        """Statistics of a chunk, [n, 8] float64 in the order of `reference.STATS`, from its raw projections.
+        """Statistics of a chunk, [n, 8] float64 in the order of `oracle.STATS`, from its raw projections.
 
         With `gradient`, a dtype, z_student is overwritten by scale * d(loss)/d(projection) in it; rows of weight 0
-        become 0. `columns`: which part of the vocabulary the projections are; None: all of it.
+        become 0. `vocabulary`: which part of the vocabulary the projections are; None: all of it.
         """
         n, v = chunk.z_student.shape
         stats = torch.empty(n, 8, dtype=torch.float64, device=chunk.z_student.device)
         step = max(1, _block_bytes(stats.device.type) // (_LIVE_COPIES * 8 * v))
         for first in range(0, n, step):
             block = chunk.part(slice(first, first + step))
-            stats[first : first + step] = _block(problem, block, gradient is not None, columns or Columns())
+            stats[first : first + step] = _block(problem, block, gradient is not None, vocabulary or Vocabulary())
         return stats
 
 
@@ -179,7 +179,7 @@ def _block_bytes(device_type: str) -> int:
 
 
 def _log_softmax(
-    z: Tensor, head: Head, temperature: float, columns: Columns, outside: Tensor | None = None
+    z: Tensor, head: Head, temperature: float, vocabulary: Vocabulary, outside: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Projections fp32 -> (log-probabilities float64, columns at -inf)."""
     z = z.double()
@@ -191,24 +191,24 @@ def _log_softmax(
     z /= temperature
     if outside is not None:
         z.masked_fill_(outside, -torch.inf)
-    return columns.log_softmax(z), z == -torch.inf
+    return vocabulary.log_softmax(z), z == -torch.inf
 
 
-def _expectation(p: Tensor, values: Tensor, columns: Columns) -> Tensor:
+def _expectation(p: Tensor, values: Tensor, vocabulary: Vocabulary) -> Tensor:
     """sum_v p * values with 0 * anything = 0."""
-    return columns.sum((p * values).masked_fill_(p == 0, 0.0))
+    return vocabulary.sum((p * values).masked_fill_(p == 0, 0.0))
 
 
 def _divergence(
-    spec: Spec, log_p: Tensor, p: Tensor, log_q: Tensor, q: Tensor, columns: Columns
+    spec: Spec, log_p: Tensor, p: Tensor, log_q: Tensor, q: Tensor, vocabulary: Vocabulary
 ) -> tuple[Tensor, Tensor]:
     """(value [n], gradient with respect to the student's logits [n, V])."""
     if spec.divergence == "reverse-kl":
         ratio = log_p - log_q
-        value = _expectation(p, ratio, columns)
+        value = _expectation(p, ratio, vocabulary)
         gradient = (p * (ratio - value.unsqueeze(-1))).masked_fill_(p == 0, 0.0)
     elif spec.divergence == "forward-kl":
-        value = _expectation(q, log_q - log_p, columns)
+        value = _expectation(q, log_q - log_p, vocabulary)
         gradient = p - q
     else:
         beta = spec.beta
@@ -216,30 +216,30 @@ def _divergence(
         u = log_q - log_p
         far = torch.logaddexp(u + math.log(beta), torch.full_like(u, math.log1p(-beta)))
         r = torch.where(u < 30, torch.log1p(beta * torch.expm1(u)), far)
-        student = _expectation(p, -r, columns)
+        student = _expectation(p, -r, vocabulary)
         # log(q / m), which is -log(beta) in a column that the student cannot produce
         teacher = torch.where(log_p == -torch.inf, -math.log(beta), u - r)
-        value = beta * _expectation(q, teacher, columns) + (1 - beta) * student
+        value = beta * _expectation(q, teacher, vocabulary) + (1 - beta) * student
         gradient = ((1 - beta) * p * (-r - student.unsqueeze(-1))).masked_fill_(p == 0, 0.0)
     return value, gradient
 
 
-def _block(problem: Problem, block: Chunk, gradient: bool, columns: Columns) -> Tensor:
+def _block(problem: Problem, block: Chunk, gradient: bool, vocabulary: Vocabulary) -> Tensor:
     spec, temperature = problem.spec, problem.spec.temperature
-    rows, z_student, z_teacher, z_reference = block.rows, block.z_student, block.z_teacher, block.z_reference
+    rows, z_student, z_teacher, z_reference = block.positions, block.z_student, block.z_teacher, block.z_reference
     weights = block.weights
     y = problem.token_ids[rows].unsqueeze(-1)
     verdict = problem.verdict[rows].double()
     log_q = log_r = outside = None
     if z_teacher is not None:
-        log_q, outside = _log_softmax(z_teacher, problem.teacher or PLAIN, temperature, columns)
+        log_q, outside = _log_softmax(z_teacher, problem.teacher or PLAIN, temperature, vocabulary)
     if z_reference is not None:
         assert problem.reference is not None and outside is not None
-        log_r, outside_r = _log_softmax(z_reference, problem.reference, temperature, columns)
+        log_r, outside_r = _log_softmax(z_reference, problem.reference, temperature, vocabulary)
         outside = outside | outside_r
-    log_p, _ = _log_softmax(z_student, problem.student, temperature, columns, outside)
+    log_p, _ = _log_softmax(z_student, problem.student, temperature, vocabulary, outside)
     p = log_p.exp()
-    log_p_y = columns.at(log_p, y)
+    log_p_y = vocabulary.at(log_p, y)
 
     dense = None
     if log_q is None:
@@ -247,10 +247,10 @@ def _block(problem: Problem, block: Chunk, gradient: bool, columns: Columns) -> 
         log_q_y = problem.teacher_logprob[rows].double()
         kl = entropy_q = torch.full_like(log_q_y, torch.nan)
     else:
-        log_q_y = columns.at(log_q, y)
+        log_q_y = vocabulary.at(log_q, y)
         q = log_q.exp()
-        kl, dense = _divergence(spec, log_p, p, log_q, q, columns)
-        entropy_q = -_expectation(q, log_q, columns)
+        kl, dense = _divergence(spec, log_p, p, log_q, q, vocabulary)
+        entropy_q = -_expectation(q, log_q, vocabulary)
         del q
     d = log_q_y - log_p_y
     gate, agree = choose(d, verdict, weights, spec.tolerance, block.forced)
@@ -263,10 +263,10 @@ def _block(problem: Problem, block: Chunk, gradient: bool, columns: Columns) -> 
         assert outside is not None
         log_q = (g * log_q + (1 - g) * log_r).masked_fill_(outside, -torch.inf)
         if spec.estimator == "full":
-            log_q = columns.log_softmax(log_q)
-            value, dense = _divergence(spec, log_p, p, log_q, log_q.exp(), columns)
+            log_q = vocabulary.log_softmax(log_q)
+            value, dense = _divergence(spec, log_p, p, log_q, log_q.exp(), vocabulary)
         else:
-            advantage = columns.at(log_q, y) - log_p_y
+            advantage = vocabulary.at(log_q, y) - log_p_y
     elif problem.behaviour_logprob is not None:
         ratio = (log_p_y - problem.behaviour_logprob[rows].double()).exp()
         advantage = advantage * ratio.clamp(max=spec.ratio_clip)
@@ -279,7 +279,7 @@ def _block(problem: Problem, block: Chunk, gradient: bool, columns: Columns) -> 
             kl,
             log_p_y,
             log_q_y,
-            -_expectation(p, log_p, columns),
+            -_expectation(p, log_p, vocabulary),
             entropy_q,
             gate,
             agree.double(),
@@ -293,7 +293,7 @@ def _block(problem: Problem, block: Chunk, gradient: bool, columns: Columns) -> 
         assert dense is not None
     else:
         coefficient = coefficient * advantage
-        dense = columns.subtract_at(p, y)
+        dense = vocabulary.subtract_at(p, y)
     # Through temperature, softcap and scale, back to the projection.
     head = problem.student
     if head.softcap is not None:

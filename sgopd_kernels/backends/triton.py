@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..problem import Chunk, Problem
-from .torch import Columns, TorchBackend
+from .torch import TorchBackend, Vocabulary
 
 # Columns a program holds at once, and its warps. Fewer where JSD works in float64 or a third model's logits are held.
 BLOCK, BLOCK_SMALL, WARPS = 2048, 1024, 8
@@ -127,9 +127,9 @@ class TritonBackend(TorchBackend):
     # rows
 
     def rows(
-        self, problem: Problem, chunk: Chunk, gradient: torch.dtype | None, columns: Columns | None = None
+        self, problem: Problem, chunk: Chunk, gradient: torch.dtype | None, vocabulary: Vocabulary | None = None
     ) -> Tensor:
-        assert columns is None, "the row pass sees whole rows"
+        assert vocabulary is None, "the row pass sees whole rows"
         spec = problem.spec
         z_student, z_teacher, z_reference = chunk.z_student, chunk.z_teacher, chunk.z_reference
         n, v = z_student.shape
@@ -167,7 +167,7 @@ class TritonBackend(TorchBackend):
             teacher_softcap=None if teacher is None else teacher.softcap,
             reference_softcap=None if reference is None else reference.softcap,
             inverse_temperature=1 / spec.temperature,
-            rows=chunk.rows,
+            rows=chunk.positions,
             token_ids=flat(problem.token_ids),
             verdict=flat(problem.verdict),
             teacher_logprob=flat(problem.teacher_logprob),

@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-COLUMNS = tl.constexpr(8)  # of the statistics: reference.TokenValues
+COLUMNS = tl.constexpr(8)  # of the statistics: oracle.TokenValues
 PRECISE = tl.constexpr(0.05)  # nats: below, KL is summed from second-order terms
 
 # Whose logits stand in the target's place.

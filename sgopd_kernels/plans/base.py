@@ -11,12 +11,12 @@ from torch import Tensor
 
 from ..problem import Chunk
 
-PLANS = ("exact", "filtered", "screened")  # as `Report.tensor` numbers them, the cheapest last
+PLANS = ("exact", "filtered", "quantized")  # as `Report.tensor` numbers them, the cheapest last
 KEPT = 1  # where `Report.tensor` has the share
 
 
 @dataclass(frozen=True)
-class Need:
+class NeedsGrad:
     """Which gradients are wanted."""
 
     hidden: bool = False

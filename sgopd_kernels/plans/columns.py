@@ -3,9 +3,9 @@
 For devices whose strength is dense products. The columns of a chunk's gradient G [n, V] are ordered by their norm; the
 smallest set that leaves no more than the budget's share of ||G||^2 is gathered, G_A [n, A] and W_A [A, H]:
 
-    dH = G_A W_A + (the rest U) B        dW_A += G_A^T H
+    dH = G_A W_A + (the residual U) B        dW_A += G_A^T H
 
-B [r, H] are the head's leading directions and U = W B^T (directions.py): along them the rest of a row adds up, its
+B [r, H] are the head's leading directions and U = W B^T (directions.py): along them the residual of a row adds up, its
 mean first of all. Norms, order and the compaction to A columns stay on the device; the host waits for A, because
 shapes are its own, and for the error's estimate: two waits a chunk of milliseconds. (A fixed capacity would need none,
 but would pay for its worst chunk in every chunk.) No call with filtered chunks is captured: captured calls are exact.
@@ -21,17 +21,17 @@ from torch import Tensor
 from ..backends.torch import TorchBackend
 from ..problem import Chunk, Problem
 from . import calibration
-from .base import Gradients, Need
-from .directions import Rest
+from .base import Gradients, NeedsGrad
+from .directions import Residual
 from .exact import Exact
 
 
 class Columns(Exact):
     """Until a chunk needs too many columns; the next ones will."""
 
-    def __init__(self, problem: Problem, backend: TorchBackend, need: Need) -> None:
-        super().__init__(problem, backend, need)
-        self.rest = Rest(self.head, backend.project)
+    def __init__(self, problem: Problem, backend: TorchBackend, needs_grad: NeedsGrad) -> None:
+        super().__init__(problem, backend, needs_grad)
+        self.residual = Residual(self.head, backend.project)
         # What the chunk's products run over: columns [A], ascending; their gradient [n, A] fp32. None: all, dense.
         self.taken: tuple[Tensor, Tensor] | None = None
         self.hidden = self.head.new_empty(0)  # [n, H] fp32: their part of the hidden gradient
@@ -45,7 +45,7 @@ class Columns(Exact):
 
     def forward(self, chunk: Chunk) -> float:
         super().forward(chunk)
-        self.taken, error = self._take(chunk.z_student) if self.need else (None, 0.0)
+        self.taken, error = self._take(chunk.z_student) if self.needs_grad else (None, 0.0)
         self.ran = "exact" if self.taken is None else "filtered"
         self.kept = chunk.z_student.numel() if self.taken is None else self.taken[1].numel()
         return error
@@ -69,7 +69,7 @@ class Columns(Exact):
             index.split(calibration.FITTED.columns.tile), gradient.split(calibration.FITTED.columns.tile, 1)
         ):
             self.backend.add_hidden_gradient(part, self.head[tile], self.hidden)
-        error = self.rest.error(lost, energy, self.hidden)
+        error = self.residual.error(lost, energy, self.hidden)
         self.pays = error <= budget
         if not self.pays:
             return None, 0.0
@@ -80,9 +80,9 @@ class Columns(Exact):
         if self.taken is None:
             super().gradients(chunk, out)
             return
-        rest, (index, gradient) = chunk.z_student, self.taken
+        residual, (index, gradient) = chunk.z_student, self.taken
         if out.hidden is not None:
-            out.hidden[chunk.rows] = self.rest.add_to(self.hidden, rest).to(out.hidden.dtype)
+            out.hidden[chunk.positions] = self.residual.add_to(self.hidden, residual).to(out.hidden.dtype)
         if out.weight is not None:
             for tile, part in zip(
                 index.split(calibration.FITTED.columns.tile), gradient.split(calibration.FITTED.columns.tile, 1)
@@ -91,5 +91,5 @@ class Columns(Exact):
                 self.backend.add_weight_gradient(part, chunk.hidden, rows)
                 out.weight.index_add_(0, tile, rows)
         if out.bias is not None:
-            out.bias[: self.v] += rest.sum(0)
+            out.bias[: self.v] += residual.sum(0)
             out.bias.index_add_(0, index, gradient.sum(0))

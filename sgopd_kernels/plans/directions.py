@@ -1,8 +1,8 @@
-"""The leading directions of a head's rows: what keeps the rest of a gradient, and what rounding feeds back.
+"""The leading directions of a head's rows: what keeps the residual of a gradient, and what rounding feeds back.
 
-The rest of a row of the gradient, thousands of entries below the threshold, is no noise: heads' rows share
+The residual of a row of the gradient, thousands of entries below the threshold, is no noise: heads' rows share
 directions, along which it adds up. B [r, H] are those directions (the leading ones of a sample of the head's rows) and
-U = W B^T, so that the rest moves dH within them; what is lost is its part outside them.
+U = W B^T, so that the residual moves dH within them; what is lost is its part outside them.
 """
 
 from __future__ import annotations
@@ -73,10 +73,10 @@ def feedback(directions: Directions) -> Coefficients:
     return padded(basis.T), padded(absorb)
 
 
-class Rest:
+class Residual:
     """What a call's plans leave out of their products: kept along the directions of `weight` [V, H], which it owns.
 
-    `product` computes U^T; its rounding matters to the rest alone. Directions are made when they are first asked for.
+    `product` computes U^T; its rounding matters to the residual alone. Directions are made when first asked for.
     """
 
     def __init__(self, weight: Tensor, product: Product) -> None:
@@ -97,6 +97,6 @@ class Rest:
         lost = numbers.coherence * left**0.5 * self.directions.outside / reach if reach > 0 else float("inf")
         return max(lost, numbers.spread * (left / energy) ** 0.5)
 
-    def add_to(self, hidden: Tensor, rest: Tensor) -> Tensor:
-        """The hidden gradient [n, H]: of what was taken, and of the rest [n, V] along the directions."""
-        return torch.addmm(hidden, rest @ self.along.T, self.directions.basis)
+    def add_to(self, hidden: Tensor, residual: Tensor) -> Tensor:
+        """The hidden gradient [n, H]: of what was taken, and of the residual [n, V] along the directions."""
+        return torch.addmm(hidden, residual @ self.along.T, self.directions.basis)

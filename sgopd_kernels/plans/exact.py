@@ -9,15 +9,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..backends.torch import ShardedColumns, TorchBackend
+from ..backends.torch import TorchBackend, VocabularySlice
+from ..oracle import STATS
 from ..problem import Chunk, Problem
-from ..reference import STATS
 from . import calibration
-from .base import Gradients, Need
+from .base import Gradients, NeedsGrad
 
 
 class Exact:
-    """`columns`: of a vocabulary that is spread over a group. `narrow`: G is rounded to bf16 for its products."""
+    """`vocabulary`: its slice where it is spread over a group. `narrow`: G is rounded to bf16 for its products."""
 
     pays = True
 
@@ -25,12 +25,18 @@ class Exact:
         self,
         problem: Problem,
         backend: TorchBackend,
-        need: Need,
+        needs_grad: NeedsGrad,
         *,
-        columns: ShardedColumns | None = None,
+        vocabulary: VocabularySlice | None = None,
         narrow: bool = False,
     ) -> None:
-        self.problem, self.backend, self.need, self.columns, self.narrow = problem, backend, need, columns, narrow
+        self.problem, self.backend, self.needs_grad, self.vocabulary, self.narrow = (
+            problem,
+            backend,
+            needs_grad,
+            vocabulary,
+            narrow,
+        )
         self.v = problem.vocabulary
         self.head = problem.student.weight[: self.v]
         self.ran, self.kept = "exact", 0
@@ -40,14 +46,14 @@ class Exact:
 
     def forward(self, chunk: Chunk) -> float:
         self.project(chunk)
-        form = (torch.bfloat16 if self.narrow else torch.float32) if self.need else None
-        chunk.stats = self.backend.rows(self.problem, chunk, form, self.columns)
+        form = (torch.bfloat16 if self.narrow else torch.float32) if self.needs_grad else None
+        chunk.stats = self.backend.rows(self.problem, chunk, form, self.vocabulary)
         self.kept = chunk.z_student.numel()
-        return calibration.AUTO if self.narrow and self.need else 0.0
+        return calibration.AUTO if self.narrow and self.needs_grad else 0.0
 
     def project(self, chunk: Chunk) -> None:
         """All models' logits."""
-        p, at, backend = self.problem, chunk.rows, self.backend
+        p, at, backend = self.problem, chunk.positions, self.backend
         backend.project(p.student_hidden[at], self.head, chunk.z_student)
         if p.teacher is not None:
             assert chunk.z_teacher is not None and p.teacher_hidden is not None
@@ -60,7 +66,7 @@ class Exact:
             complete_teacher(p, at, chunk.z_student, chunk.z_teacher)
 
     def gradients(self, chunk: Chunk, out: Gradients) -> None:
-        g, h, at = self.backend.gradient_of(chunk.z_student, self.narrow), chunk.hidden, chunk.rows
+        g, h, at = self.backend.gradient_of(chunk.z_student, self.narrow), chunk.hidden, chunk.positions
         if chunk.valid is None and (not self.backend.waits or self.problem.spec.may_weigh_0):
             order = compact(self.backend, g, self.active(chunk))
             if order.numel() == 0:
@@ -70,8 +76,8 @@ class Exact:
         if out.hidden is not None:
             g_h = torch.zeros(at.numel(), h.shape[1], dtype=torch.float32, device=h.device)
             self.backend.add_hidden_gradient(g, self.head, g_h)
-            if self.columns is not None:
-                dist.all_reduce(g_h, group=self.columns.group)
+            if self.vocabulary is not None:
+                dist.all_reduce(g_h, group=self.vocabulary.group)
             out.hidden[at] = g_h.to(out.hidden.dtype)
         if out.weight is not None:
             self.backend.add_weight_gradient(g, h, out.weight[: self.v])

@@ -4,7 +4,7 @@ Reverse KL's gradient G = w p ((z_S - z_T) - E_p[z_S - z_T]) carries the factor 
 hold all but a thousandth of its norm. They differ from token to token (the union of their columns over 256 tokens is
 half of the vocabulary), so the gradient's products run over pairs and not over columns:
 
-    dW = pairs^T H        dH = pairs W + (the rest U) B
+    dW = pairs^T H        dH = pairs W + (the residual U) B
 
 with B and U of directions.py. Nothing is trusted that was not measured on the chunk at hand: the threshold comes from a
 histogram of |G|, what it leaves is summed, and the error is estimated from that. docs/kernels.md has the constants.
@@ -17,24 +17,24 @@ import math
 import torch
 from torch import Tensor
 
-from ..backends.cpu import CpuBackend, TakenPairs
+from ..backends.cpu import CpuBackend, TopPairs
 from ..problem import Chunk, Problem
 from . import calibration
-from .base import Gradients, Need
-from .directions import Rest
+from .base import Gradients, NeedsGrad
+from .directions import Residual
 from .exact import Exact
 
 
 class Pairs(Exact):
-    """`rest`: of the student's head, shared by the plans of a call."""
+    """`residual`: of the student's head, shared by the plans of a call."""
 
     backend: CpuBackend
 
-    def __init__(self, problem: Problem, backend: CpuBackend, need: Need, rest: Rest) -> None:
-        super().__init__(problem, backend, need)
-        self.rest, self.budget = rest, problem.spec.budget
-        self.taken: list[TakenPairs] = []  # out of the chunk's gradient; empty: it is whole, and dense
-        self.hidden = rest.weight.new_empty(0)  # [n, H] fp32: the pairs' part of its hidden gradient
+    def __init__(self, problem: Problem, backend: CpuBackend, needs_grad: NeedsGrad, residual: Residual) -> None:
+        super().__init__(problem, backend, needs_grad)
+        self.residual, self.budget = residual, problem.spec.budget
+        self.taken: list[TopPairs] = []  # out of the chunk's gradient; empty: it is whole, and dense
+        self.hidden = residual.weight.new_empty(0)  # [n, H] fp32: the pairs' part of its hidden gradient
 
     def held_bytes(self) -> tuple[int, int]:
         """Beside the exact plan's: threads' scratch; MOST of a row, a column and a value each."""
@@ -50,15 +50,15 @@ class Pairs(Exact):
 
         `noise`: of the logits, as large as an error of G.
         """
-        self.taken, error = self._take(chunk.z_student, noise) if self.need else ([], 0.0)
+        self.taken, error = self._take(chunk.z_student, noise) if self.needs_grad else ([], 0.0)
         self.ran = "filtered" if self.taken else "exact"
         self.kept = sum(pairs.count for pairs in self.taken) if self.taken else chunk.z_student.numel()
         return error
 
-    def _take(self, g: Tensor, noise: float) -> tuple[list[TakenPairs], float]:
+    def _take(self, g: Tensor, noise: float) -> tuple[list[TopPairs], float]:
         backend, budget, numbers = self.backend, self.budget, calibration.FITTED.pairs
         most, left_for_noise = numbers.most, numbers.noise_share * budget
-        first = backend.take_large(g, numbers.share * budget, most)
+        first = backend.extract_top(g, numbers.share * budget, most)
         if first.dense:
             return [], _relative(noise, _energy(g) if noise else 0.0)
         taken, self.hidden = [first], torch.zeros(g.shape[0], self.head.shape[1])
@@ -67,36 +67,36 @@ class Pairs(Exact):
         noise = _relative(noise, energy)
         if energy == 0:
             return taken, noise
-        error = math.hypot(noise, left := self.rest.error(first.left, energy, self.hidden))
+        error = math.hypot(noise, left := self.residual.error(first.left, energy, self.hidden))
         if not error <= budget and noise <= left_for_noise and math.isfinite(left):
             room = (budget**2 - noise**2) ** 0.5
-            more = backend.take_large(g, 0.8 * room / left, most)
+            more = backend.extract_top(g, 0.8 * room / left, most)
             if not more.dense:
                 taken.append(more)
                 backend.add_pairs_hidden(more, self.head, self.hidden)
                 energy = first.taken + more.taken + more.left
-                error = math.hypot(noise, self.rest.error(more.left, energy, self.hidden))
+                error = math.hypot(noise, self.residual.error(more.left, energy, self.hidden))
         if error <= budget:
             return taken, error
         for pairs in taken:
             backend.restore(pairs, g)
-        # A screen that leaves pairs no room would cost dense products: an exact forward pass and pairs are less.
+        # Quantization that leaves pairs no room would cost dense products: an exact forward pass and pairs are less.
         return [], noise if noise <= left_for_noise else math.inf
 
     def gradients(self, chunk: Chunk, out: Gradients) -> None:
         if not self.taken:
             super().gradients(chunk, out)
             return
-        rest, hidden = chunk.z_student, chunk.hidden.float().contiguous()
+        residual, hidden = chunk.z_student, chunk.hidden.float().contiguous()
         if out.hidden is not None:
-            out.hidden[chunk.rows] = self.rest.add_to(self.hidden, rest).to(out.hidden.dtype)
+            out.hidden[chunk.positions] = self.residual.add_to(self.hidden, residual).to(out.hidden.dtype)
         for pairs in self.taken:
             if out.weight is not None:
                 self.backend.add_pairs_weight(pairs, hidden, out.weight)
             if out.bias is not None:
                 self.backend.add_pairs_bias(pairs, out.bias)
         if out.bias is not None:
-            out.bias[: self.v] += rest.sum(0)
+            out.bias[: self.v] += residual.sum(0)
 
 
 def _relative(noise: float, energy: float) -> float:

@@ -1,7 +1,7 @@
 """Seeded inputs and an oracle of their own for the kernel tests.
 
 `oracle` is written a second time from docs/method.md, from logits and in float64, so that a mistake in
-`sgopd_kernels.reference` cannot hide behind itself. `limit` is the same with fp32 projections: the error no fp32
+`sgopd_kernels.oracle` cannot hide behind itself. `limit` is the same with fp32 projections: the error no fp32
 method can be asked to beat.
 """
 

@@ -29,9 +29,9 @@ def test_fixed_seeds(fuzz: Any) -> None:
 
 # What the fuzzer found, each by the seed that showed it.
 FOUND = {
-    1813: "fp32 squares of what take_large left ran under",
+    1813: "fp32 squares of what extract_top left ran under",
     653: "... and over",
-    100842: "a NaN in an early block was lost from the screened log-sum-exp",
+    100842: "a NaN in an early block was lost from the quantized log-sum-exp",
     1979: "JSD in torch operations was NaN where the student is masked and the teacher is not",
     1378: "a softcap turned a masked column into an ordinary one in torch operations",
     160: "a large common offset took the digits of a log-probability",

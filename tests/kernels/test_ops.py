@@ -159,7 +159,7 @@ def peak_bytes(backend: str, dtype: str, plan: str, n: int, v: int, h: int) -> i
     "backend, dtype, plan, n",
     [
         ("cpu", "float32", "exact", 4096),
-        ("cpu", "float32", "screened", 4096),
+        ("cpu", "float32", "quantized", 4096),
         ("cpu", "bfloat16", "exact", 1024),
         ("torch", "float32", "exact", 1024),
     ],

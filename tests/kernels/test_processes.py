@@ -101,7 +101,7 @@ def test_the_extensions_own_threads_survive_a_fork() -> None:
     copies = [g.clone() for _ in range(2)]
 
     def count(gradient: torch.Tensor) -> int:
-        pairs = _cpu.take_large(
+        pairs = _cpu.extract_top(
             gradient=gradient.data_ptr(), stride=3000, n=64, v=3000, budget=0.5, most=1.0, threads=4
         )
         return int(pairs.count)
@@ -120,7 +120,7 @@ SHORT_OF_MEMORY = """
     g = torch.randn(n, v)
 
     def take():
-        return _cpu.take_large(gradient=g.data_ptr(), stride=v, n=n, v=v, budget=0.5, most=1.0, threads=8).count
+        return _cpu.extract_top(gradient=g.data_ptr(), stride=v, n=n, v=v, budget=0.5, most=1.0, threads=8).count
 
     outcomes = set()
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()

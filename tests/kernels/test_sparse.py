@@ -1,4 +1,4 @@
-"""The filtered and screened plans against float64, and their estimates against what they estimate."""
+"""The filtered and quantized plans against float64, and their estimates against what they estimate."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sgopd_kernels.plans.directions import Coefficients, Directions, feedback
 
 pytestmark = pytest.mark.skipif(not backends.usable("cpu"), reason="the native CPU extension is not built")
 
-SCREENS = CpuBackend.module is not None and CpuBackend().kernels().int16
+QUANTIZES = CpuBackend.module is not None and CpuBackend().kernels().int16
 
 
 @pytest.fixture(autouse=True)
@@ -102,14 +102,14 @@ def test_the_estimate_refuses_a_screen_whose_noise_adds_up(
     assert error(gradients(operands, backend="cpu")[1], truth[1]) <= calibration.AUTO
     calibrate(quantized=settings(coherence=1.0))
     unguarded = gradients(operands, backend="cpu")
-    if unguarded[3].plan == "screened":  # not on a processor without a screen
+    if unguarded[3].plan == "quantized":  # not on a processor without 16-bit products
         assert error(unguarded[1], truth[1]) > 1.5 * calibration.AUTO
 
 
 def test_each_plan_is_taken_where_it_pays() -> None:
-    assert gradients(inputs(8.0, 0.1, torch.float32))[3].plan == "screened"
+    assert gradients(inputs(8.0, 0.1, torch.float32))[3].plan == "quantized"
     near = gradients(inputs(8.0, 1e-4, torch.float32))[3]
-    assert near.plan != "screened"  # too near for 16 bits
+    assert near.plan != "quantized"  # too near for 16 bits
     flat = gradients(inputs(0.01, 0.3, torch.float32, v=2048))[3]
     assert flat.plan == "exact" and flat.kept == 1
 
@@ -145,14 +145,14 @@ def test_the_estimate_holds_with_feedback(
     truth = gradients([t.double() if t.is_floating_point() else t for t in operands])
     got = gradients(operands, precision=5e-3)
     assert max(error(m, t) for m, t in zip(got[:3], truth[:3])) <= got[3].error_estimate
-    assert got[3].plan == ("screened" if SCREENS else "filtered")
+    assert got[3].plan == ("quantized" if QUANTIZES else "filtered")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("segment", [64, 192])
 def test_feedback_takes_the_screens_error_off_the_heads_directions(segment: int, dtype: torch.dtype) -> None:
     hidden, weight, *_ = (t.to(dtype) for t in shared_directions(4.0, 4, 1e-2)[:2])
-    if not SCREENS:
+    if not QUANTIZES:
         pytest.skip("this processor has neither AVX2 nor AVX512-VNNI")
     backend = CpuBackend()
     exact = hidden.double() @ weight.double().T
@@ -160,7 +160,7 @@ def test_feedback_takes_the_screens_error_off_the_heads_directions(segment: int,
 
     def noise(rounding: Coefficients | None) -> tuple[float, float]:
         out = torch.empty(exact.shape)
-        backend.project_screened(hidden, weight, out, segment, rounding)
+        backend.project_quantized(hidden, weight, out, segment, rounding)
         e = out.double() - exact
         return float(e.norm() / exact.norm()), float((e @ weight.double()).norm())
 
@@ -202,7 +202,7 @@ def test_options_beside_the_plans(options: dict[str, Any]) -> None:
     truth = gradients([t.double() if t.is_floating_point() else t for t in operands], **double)
     got = gradients(operands, **options)
     assert max(error(m, t) for m, t in zip(got[:3], truth[:3])) <= calibration.AUTO
-    assert got[3].plan == ("screened" if "divergence" in options else "filtered")
+    assert got[3].plan == ("quantized" if "divergence" in options else "filtered")
 
 
 def test_repeats_bit_for_bit_with_any_number_of_threads() -> None:
@@ -221,7 +221,7 @@ def test_nan_is_not_hidden() -> None:
     operands = inputs(6.0, 0.2, torch.float32)
     operands[0][1] = float("nan")
     loss, d_hidden, _, stats = gradients(operands)
-    assert loss.isnan() and d_hidden[1].isnan().any() and stats.plan != "screened"
+    assert loss.isnan() and d_hidden[1].isnan().any() and stats.plan != "quantized"
 
 
 def test_instruction_sets_agree(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ def test_operations() -> None:
         (model.filtered(s, 1.0), 6 * hs + 2 * ht),
         (model.statistics(s), 2 * (hs + ht)),
         (model.recomputed(s), 8 * hs + 4 * ht),
-        (model.screened(s, 0.1, refined=0.25), 2 * (hs + ht) * 1.25 + 0.1 * 4 * hs),
+        (model.quantized(s, 0.1, refined=0.25), 2 * (hs + ht) * 1.25 + 0.1 * 4 * hs),
     ):
         assert products(cost, s) == pytest.approx(expected)
 
@@ -80,8 +80,8 @@ def test_density_one_and_no_tokens() -> None:
 def test_plans_that_a_device_cannot_run_say_so() -> None:
     a100 = next(d for d in model.DEVICES if d.name == "A100")
     text = model.markdown(model.Shape(), [1024])
-    assert model.screened(model.Shape(), 0.1).seconds(a100) == float("inf")
-    line = next(x for x in text.splitlines() if x.startswith("| screened"))
+    assert model.quantized(model.Shape(), 0.1).seconds(a100) == float("inf")
+    line = next(x for x in text.splitlines() if x.startswith("| quantized"))
     assert [cell.strip() for cell in line.split("|")][-3] == "–"
 
 

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sgopd_kernels import driver
 from sgopd_kernels.backends.triton import TritonBackend
-from sgopd_kernels.plans.base import Need
+from sgopd_kernels.plans.base import NeedsGrad
 from sgopd_kernels.plans.calibration import AUTO
 from sgopd_kernels.problem import Head, Problem, Spec
 
@@ -70,7 +70,9 @@ class Memory(TorchDispatchMode):
         return result
 
 
-def run(spec: Spec, need: Need, capture: bool = True, **heads: Any) -> tuple[Recorder, Memory, driver.Result]:
+def run(
+    spec: Spec, needs_grad: NeedsGrad, capture: bool = True, **heads: Any
+) -> tuple[Recorder, Memory, driver.Result]:
     inputs: list[Tensor] = []
 
     def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -89,11 +91,11 @@ def run(spec: Spec, need: Need, capture: bool = True, **heads: Any) -> tuple[Rec
     )
     scale = empty(N, dtype=torch.float64)
     with Memory(inputs) as memory:
-        result = driver.run(problem, backend, scale, need)
+        result = driver.run(problem, backend, scale, needs_grad)
     return backend, memory, result
 
 
-BOTH = Need(hidden=True, weight=True)
+BOTH = NeedsGrad(hidden=True, weight=True)
 
 
 def test_launches_and_memory_of_the_default() -> None:
@@ -120,7 +122,7 @@ def test_exact_splits_the_gradient() -> None:
 
 
 def test_without_gradients() -> None:
-    backend, memory, _ = run(Spec(), Need())
+    backend, memory, _ = run(Spec(), NeedsGrad())
     assert backend.launches == ["product", "product", "rows_kernel"] * backend.launches.count("rows_kernel")
     assert memory.peak <= TritonBackend.default_workspace + 64 * N * 8
 

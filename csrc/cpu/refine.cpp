@@ -1,4 +1,4 @@
-// Screened logits: the product in 16-bit integers, the pairs that carry probability, their logits again in fp32.
+// Quantized logits: the product in 16-bit integers, the pairs that carry probability, their logits again in fp32.
 
 #include <cmath>
 
@@ -77,10 +77,10 @@ std::unique_ptr<Pairs> select_mass(Address student, int64_t student_stride, floa
   return pairs;
 }
 
-// Puts fp32 products in place of the screened logits of the pairs, and measures the screen by them. report [n, 6]:
-// columns 2, 3 probability outside the pairs; 4, 5 variance of (fp32 - screened) over a token's pairs, in logits, for
-// student and teacher. Its mean is subtracted from the pairs: a shift of all of a token's logits changes nothing, while
-// a shift between pairs and the rest would.
+// Puts fp32 products in place of the quantized logits of the pairs, and measures the quantization by them. report [n,
+// 6]: columns 2, 3 probability outside the pairs; 4, 5 variance of (fp32 - quantized) over a token's pairs, in logits,
+// for student and teacher. Its mean is subtracted from the pairs: a shift of all of a token's logits changes nothing,
+// while a shift between pairs and the rest would.
 void refine(const Pairs& pairs, Address student, int64_t student_stride, float student_scale, Address teacher,
             int64_t teacher_stride, float teacher_scale, const MatrixTuple& student_hidden,
             const MatrixTuple& student_weight, int64_t student_width, const MatrixTuple& teacher_hidden,
@@ -157,7 +157,7 @@ void refine(const Pairs& pairs, Address student, int64_t student_stride, float s
 
 }  // namespace
 
-void define_screen(py::module_& m, py::class_<Pairs>& pairs) {
+void define_refine(py::module_& m, py::class_<Pairs>& pairs) {
   using namespace py::literals;
   pairs.def("refine", &refine, py::kw_only(), "student"_a, "student_stride"_a, "student_scale"_a, "teacher"_a,
             "teacher_stride"_a, "teacher_scale"_a, "student_hidden"_a, "student_weight"_a, "student_width"_a,

@@ -1,7 +1,7 @@
-"""The screened plan: logits in 16-bit integers; those that carry probability again in fp32; then as filtered.
+"""The quantized plan: logits in 16-bit integers; those that carry probability again in fp32; then as filtered.
 
-The screen's error is measured on the logits that are computed twice, and estimated from there for loss, gradients and
-the gate's sign.
+The error is measured on the logits that are computed twice, and estimated from there for loss, gradients and the
+gate's sign.
 """
 
 from __future__ import annotations
@@ -13,52 +13,52 @@ import torch
 from torch import Tensor
 
 from ..backends.cpu import CpuBackend
+from ..oracle import STATS
 from ..problem import Chunk, Problem
-from ..reference import STATS
 from . import calibration
-from .base import Need, worst
+from .base import NeedsGrad, worst
 from .calibration import Setting
-from .directions import Coefficients, Directions, Rest, feedback
+from .directions import Coefficients, Directions, Residual, feedback
 from .pairs import Pairs
 
 
 class Feedback:
     """Both models' roundings, made when they are first asked for."""
 
-    def __init__(self, rest: Rest, teacher: Tensor) -> None:
-        self.rest, self.teacher_weight = rest, teacher
+    def __init__(self, residual: Residual, teacher: Tensor) -> None:
+        self.residual, self.teacher_weight = residual, teacher
 
     @cached_property
     def student(self) -> Coefficients:
-        return feedback(self.rest.directions)
+        return feedback(self.residual.directions)
 
     @cached_property
     def teacher(self) -> Coefficients:
         return feedback(Directions.of(self.teacher_weight))
 
 
-class Screen(Pairs):
+class Quantized(Pairs):
     """`mass`: the probability from which a logit is computed again."""
 
     def __init__(
         self,
         problem: Problem,
         backend: CpuBackend,
-        need: Need,
-        rest: Rest,
+        needs_grad: NeedsGrad,
+        residual: Residual,
         feedback: Feedback | None,
         setting: Setting,
         mass: float,
     ) -> None:
-        super().__init__(problem, backend, need, rest)
+        super().__init__(problem, backend, needs_grad, residual)
         self.feedback, self.setting, self.mass = feedback, setting, mass
-        self.measured = rest.weight.new_empty(0)  # [n, 6], of a chunk's screen (csrc/cpu/screen.cpp)
+        self.measured = residual.weight.new_empty(0)  # [n, 6], of a chunk's quantization (csrc/cpu/refine.cpp)
 
     def project(self, chunk: Chunk) -> None:
-        p, at, feedback = self.problem, chunk.rows, self.feedback
+        p, at, feedback = self.problem, chunk.positions, self.feedback
         assert p.teacher is not None and p.teacher_hidden is not None and chunk.z_teacher is not None
         student, teacher = (feedback.student, feedback.teacher) if feedback else (None, None)
-        project = self.backend.project_screened
+        project = self.backend.project_quantized
         for hidden, weight, out, rounding in (
             (p.student_hidden, self.head, chunk.z_student, student),
             (p.teacher_hidden, p.teacher.weight[: self.v], chunk.z_teacher, teacher),
@@ -70,7 +70,7 @@ class Screen(Pairs):
         super(Pairs, self).forward(chunk)
         loss, noise = self.error(chunk.stats, chunk.scale)
         error = worst(loss, self.take(chunk, noise))
-        self.ran = "screened"
+        self.ran = "quantized"
         self.pays = error <= self.budget  # nor would it hold on the chunks to come
         return error
 
@@ -87,10 +87,12 @@ class Screen(Pairs):
         return loss if ratio <= numbers.gate else math.inf, noise
 
 
-def screens(problem: Problem, backend: CpuBackend, need: Need, rest: Rest, rows: Tensor) -> list[Screen]:
-    """The screens that may hold for the tokens `rows`, the fastest first; none for flat or nearly equal models.
+def quantized(
+    problem: Problem, backend: CpuBackend, needs_grad: NeedsGrad, residual: Residual, rows: Tensor
+) -> list[Quantized]:
+    """The quantized plans that may hold for the tokens `rows`, the fastest first; none for flat or nearly equal models.
 
-    The screen sees plain logits: neither bias, softcap nor a third model. A probe of every sixteenth column of up to 16
+    They see plain logits: neither bias, softcap nor a third model. A probe of every sixteenth column of up to 16
     tokens, in fp32: how many carry probability, and the KL between the two distributions restricted to them. Worth
     under 1 % of a chunk.
     """
@@ -101,7 +103,7 @@ def screens(problem: Problem, backend: CpuBackend, need: Need, rest: Rest, rows:
         or p.reference is not None
         or p.spec.estimator != "full"
         or any(h.bias is not None or h.softcap is not None for h in (p.student, p.teacher))
-        or not backend.screens(p.student_hidden, p.student.weight, p.teacher_hidden, p.teacher.weight)
+        or not backend.quantizes(p.student_hidden, p.student.weight, p.teacher_hidden, p.teacher.weight)
         or rows.numel() == 0
     ):
         return []
@@ -123,15 +125,15 @@ def screens(problem: Problem, backend: CpuBackend, need: Need, rest: Rest, rows:
         return []
     kl = float((log_p.exp() * (log_p - log_q)).sum(-1).median())
     room = kl * p.spec.budget**2
-    both = Feedback(rest, p.teacher.weight[: p.vocabulary])
+    both = Feedback(residual, p.teacher.weight[: p.vocabulary])
     first = next((i for i, s in enumerate(settings) if room > s.kl), len(settings))
     at_first = min(numbers.most_mass, numbers.mass * max(1.0, room / settings[0].kl) ** 0.75)
     return [
-        Screen(
+        Quantized(
             p,
             backend,
-            need,
-            rest,
+            needs_grad,
+            residual,
             both if setting.feedback else None,
             setting,
             numbers.mass if later else at_first,
