@@ -1,7 +1,8 @@
 # Every target makes its own virtual environment; nothing has to be installed or activated first.
 #   make quickstart   watch a student learn from a teacher by sign-gated on-policy distillation (CPU, minutes)
 #   make test         install the packages and test what was installed
-#   make lint         format, lint and type checks; make format puts right what it can
+#   make lint         format, lint and type checks, and make docs; make format puts right what it can
+#   make docs         the documentation as a site, in build/site; a link that leads nowhere is an error
 #   make bench        loss, verifier, rollouts and update beside their peers, error beside time (half an hour);
 #                     a part: make bench ARGS="-k 'loss and bfloat16' --benchmark-json runs/bench.json"
 #   make long         the long checks, one after another (hours); some: make long ONLY="fuzz sanitize"
@@ -25,7 +26,7 @@ PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 # One virtual environment: pip must not work in it twice at once.
 .NOTPARALLEL:
 LONG := chaos soak fuzz sanitize hostile wheel-check versions hosts
-.PHONY: install quickstart test test-versions lint format bench long $(addprefix long-,$(LONG)) gpu-suite lock sbom clean
+.PHONY: install quickstart test test-versions lint docs format bench long $(addprefix long-,$(LONG)) gpu-suite lock sbom clean
 .DEFAULT_GOAL := quickstart
 
 SOURCES := $(shell find sgopd sgopd_kernels csrc -type f -not -name '*.pyc' -not -name '*.so' 2>/dev/null)
@@ -64,6 +65,11 @@ $(VENV)-lint/.installed: requirements/lint.txt
 	$(VENV)-lint/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/lint.txt
 	@touch $@
 
+$(VENV)-docs/.installed: requirements/docs.txt
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/docs.txt
+	@touch $@
+
 install: $(VENV)/.installed
 
 quickstart: $(VENV)/.installed
@@ -73,11 +79,15 @@ test: $(VENV)/.test
 	$(VENV)/bin/pytest tests $(WORKERS) -p no:benchmark
 	$(VENV)/bin/pytest bench -m smoke --benchmark-disable -q
 
-lint: $(VENV)-lint/.installed
+lint: $(VENV)-lint/.installed docs
 	$(VENV)-lint/bin/ruff format --check .
 	$(VENV)-lint/bin/ruff check .
 	$(VENV)-lint/bin/mypy
 	$(VENV)-lint/bin/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+# The variable: material's advertisement for another program.
+docs: $(VENV)-docs/.installed
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict --quiet
 
 format: $(VENV)-lint/.installed
 	$(VENV)-lint/bin/ruff format .
@@ -139,4 +149,4 @@ sbom: $(VENV)/.test
 	$(VENV)/bin/python requirements/sbom.py dist/sbom.json
 
 clean:
-	rm -rf build dist $(VENV) $(VENV)-lint $(VENV)-oldest $(VENV)-newest *.egg-info sgopd_kernels/*.so
+	rm -rf build dist $(VENV) $(VENV)-lint $(VENV)-docs $(VENV)-oldest $(VENV)-newest *.egg-info sgopd_kernels/*.so

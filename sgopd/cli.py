@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sgopd import __version__
-from sgopd.config import Config, LostProcess, UserError, parse_flag, unknown
+from sgopd.config import Config, LostProcess, UserError, default_text, parse_flag, unknown
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import: `--help` does without them
     from sgopd.report.run import Run
@@ -76,7 +76,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[str, Path | None, dict[str, 
             continue
         for field in dataclasses.fields(Config):
             required = field.default is field.default_factory is dataclasses.MISSING
-            default = "required" if required else f"default: {yaml_word(field)}"
+            default = "required" if required else f"default: {default_text(field)}"
             options: dict[str, Any] = {"nargs": "?", "const": "true"} if field.type == "bool" else {}
             options["help"] = f"{field.metadata['help']} ({default})".replace("%", "%%")
             command.add_argument(f"--{field.name}", default=argparse.SUPPRESS, metavar="VALUE", **options)
@@ -88,14 +88,6 @@ def parse(arguments: Sequence[str] | None) -> tuple[str, Path | None, dict[str, 
     values = vars(known)
     command_name, path_given = values.pop("command"), values.pop("path", None)
     return command_name, path_given, {name: parse_flag(name, text) for name, text in values.items()}
-
-
-def yaml_word(field: dataclasses.Field[Any]) -> str:
-    """A default as one would write it in the YAML file."""
-    value = field.default
-    if field.default_factory is not dataclasses.MISSING:
-        value = field.default_factory()
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def quickstart(overrides: dict[str, Any]) -> int:

@@ -13,6 +13,7 @@ import copy
 import dataclasses
 import difflib
 import functools
+import json
 import math
 import re
 import types
@@ -472,6 +473,12 @@ def describe(hint: Any) -> str:
         return f"a list of {describe(typing.get_args(hint)[0])}"
     words = {str: "text", int: "a whole number", float: "a number", bool: "true or false", dict: "a mapping"}
     return words.get(hint, "null")
+
+
+def default_text(field: dataclasses.Field[Any]) -> str:
+    """A default as one would write it in the YAML file."""
+    value = field.default if field.default_factory is MISSING else field.default_factory()
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def parse_flag(name: str, text: str) -> Any:
