@@ -5,6 +5,7 @@ sgopd quickstart [--key value …]              the shipped example, in about a 
 sgopd evaluate RUN_DIR|CONFIG.yaml [--key …]  avg@k and pass@k of a trained model
 sgopd watch RUN_DIR                           a run in this terminal: at work in another process, or finished
 sgopd report RUN_DIR                          report.html anew
+sgopd report RUN_DIR RUN_DIR … [--output FILE]  comparison.html: curves over each other, paired differences
 
 Every setting of a config file is a flag: `sgopd train --help` lists them. On several processes or GPUs:
 torchrun --nproc_per_node 8 -m sgopd train CONFIG.yaml
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         assert path is not None
         if command == "watch":
             return watch(path)
-        return evaluate(path, overrides) if command == "evaluate" else report(path)
+        return evaluate(path, overrides) if command == "evaluate" else report(path, **overrides)
     except UserError as error:
         if main_process or isinstance(error, LostProcess):  # the main process may be the one that was lost
             print(f"sgopd: error: {error}", file=sys.stderr)
@@ -66,12 +67,15 @@ def parse(arguments: Sequence[str] | None) -> tuple[str, Path | None, dict[str, 
         ("quickstart", None, "train the shipped example"),
         ("evaluate", "RUN_DIR|CONFIG.yaml", "evaluate a trained model; JSON lines if the output is not a terminal"),
         ("watch", "RUN_DIR", "show a run that is at work in another process, or a finished one"),
-        ("report", "RUN_DIR", "write report.html from a run directory"),
+        ("report", "RUN_DIR", "write report.html from a run directory, or comparison.html from several"),
     ):
         usage = " ".join(filter(None, ("sgopd", name, path, "[--key value …]" if name not in UNSET else None)))
         command = commands.add_parser(name, usage=usage, help=what, description=what, allow_abbrev=False)
         if path is not None:
             command.add_argument("path", type=Path, metavar=path, nargs="?" if name == "train" else None)
+        if name == "report":
+            command.add_argument("others", type=Path, metavar="RUN_DIR", nargs="*", help="runs to compare it with")
+            command.add_argument("--output", type=Path, metavar="FILE", help="of the comparison: comparison.html")
         if name in UNSET:
             continue
         for field in dataclasses.fields(Config):
@@ -87,6 +91,8 @@ def parse(arguments: Sequence[str] | None) -> tuple[str, Path | None, dict[str, 
         raise UserError(unknown("argument", flag, names if known.command not in UNSET else []))
     values = vars(known)
     command_name, path_given = values.pop("command"), values.pop("path", None)
+    if command_name in UNSET:
+        return command_name, path_given, values
     return command_name, path_given, {name: parse_flag(name, text) for name, text in values.items()}
 
 
@@ -153,12 +159,14 @@ def watch(path: Path) -> int:
     return 0
 
 
-def report(path: Path) -> int:
-    """report.html of a run directory."""
-    from sgopd.report import write_report
+def report(path: Path, others: list[Path], output: Path | None) -> int:
+    """report.html of a run directory, or the comparison of several."""
+    from sgopd.report import write_comparison, write_report
 
+    if output is not None and not others:
+        raise UserError(f"--output: got {output}, but the report of one run goes into its folder. Leave it out")
     try:
-        print(write_report(path))
+        print(write_comparison([path, *others], output or Path("comparison.html")) if others else write_report(path))
     except FileNotFoundError as error:
         raise UserError(str(error)) from error
     return 0

@@ -177,6 +177,11 @@ DEFECTS += [
     Defect("inspector: numbers rounded down", "sgopd/report/inspector.py", "(bits + half) & mask", "bits & mask", "inspector"),
     Defect("inspector: texts of a file at their full length", "sgopd/report/inspector.py", "cut(text, PIECE_SHOWN)", "text", "inspector"),
     Defect("report: any script may run in it", "sgopd/report/__init__.py", "f\"script-src 'sha256-{", "f\"script-src 'unsafe-inline' 'sha256-{", "inspector"),
+    Defect("report: a difference without its pairs", "sgopd/scores.py", "mean_and_se([b - a for a, b in zip(before, after)])", "mean_and_se([b - a for a, b in zip(sorted(before), reversed(sorted(after)))])", "compare report::test_changes_are_paired_by_question"),
+    Defect("report: other questions are paired as well", "sgopd/report/run.py", 'before.get("eval/questions_sha256") != after', 'before.get("eval/k") != after', "report::test_changes_are_paired_by_question"),
+    Defect("comparison: a seed is a configuration", "sgopd/report/compare.py", '{"seed", "run_name"', '{"run_name"', "compare"),
+    Defect("comparison: seeds dealt to others", "sgopd/report/compare.py", "[ours[seed] for seed in common]", "[ours[seed] for seed in reversed(common)]", "compare"),
+    Defect("report: an axis label in two notations", "sgopd/report/figures.py", "                written = powers", "                pass", "report::test_the_labels_of_an_axis_fit_beside_it_in_one_notation"),
 ]
 # fmt: on
 KERNEL_TESTS = [

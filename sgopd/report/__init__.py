@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,16 @@ from markupsafe import Markup
 
 from sgopd.config import UserError
 from sgopd.files import new_file
+from sgopd.report import compare
 from sgopd.report.checks import checks
 from sgopd.report.figures import CELLS, SMOOTHED_FROM, average_name, drawings
 from sgopd.report.inspector import TEXT_SHOWN, Packed, cut, pack
 from sgopd.report.quantities import last_tenth, number, points, show, total
 from sgopd.report.run import Record, Run, paired, read_run
 
-__all__ = ["write_report"]
+__all__ = ["write_comparison", "write_report"]
 
-MARK = "SG-OPD run report"  # in the title of every page
+MARK, COMPARISON = "SG-OPD run report", "SG-OPD comparison of runs"  # in the title of every page
 HERE = Path(__file__).parent
 SCRIPT = (HERE / "inspector.js").read_text(encoding="utf-8")
 # The page's one script, by its hash, and no text that becomes markup in it.
@@ -46,24 +48,62 @@ def write_report(run_dir: str | Path) -> Path:
     """
     run_dir = Path(run_dir)
     run = read_run(run_dir)
-    target, page = run_dir / "report.html", render(run, pack(run_dir / "completions", run.unreadable))
-    if target.exists() and MARK not in target.read_text(encoding="utf-8", errors="replace"):
-        raise UserError(f"{target} is no report of a run, and would be overwritten: move it away, then `sgopd report`")
-    with new_file(target) as path:  # a reader never sees half a page
-        path.write_text(page, encoding="utf-8", errors="replace")
+    target = run_dir / "report.html"
+    write_page(target, MARK, render(run, pack(run_dir / "completions", run.unreadable)))
     return target
 
 
-def render(run: Run, rollouts: Packed | None) -> str:
-    """The page. The template escapes every text of the run; only figures and definitions are markup."""
-    environment = jinja2.Environment(
+def write_comparison(run_dirs: Sequence[str | Path], target: str | Path) -> Path:
+    """Writes a page that compares runs, and returns its path.
+
+    Raises:
+        FileNotFoundError: one of `run_dirs` has no metrics.jsonl of a run.
+        UserError: too many configurations, the page cannot be written, or another one has its name.
+    """
+    target, runs = Path(target), [read_run(Path(run_dir)) for run_dir in run_dirs]
+    groups = compare.grouped(runs)
+    last = next((run.after for run in runs if run.after is not None), {})
+    page = template("comparison.html.jinja").render(
+        policy=POLICY,
+        names=[run.name for run in runs],
+        groups=groups,
+        rows=compare.rows(groups),
+        differing=list(groups[0].settings),
+        sections=compare.drawings(groups),
+        average_name=average_name(last),
+        passing_name=f"pass@{last.get('eval/k', 'k')}",
+        unreadable=[f"{run.name}: {sentence}" for run in runs for sentence in run.unreadable],
+    )
+    write_page(target, COMPARISON, page)
+    return target
+
+
+def write_page(target: Path, mark: str, page: str) -> None:
+    """Writes a page of ours, but not over one of someone else."""
+    if target.exists() and mark not in target.read_text(encoding="utf-8", errors="replace"):
+        what = "report of a run" if mark == MARK else "comparison of runs"
+        raise UserError(
+            f"{target} is no {what}, and would be overwritten: move it away, then `sgopd report`"
+            + (", or choose another --output" if mark == COMPARISON else "")
+        )
+    with new_file(target) as path:  # a reader never sees half a page
+        path.write_text(page, encoding="utf-8", errors="replace")
+
+
+def template(name: str) -> jinja2.Template:
+    """Every text of a run is escaped; only figures and definitions are markup."""
+    return jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-    )
-    return environment.get_template("report.html.jinja").render(
+    ).get_template(name)
+
+
+def render(run: Run, rollouts: Packed | None) -> str:
+    """The page of one run."""
+    return template("report.html.jinja").render(
         run=run,
         rollouts=rollouts,
         script=Markup(SCRIPT),

@@ -75,7 +75,7 @@ class Drawing:
     unit: str
     svg: Markup
     legend: list[tuple[Series, str]]  # with the mean over the last tenth of the updates
-    definition: Markup
+    definition: str  # trusted HTML
     stacked: bool = False
 
 
@@ -401,11 +401,11 @@ def draw(run: Run, figure: Figure) -> Drawing:
         else:
             for series, values in zip(shown, curves):
                 _line(axes, run.steps, values, series)
-        _finish(axes, figure.unit, [v for curve in curves for v in curve], log=figure.log, stacked=figure.stacked)
+        finish(axes, figure.unit, [v for curve in curves for v in curve], log=figure.log, stacked=figure.stacked)
 
     changes = "; ".join(_change(series.label, run.steps, values, figure.unit) for series, values in zip(shown, curves))
     svg = to_svg(plot, f"{figure.title}. {changes}")
-    return Drawing(figure.title, figure.unit, svg, legend, Markup(figure.definition), figure.stacked)
+    return Drawing(figure.title, figure.unit, svg, legend, figure.definition, figure.stacked)
 
 
 def average_name(record: Record) -> str:
@@ -461,12 +461,12 @@ def _evaluation_drawing(key: str, definition: str, student: list[Record], teache
             width = _or_zero(number(teacher.get(error)))
             axes.axhspan(level - width, level + width, color=COLORS["orange"], alpha=0.18, linewidth=0)
             axes.axhline(level, color=COLORS["orange"], linewidth=1.5, linestyle=(0, (4, 2)))
-        _finish(axes, "%", [*values, level], log=False, stacked=False)
+        finish(axes, "%", [*values, level], log=False, stacked=False)
 
     description = f"{title}. {_change('student', steps, values, '%')}"
     if math.isfinite(level):
         description += f"; teacher {show(level, '%')}"
-    return Drawing(title, "%", to_svg(plot, description), legend, Markup(definition))
+    return Drawing(title, "%", to_svg(plot, description), legend, definition)
 
 
 def _shares(curves: Sequence[Sequence[float]]) -> list[list[float]]:
@@ -500,7 +500,7 @@ def _stack(axes: Axes, steps: Sequence[int], curves: Sequence[Sequence[float]], 
         lower = upper
 
 
-def _finish(axes: Axes, unit: str, values: Sequence[float], *, log: bool, stacked: bool) -> None:
+def finish(axes: Axes, unit: str, values: Sequence[float], *, log: bool, stacked: bool) -> None:
     """Scales, ticks and limits."""
     finite = [value for value in values if math.isfinite(value)]
     positive = [value for value in finite if value > 0]
