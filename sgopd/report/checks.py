@@ -242,7 +242,7 @@ def verdict_balance(course: Course) -> Check:
             name,
             finding,
             "Without one correct rollout the gate sees half of its cells. Check the verifier on a few completions by "
-            "hand, use easier prompts, or start with teacher rollouts (cold_start_steps).",
+            "hand (`sgopd watch` shows some), use easier prompts, or start with teacher rollouts (cold_start_steps).",
         )
     return fine(name, finding)
 
