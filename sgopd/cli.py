@@ -6,6 +6,7 @@ sgopd evaluate RUN_DIR|CONFIG.yaml [--key …]  avg@k and pass@k of a trained mo
 sgopd watch RUN_DIR                           a run in this terminal: at work in another process, or finished
 sgopd report RUN_DIR                          report.html anew
 sgopd report RUN_DIR RUN_DIR … [--output FILE]  comparison.html: curves over each other, paired differences
+sgopd serve-teacher MODEL                     a teacher for trainers on other machines (docs/scaling.md)
 
 Every setting of a config file is a flag: `sgopd train --help` lists them. On several processes or GPUs:
 torchrun --nproc_per_node 8 -m sgopd train CONFIG.yaml
@@ -33,7 +34,7 @@ if TYPE_CHECKING:  # torch and transformers take seconds to import: `--help` doe
     from sgopd.report.run import Run
 
 Record = dict[str, Any]
-UNSET = ("watch", "report")  # commands that take no settings
+UNSET = ("watch", "report", "serve-teacher")  # commands that take no settings
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,6 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         assert path is not None
         if command == "watch":
             return watch(path)
+        if command == "serve-teacher":
+            from sgopd.teachers.serve import Options, serve
+
+            return serve(Options(model=str(path), **overrides))
         return evaluate(path, overrides) if command == "evaluate" else report(path, **overrides)
     except UserError as error:
         if main_process or isinstance(error, LostProcess):  # the main process may be the one that was lost
@@ -84,6 +89,16 @@ def parse(arguments: Sequence[str] | None) -> tuple[str, Path | None, dict[str, 
             options: dict[str, Any] = {"nargs": "?", "const": "true"} if field.type == "bool" else {}
             options["help"] = f"{field.metadata['help']} ({default})".replace("%", "%%")
             command.add_argument(f"--{field.name}", default=argparse.SUPPRESS, metavar="VALUE", **options)
+    what = "give a model's last hidden states to trainers elsewhere (teacher_url)"
+    command = commands.add_parser("serve-teacher", help=what, description=what, allow_abbrev=False)
+    command.add_argument("path", metavar="MODEL", help="a folder or a hub name")
+    command.add_argument("--name", help="the trainer's teacher_model_name_or_path (default: MODEL)")
+    command.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    command.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
+    command.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(default: %(default)s)")
+    command.add_argument("--max_tokens", type=int, default=32_768, help="of a text (default: %(default)s)")
+    command.add_argument("--max_body", type=int, default=2**24, help="bytes of a request (default: %(default)s)")
+    command.add_argument("--use_cpu", action="store_true", help="run on the CPU even where there is a GPU")
     known, rest = parser.parse_known_args(arguments)
     for word in rest:
         flag = word.split("=")[0]
@@ -91,6 +106,8 @@ def parse(arguments: Sequence[str] | None) -> tuple[str, Path | None, dict[str, 
         raise UserError(unknown("argument", flag, names if known.command not in UNSET else []))
     values = vars(known)
     command_name, path_given = values.pop("command"), values.pop("path", None)
+    if command_name == "serve-teacher":
+        values["name"] = values["name"] or str(path_given)
     if command_name in UNSET:
         return command_name, path_given, values
     return command_name, path_given, {name: parse_flag(name, text) for name, text in values.items()}

@@ -92,6 +92,15 @@ class Config:
         "frozen reference policy: the gate's weight then extrapolates from it to the teacher (method.md, section 2)",
         None,
     )
+    teacher_url: str | None = content(
+        "address of a server that has the teacher (docs/scaling.md); teacher_model_name_or_path is its name there", None
+    )
+    teacher_top_k: int = free("with teacher_url and estimator full: tokens a position that the server gives", 20)
+    teacher_copy: str | None = free(
+        "a copy of the served teacher, which its scores are compared with at the start", None
+    )
+    teacher_timeout: float = free("seconds that the teacher's server may take for a request", 120.0)
+    teacher_connections: int = free("requests to the teacher's server at once, of each process", 8)
     dtype: Literal["float32", "bfloat16"] = free("dtype of the student's weights; part of the recipe", "float32")
     teacher_dtype: Literal["float32", "bfloat16"] = free("dtype of the teacher's and reference's weights", "float32")
     bf16: bool = free("autocast the student's forward and backward to bfloat16; its weights keep `dtype`", False)
@@ -240,12 +249,12 @@ class Config:
             1: "dataset_size eval_dataset_size max_completion_length num_generations verifier_workers max_steps "
             "verifier_memory_mb per_device_train_batch_size gradient_accumulation_steps num_iterations eval_steps "
             "num_generations_eval eval_k per_device_eval_batch_size logging_steps save_steps save_total_limit "
-            "max_prompt_length generation_batch_size num_threads max_skipped_steps",
+            "max_prompt_length generation_batch_size num_threads max_skipped_steps teacher_top_k teacher_connections",
         }
         for least, names in at_least.items():
             for name in names.split():
                 self._expect(name, getattr(self, name) is None or getattr(self, name) >= least, f">= {least}")
-        for name in ("temperature", "learning_rate", "verifier_timeout"):
+        for name in ("temperature", "learning_rate", "verifier_timeout", "teacher_timeout"):
             self._expect(name, getattr(self, name) > 0, "> 0")
         self._expect("adam_epsilon", self.adam_epsilon > 0, "> 0: a weight without a gradient would become 0 / 0")
         pairs = all(len(pair) == len({*pair} - {""}) == 2 for pair in self.thought_tags)
@@ -278,12 +287,26 @@ class Config:
             self.divergence == "reverse-kl" or self.estimator == "full",
             "reverse-kl with estimator sampled, which is the policy gradient of that divergence. Use estimator full",
         )
+        if self.teacher_url is not None:
+            self._check_served()
+        self._expect(
+            "teacher_copy", self.teacher_copy is None or self.teacher_url is not None, "null without teacher_url"
+        )
         self._expect("fsdp_teacher", self.fsdp or not self.fsdp_teacher, "false without fsdp")
         self._expect(
             "eval_k",
             (self.eval_k or 1) <= self.num_generations_eval,
             f"<= num_generations_eval ({self.num_generations_eval})",
         )
+
+    def _check_served(self) -> None:
+        """What a teacher elsewhere cannot do."""
+        why = "with teacher_url: a served teacher scores, and writes nothing"
+        self._expect("teacher_url", str(self.teacher_url).startswith(("http://", "https://")), "http://HOST:PORT")
+        self._expect("cold_start_steps", self.cold_start_steps * self.teacher_share == 0, f"0 {why}")
+        self._expect("teacher_probes", self.teacher_probes == 0, f"0 {why}")
+        self._expect("eval_teacher", not self.eval_teacher, f"false {why}")
+        self._expect("fsdp_teacher", not self.fsdp_teacher, "false with teacher_url: it is not in these processes")
 
     def _expect(self, name: str, right: bool, expected: str) -> None:
         if not right:

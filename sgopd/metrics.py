@@ -145,7 +145,12 @@ def names(dicts: Iterable[dict[str, Any]]) -> list[str]:
 
 
 def add_token_metrics(
-    sums: Sums, stats: Stats, verdict: Tensor, engine_logprob: Tensor | None, tolerance: float
+    sums: Sums,
+    stats: Stats,
+    verdict: Tensor,
+    engine_logprob: Tensor | None,
+    tolerance: float,
+    whole: bool = True,
 ) -> None:
     """Statistics of N tokens of student rollouts.
 
@@ -154,12 +159,15 @@ def add_token_metrics(
         verdict: [N] 1, -1 or 0, as the gate saw it.
         engine_logprob: [N] log-probabilities from sampling; None once the weights have moved since.
         tolerance: the gate's, in nats.
+        whole: the teacher gave its whole distribution; else what cannot be known is left out.
     """
     N = verdict.numel()
     if N == 0:
         return
     d = stats.logratio
-    sums.add("kl", stats.kl.sum(), N)
+    for name, values in (("kl", stats.kl), ("entropy/teacher", stats.teacher_entropy)):
+        if whole or not values.isnan().all():
+            sums.add(name, values.sum(), N)
     sums.add("logratio/mean", d.sum(), N)
     sums.add("logratio/abs_mean", d.abs().sum(), N)
     sums.add("gate/mean", stats.gate.sum(), N)
@@ -167,7 +175,6 @@ def add_token_metrics(
     sums.add("gate/agree_fraction", agree.sum(), N)
     sums.add("gate/agree_fraction_weighted", (agree * d.abs()).sum(), d.abs().sum())
     sums.add("entropy/student", stats.student_entropy.sum(), N)
-    sums.add("entropy/teacher", stats.teacher_entropy.sum(), N)
     if stats.report is not None:  # the reference backend has no plan
         plan, kept, error = stats.report
         for index, name in enumerate(PLANS):

@@ -64,8 +64,8 @@ class Rollout:
     completion: Completion
     source: str  # "student" or "teacher"
     in_teacher_slot: bool  # the teacher tried for this slot (and failed, where source is "student")
-    verdict: int  # 1 correct, -1 incorrect, 0 unknown
-    reason: str  # the verifier's
+    verdict: int = 0  # 1 correct, -1 incorrect, 0 unknown
+    reason: str = ""  # the verifier's
     reliability: float = 0.0  # how far the teacher is trusted in conflicts, in [0, 1]
     token_stats: Tensor | None = None  # [8, T] of the last update on it: sgopd.completions.keep_token_stats
 

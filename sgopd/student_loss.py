@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from sgopd.config import Config
 from sgopd.models import Head, head_arguments, head_of, hidden_states
 from sgopd.rollout import Batch
-from sgopd.teachers import Hidden, Targets
-from sgopd_kernels import Gate, Stats, gated_kl_loss
+from sgopd.teachers import Hidden, Targets, TopK
+from sgopd_kernels import Gate, Stats, gated_kl_loss, gated_logprob_loss, gated_topk_kl_loss
 
 
 class Measured(NamedTuple):
@@ -111,7 +111,21 @@ class StudentLoss(nn.Module):
                 "reference_logit_scale": reference.head.logit_scale,
                 "reference_softcap": reference.head.softcap,
             }
-        assert isinstance(targets, Hidden)
+        if not isinstance(targets, Hidden):
+            own = {
+                "student_bias": head.bias,
+                "student_logit_scale": head.logit_scale,
+                "student_softcap": head.softcap,
+                "return_stats": True,
+            }
+            if isinstance(targets, TopK):
+                given: tuple[Tensor, ...] = token_ids, targets.ids_NK, targets.logprob_NK, verdict
+                loss, stats = gated_topk_kl_loss(hidden_NH, weight, *given, **(self.settings | own | choices))
+            else:
+                given = token_ids, targets.logprob_N, verdict
+                loss, stats = gated_logprob_loss(hidden_NH, weight, *given, **(self.settings | own | choices))
+            assert isinstance(stats, Stats)
+            return loss, stats
         settings = self.settings | {
             "estimator": config.estimator,
             "divergence": ("jsd", config.jsd_beta) if config.divergence == "jsd" else config.divergence,

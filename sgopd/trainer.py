@@ -60,7 +60,7 @@ from sgopd.rollout import Rollout, batch_of, sampling_of
 from sgopd.samplers import Sampler
 from sgopd.samplers.plain import PlainSampler
 from sgopd.student_loss import StudentLoss
-from sgopd.teachers import Teacher
+from sgopd.teachers import Hidden, Teacher
 from sgopd.teachers.local import LocalTeacher
 from sgopd.verdicts import VerdictWatch, verifying
 from sgopd.verifier import Verdict
@@ -122,6 +122,8 @@ class Trainer:
         models = {"student": self.student}
         for whose in ("teacher", "reference"):
             setting = f"{whose}_model_name_or_path"
+            if whose == "teacher" and config.teacher_url is not None:
+                continue
             if (path := getattr(config, setting)) is not None:
                 models[whose], said = load_frozen(path, config, setting, self.device)
                 self.findings += said
@@ -132,7 +134,13 @@ class Trainer:
             for whose, model in models.items()
             if whose != "student"
         }
-        self.teacher: Teacher = frozen["teacher"]
+        self.teacher: Teacher
+        if config.teacher_url is not None:
+            from sgopd.teachers.remote import remote_teacher  # it needs an extra
+
+            self.teacher = remote_teacher(config, self.tokenizer, self.device)
+        else:
+            self.teacher = frozen["teacher"]
         self.opened.callback(self.teacher.close)
         self.reference = frozen.get("reference")
 
@@ -142,7 +150,9 @@ class Trainer:
         self.findings += startup.check_models(config, models, self.tokenizer, self.prompts)
         self.findings += startup.check_prompts(config, self.prompts, self.questions, self.tokenizer, models)
         self.eos_ids = eos_ids_of(self.student, self.tokenizer)
-        self.vocabulary = min(head_of(self.student).weight.shape[0], *(one.vocabulary for one in frozen.values()))
+        self.findings += self.teacher.check(self.prompts, self.questions, self.tokenizer)
+        others = [self.teacher] if self.reference is None else [self.teacher, self.reference]
+        self.vocabulary = min(head_of(self.student).weight.shape[0], *(one.vocabulary for one in others))
         self.loss = StudentLoss(self.student, config, self.gate, self.vocabulary)
         self.check_loss()
         self.contents = self.digests()
@@ -187,10 +197,11 @@ class Trainer:
 
     def digests(self) -> dict[str, str | None]:
         """Of data and models: what a resumed run must find as it was."""
+        theirs = self.processes.on_main(self.teacher.digest)
         mine = {
             "prompts": self.prompts.digest(),
             "questions": self.questions.digest() if self.questions else None,
-            "teacher": self.teacher.digest(),
+            "teacher": theirs if self.teacher.same(theirs) else self.teacher.digest(),
             "reference": self.reference.digest() if self.reference is not None else None,
         }
         everyones = self.processes.gather([mine])
@@ -318,6 +329,12 @@ class Trainer:
         sampling = sampling_of(config, self.eos_ids, self.vocabulary)
         seed = derive_seed(config.seed, source, self.state.step, self.processes.rank)
         completions = self.sampler_of(source).sample(prompts, sampling, seed)
+        rollouts = [
+            Rollout(example, prompt, completion, source, in_teacher_slot)
+            for (example, in_teacher_slot), prompt, completion in zip(slots, prompts, completions)
+        ]
+        if source == "student":
+            self.teacher.start(rollouts)
         generated = time.perf_counter()
         with verifying():
             verdicts = self.verifier.verify(
@@ -328,10 +345,9 @@ class Trainer:
         sums.count("time/rollout", (generated - began) / self.processes.count)  # a mean over processes
         sums.count("time/verify", (time.perf_counter() - generated) / self.processes.count)
         heard += verdicts
-        return [
-            Rollout(example, prompt, completion, source, in_teacher_slot, verdict.value, verdict.reason)
-            for (example, in_teacher_slot), prompt, completion, verdict in zip(slots, prompts, completions, verdicts)
-        ]
+        for rollout, verdict in zip(rollouts, verdicts):
+            rollout.verdict, rollout.reason = verdict.value, verdict.reason
+        return rollouts
 
     def sampler_of(self, whose: str) -> Sampler:
         """The "student"'s, with its present weights, or the "teacher"'s."""
@@ -417,7 +433,8 @@ class Trainer:
         if fresh:
             logprobs = [rollout.completion.logprobs for rollout in rollouts]
             engine_logprob = torch.cat(logprobs).to(self.device)[own]
-        add_token_metrics(sums, stats, verdicts[batch.rows][own], engine_logprob, self.gate.tolerance)
+        whole = isinstance(targets, Hidden)
+        add_token_metrics(sums, stats, verdicts[batch.rows][own], engine_logprob, self.gate.tolerance, whole)
         keep_token_stats(rollouts, "student", stats, verdicts, self.gate.tolerance)
         if their_stats is not None:
             keep_token_stats(rollouts, "teacher", their_stats, verdicts, self.gate.tolerance)
@@ -584,6 +601,9 @@ class Trainer:
                 f"{path} was written by {before} processes, this run has {now}: launch as many, or start a new run "
                 "with that folder as model_name_or_path"
             )
+        contents = state.get("contents", {})
+        if self.teacher.same(contents.get("teacher", "")):
+            contents["teacher"] = self.contents["teacher"]
         self.findings = startup.compare_contents(self.contents, state, path) + self.findings
         if before == now:
             checkpoint.set_random_state(random_states[self.processes.rank])

@@ -99,6 +99,9 @@ FILES = "sgopd/files.py"
 CHECKPOINT = "sgopd/checkpoint.py"
 METRICS = "sgopd/metrics.py"
 FSDP = "sgopd/engines/fsdp.py"
+OPENAI = "sgopd/teachers/openai.py"
+REMOTE = "sgopd/teachers/remote.py"
+SERVE = "sgopd/teachers/serve.py"
 STARTUP = "sgopd/startup.py"
 TRAINER = "sgopd/trainer.py"
 VERIFIER = "sgopd/verifier.py"
@@ -127,6 +130,15 @@ DEFECTS += [
     Defect("shards: the optimiser begins anew", FSDP, "        set_optimizer_state_dict(self.module, optimizer, own)\n", "", "fsdp"),
     Defect("shards: their list unpickled whole", FSDP, "if (module, name) not in Reader.ALLOWED:", "if False:", "fsdp"),
     Defect("shards: a process without rollouts stays away", TRAINER, "if self.processes.any(len(slots) or None) is None:", "if not slots:", "fsdp"),
+    Defect("served teacher: choices in the order in which they come", OPENAI, 'sorted(reply.json()["choices"], key=lambda choice: choice["index"])', 'list(reply.json()["choices"])', "teachers"),
+    Defect("served teacher: scores one token late", OPENAI, "found.append((text[start:], entries[start:]))", "found.append((text[start:], entries[start - 1 :]))", "teachers"),
+    Defect("served teacher: what is not finite accepted", OPENAI, 'if not all(finite(one["logprob"])', 'if not all(True or finite(one["logprob"])', "teachers"),
+    Defect("served teacher: the own token left to the top k", OPENAI, 'return [(id, entry[str(id)]["logprob"]), *likeliest[: k - 1]]', "return likeliest[:k]", "teachers"),
+    Defect("served teacher: other weights in the middle not noticed", REMOTE, "        if not distance <= SAME:", "        if False:", "teachers"),
+    Defect("served teacher: the copy not compared", REMOTE, "        if not distances.median() <= 0.05:", "        if False:", "teachers"),
+    Defect("serve-teacher: any key", SERVE, "if key is not None and not hmac", "if False and not hmac", "teachers"),
+    Defect("serve-teacher: a body of any size", SERVE, "if len(body) > options.max_body:", "if False:", "teachers"),
+    Defect("serve-teacher: positions one late", SERVE, "start - 1 : len(text) - 1]", "start : len(text)]", "teachers"),
     Defect("a run in the folder of another", STARTUP, "        if used:\n            raise", "        if False:\n            raise", "cli::test_a_run_is_never_overwritten"),
     Defect("update: a gradient that is not finite applied", TRAINER, '(("loss", measured["loss"]), ("gradient", norm))', '(("loss", measured["loss"]),)', "numbers"),
     Defect("update: left out without being counted", TRAINER, "            self.state.skipped += 1\n", "", "numbers"),

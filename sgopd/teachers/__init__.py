@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
+from sgopd.data import Prompts
 from sgopd.models import Head
 from sgopd.rollout import Batch, Rollout
 from sgopd.samplers import Sampler
@@ -74,8 +76,20 @@ class Teacher(Protocol):
         """Of one position, in the form in which `score` gives them: for checks before there is a batch."""
         ...
 
+    def check(self, prompts: Prompts, questions: Prompts | None, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+        """What a person should know of it, before the first rollout.
+
+        Raises:
+            UserError: it cannot score these texts, or not rightly.
+        """
+        ...
+
     def digest(self) -> str:
-        """What tells it from another one: a resumed run must find the same."""
+        """What tells it from another one: a resumed run must find the same …"""
+        ...
+
+    def same(self, digest: str) -> bool:
+        """… as far as this tells."""
         ...
 
     def close(self) -> None: ...

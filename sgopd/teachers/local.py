@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sgopd import checkpoint
+from sgopd.data import Prompts
 from sgopd.models import head_of, hidden_states
 from sgopd.rollout import Batch, Rollout
 from sgopd.samplers.plain import PlainSampler
@@ -52,8 +54,18 @@ class LocalTeacher:
     def specimen(self) -> Hidden:
         return Hidden(self.head.weight.new_zeros(1, self.head.weight.shape[1]), self.head)
 
+    def check(self, prompts: Prompts, questions: Prompts | None, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+        return []  # sgopd.startup looks at models in this process
+
     def digest(self) -> str:
+        return self._digest
+
+    @functools.cached_property
+    def _digest(self) -> str:  # first asked for before the weights lie in shards
         return checkpoint.weights_digest(self.model)
+
+    def same(self, digest: str) -> bool:
+        return digest == self.digest()
 
     def close(self) -> None:
         pass

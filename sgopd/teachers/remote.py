@@ -1,0 +1,272 @@
+"""A teacher on a server: what its two kinds have in common. `teacher_url` names the server, which says what it is.
+
+    vLLM, or another server with its dialect of the OpenAI API     log-probabilities (`sgopd.teachers.openai`)
+    sgopd serve-teacher MODEL                                      last hidden states (`sgopd.teachers.served`)
+
+Scoring begins when the student has written and goes on while the verifier works, `teacher_connections` requests at
+once. What fails for a moment is tried again by httpx-retries; what fails for good ends the run, which can be resumed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from sgopd.config import Config, UserError
+from sgopd.data import Prompts
+from sgopd.models import head_of, hidden_states, load_frozen
+from sgopd.rollout import Batch, Rollout
+from sgopd.teachers import Targets
+
+try:
+    import httpx
+    from httpx_retries import Retry, RetryTransport
+except ImportError as error:
+    raise UserError(f"teacher_url needs httpx and httpx-retries ({error}): pip install 'sgopd[server]'") from error
+
+KEY = "SGOPD_TEACHER_KEY"  # the environment's name of the secret; a setting would be written to config.yaml
+TRIES = 6  # of a request: half a minute of waiting in all
+TOGETHER = 8  # texts a request
+# Nats between two answers of one server to the same tokens: bfloat16 in batches of other sizes stays far below.
+SAME = 0.3
+
+
+class Server:
+    """Requests to one address, and what is said when they fail."""
+
+    def __init__(self, url: str, timeout: float, connections: int) -> None:
+        self.url = url.rstrip("/").removesuffix("/v1")
+        statuses = (429, 500, 502, 503, 504)
+        retry = Retry(
+            total=TRIES - 1,
+            backoff_factor=0.5,
+            status_forcelist=statuses,
+            allowed_methods=["GET", "POST"],
+            max_backoff_wait=10.0,
+        )
+        limits = httpx.Limits(max_connections=connections)
+        key = os.environ.get(KEY)
+        self.client = httpx.Client(
+            transport=RetryTransport(transport=httpx.HTTPTransport(limits=limits), retry=retry),
+            timeout=timeout,
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+        )
+
+    def ask(self, path: str, **content: Any) -> httpx.Response:
+        """GET, or POST with `json` or `content`."""
+        try:
+            reply = self.client.request("POST" if content else "GET", self.url + path, **content)
+        except httpx.InvalidURL as error:
+            raise UserError(f"teacher_url: got {self.url!r}: {error}. Expected http://HOST:PORT") from error
+        except httpx.HTTPError as error:
+            raise UserError(
+                f"teacher_url: no answer from {self.url}{path} in {TRIES} tries: {type(error).__name__}: {error}. See "
+                "that the server runs and can be reached from here, or raise teacher_timeout; then start again with "
+                "--resume_from_checkpoint auto"
+            ) from error
+        if reply.is_success:
+            return reply
+        said = f"{self.url}{path} answers {reply.status_code}: {reply.text[:300]}"
+        if reply.status_code in (401, 403):
+            raise UserError(f"teacher_url: {said}. Put the server's key into the environment, as {KEY}")
+        if reply.status_code < 500:
+            raise UserError(f"teacher_url: {said}. The server refuses the request as it is: correct what it names")
+        raise UserError(
+            f"teacher_url: {said}, in {TRIES} tries. See the server's log; then start again with "
+            "--resume_from_checkpoint auto"
+        )
+
+    def models(self) -> list[dict[str, Any]]:
+        try:
+            models = self.ask("/v1/models").json()["data"]
+            return [{**model, "id": str(model["id"])} for model in models]
+        except (ValueError, LookupError, TypeError) as error:
+            raise UserError(
+                f"teacher_url: {self.url}/v1/models is no list of models. Expected vLLM's server, or "
+                "`sgopd serve-teacher`"
+            ) from error
+
+
+class RemoteTeacher:
+    """Asks for the scores of texts ahead of time. A subclass says how to ask, and what to make of the answers.
+
+    Args:
+        model: the server's words on the model.
+        room: tokens that a text may have.
+        vocabulary: ids that the server is taken to know.
+    """
+
+    sampler = None
+
+    def __init__(
+        self, config: Config, server: Server, model: dict[str, Any], room: int | None, vocabulary: int
+    ) -> None:
+        self.config, self.server, self.name = config, server, model["id"]
+        self.room, self.vocabulary = room, vocabulary
+        self.workers = ThreadPoolExecutor(config.teacher_connections, "teacher")
+        self.pending: dict[int, tuple[Rollout, Future[list[Any]], int]] = {}
+        self.probe: list[list[int]] = []
+        self.probed: Tensor | None = None  # what the server said of the probe at the start
+        self.again: Future[list[Any]] | None = None
+
+    # --- of a kind ---
+
+    def ask(self, texts: Sequence[list[int]], starts: Sequence[int]) -> list[Any]:
+        """Scores of each text's tokens from `starts` on."""
+        raise NotImplementedError
+
+    def targets(self, scores: Sequence[Any], batch: Batch) -> Targets:
+        raise NotImplementedError
+
+    def logprobs(self, texts: Sequence[list[int]], scores: Sequence[Any]) -> Tensor:
+        """[all tokens of the texts but each first] log-probabilities, of scores from 1 on."""
+        raise NotImplementedError
+
+    def specimen(self) -> Targets:
+        raise NotImplementedError
+
+    # --- of all ---
+
+    def start(self, rollouts: Sequence[Rollout]) -> None:
+        self.pending.clear()
+        self.submit(rollouts)
+        if self.probed is not None:
+            self.again = self.workers.submit(self.ask, self.probe, [1] * len(self.probe))
+
+    def submit(self, rollouts: Sequence[Rollout]) -> None:
+        for first in range(0, len(rollouts), TOGETHER):
+            part = rollouts[first : first + TOGETHER]
+            texts = [rollout.prompt_ids + rollout.completion.ids.tolist() for rollout in part]
+            future = self.workers.submit(self.ask, texts, [len(rollout.prompt_ids) for rollout in part])
+            self.pending.update({id(rollout): (rollout, future, place) for place, rollout in enumerate(part)})
+
+    def score(self, batch: Batch) -> Targets:
+        self.submit([rollout for rollout in batch.rollouts if id(rollout) not in self.pending])
+        if self.again is not None:
+            scores, self.again = self.again.result(), None
+            self.compare(self.logprobs(self.probe, scores), "in the middle of the run")
+        scores = []
+        for rollout in batch.rollouts:
+            _, future, place = self.pending[id(rollout)]
+            scores.append(future.result()[place])
+        return self.targets(scores, batch)
+
+    def compare(self, logprob: Tensor, when: str) -> float:
+        """How far answers are from those at the start.
+
+        Raises:
+            UserError: so far that it is another model.
+        """
+        assert self.probed is not None
+        distance = float((logprob - self.probed).abs().max())
+        if not distance <= SAME:
+            raise UserError(
+                f"teacher_url: {self.server.url} gives other log-probabilities for the same tokens {when} (by up to "
+                f"{distance:.2g} nats): it has other weights now, or its answers cannot be relied on. Start it with "
+                "the teacher that the run began with, and go on with --resume_from_checkpoint auto"
+            )
+        return distance
+
+    def check(self, prompts: Prompts, questions: Prompts | None, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+        """The self-test: room, vocabulary, tokens, the same answers twice, those of a local copy if there is one."""
+        config = self.config
+        longest = max(map(len, prompts.ids)) + config.max_completion_length + 1
+        if self.room is not None and longest > self.room:
+            raise UserError(
+                f"teacher_url: prompt and completion can have {longest - 1} tokens, and {self.server.url} takes "
+                f"{self.room}, one of them for its own. Start it with a longer --max-model-len, or lower "
+                "max_completion_length or max_prompt_length"
+            )
+        largest = max(tokenizer.get_vocab().values())
+        texts = [ids[:32] for ids in prompts.ids[:7]]
+        self.probe = [text if len(text) > 1 else text * 2 for text in [*texts, [*texts[0][:1], largest]]]
+        scores = self.ask(self.probe, [1] * len(self.probe))
+        self.check_tokens(self.probe, scores, tokenizer)
+        self.probed = self.logprobs(self.probe, scores)
+        began = time.perf_counter()
+        again = self.compare(self.logprobs(self.probe, self.ask(self.probe, [1] * len(self.probe))), "asked twice")
+        said = [
+            f"teacher: {self.name} at {self.server.url}, {1e3 * (time.perf_counter() - began):.0f} ms a request; asked "
+            f"twice, its log-probabilities differ by {again:.1g} nats at most"
+        ]
+        if config.teacher_copy is None:
+            return [*said, "warning: teacher_copy is not set, so nothing tells whether the served numbers are right"]
+        copy, _ = load_frozen(config.teacher_copy, config, "teacher_copy", torch.device("cpu"))
+        distances = (logprobs_of(copy, self.probe) - self.probed).abs()
+        if not distances.median() <= 0.05:
+            raise UserError(
+                f"teacher_url: {self.name} at {self.server.url} gives other log-probabilities than teacher_copy "
+                f"{config.teacher_copy!r}: by {distances.median():.2g} nats at the median token, "
+                f"{distances.max():.2g} at the worst. It serves another model, or serves it wrongly (a template, "
+                "a quantisation, a dtype): correct the server, or leave out teacher_copy if it is another model"
+            )
+        return [*said, f"teacher: the local copy's log-probabilities differ by {distances.max():.1g} nats at most"]
+
+    def check_tokens(
+        self, texts: Sequence[list[int]], scores: Sequence[Any], tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        """What a server says of its tokens is compared with the tokenizer."""
+
+    def digest(self) -> str:
+        assert self.probed is not None
+        return json.dumps([round(value, 3) for value in self.probed.tolist()])
+
+    def same(self, digest: str) -> bool:
+        """The server's answers may differ by rounding from those that a checkpoint has."""
+        assert self.probed is not None
+        try:
+            before = torch.tensor(json.loads(digest), dtype=torch.float32)
+        except (ValueError, TypeError):  # the digest of a teacher in the process
+            return False
+        return before.shape == self.probed.shape and bool((before - self.probed).abs().max() <= SAME)
+
+    def close(self) -> None:
+        self.workers.shutdown(wait=False, cancel_futures=True)
+        self.server.client.close()
+
+
+@torch.no_grad()
+def logprobs_of(model: Any, texts: Sequence[list[int]]) -> Tensor:
+    """[all tokens of the texts but each first] log-probabilities of a model in this process."""
+    found = []
+    for text in texts:
+        ids = torch.tensor([text], device=model.device)
+        logits = head_of(model).logits(hidden_states(model, ids, torch.ones_like(ids)))[0, :-1].float()
+        found.append(torch.log_softmax(logits, -1).gather(-1, ids[0, 1:, None]).squeeze(-1).cpu())
+    return torch.cat(found)
+
+
+def finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def remote_teacher(config: Config, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> RemoteTeacher:
+    """The teacher at `teacher_url`, by what the server says that it is.
+
+    Raises:
+        UserError: there is no such server, or it has no such model.
+    """
+    from sgopd.teachers.openai import LogprobTeacher
+    from sgopd.teachers.served import HiddenTeacher
+
+    assert config.teacher_url is not None
+    server = Server(config.teacher_url, config.teacher_timeout, config.teacher_connections)
+    models = server.models()
+    model = next((one for one in models if one["id"] == config.teacher_model_name_or_path), None)
+    if model is None:
+        raise UserError(
+            f"teacher_model_name_or_path: {server.url} has no model {config.teacher_model_name_or_path!r}. With "
+            f"teacher_url it is the name of one that the server has: {', '.join(one['id'] for one in models)}"
+        )
+    if model.get("owned_by") == "sgopd":
+        return HiddenTeacher(config, server, model, device)
+    return LogprobTeacher(config, server, model, max(tokenizer.get_vocab().values()) + 1)
