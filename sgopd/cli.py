@@ -91,7 +91,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[str, Path | None, dict[str, 
             command.add_argument(f"--{field.name}", default=argparse.SUPPRESS, metavar="VALUE", **options)
     what = "give a model's last hidden states to trainers elsewhere (teacher_url)"
     command = commands.add_parser("serve-teacher", help=what, description=what, allow_abbrev=False)
-    command.add_argument("path", metavar="MODEL", help="a folder or a hub name")
+    command.add_argument("path", type=Path, metavar="MODEL", help="a folder or a hub name")
     command.add_argument("--name", help="the trainer's teacher_model_name_or_path (default: MODEL)")
     command.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     command.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
