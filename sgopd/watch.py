@@ -231,7 +231,7 @@ class Display:
     def start(self, step: int) -> contextlib.AbstractContextManager[Any]:
         """From now on the view is drawn. `step`: where the run goes on."""
         metrics = self.view.run_dir / "metrics.jsonl"
-        for record in read_metrics(metrics)[0] if step else []:
+        for record in read_metrics(metrics)[0] if step and metrics.is_file() else []:  # it may go on from another's
             if record["step"] <= step:  # those after the checkpoint are about to go
                 self.view.see(record)
         if not self.live:
