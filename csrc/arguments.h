@@ -90,9 +90,9 @@ inline void define_rows(py::module_& m, Run run) {
                           int64_t teacher_stride, Address reference, int64_t reference_stride,
                           const HeadTuple& student_head, const HeadTuple& teacher_head, const HeadTuple& reference_head,
                           Address token_ids, Address verdict, Address weights, Address forced, Address row_scale,
-                          Address teacher_logprob, Address behaviour_logprob, Address stats, int estimator,
-                          int divergence, double beta, double tolerance, double ratio_clip, double temperature,
-                          bool gradient, int threads, const std::string& isa, Address stream) {
+                          Address teacher_logprob, Address behaviour_logprob, Address stats, Address energy,
+                          int estimator, int divergence, double beta, double tolerance, double ratio_clip,
+                          double temperature, bool gradient, int threads, const std::string& isa, Address stream) {
     extent("student", n, vocabulary, student_stride);
     if (teacher != 0) extent("teacher", n, vocabulary, teacher_stride);
     if (reference != 0) extent("reference", n, vocabulary, reference_stride);
@@ -130,6 +130,7 @@ inline void define_rows(py::module_& m, Run run) {
     a.teacher_logprob = pointer<const float>("teacher_logprob", teacher_logprob, teacher == 0 && n > 0);
     a.behaviour_logprob = pointer<const float>("behaviour_logprob", behaviour_logprob, false);
     a.stats = pointer<double>("stats", stats, n > 0);
+    a.energy = pointer<float>("energy", energy, false);
     a.estimator = estimator;
     a.divergence = divergence;
     a.beta = beta;
@@ -143,8 +144,8 @@ inline void define_rows(py::module_& m, Run run) {
   m.def("rows", rows, py::kw_only(), "n"_a, "vocabulary"_a, "student"_a, "student_stride"_a, "teacher"_a,
         "teacher_stride"_a, "reference"_a, "reference_stride"_a, "student_head"_a, "teacher_head"_a, "reference_head"_a,
         "token_ids"_a, "verdict"_a, "weights"_a, "forced"_a, "row_scale"_a, "teacher_logprob"_a, "behaviour_logprob"_a,
-        "stats"_a, "estimator"_a, "divergence"_a, "beta"_a, "tolerance"_a, "ratio_clip"_a, "temperature"_a,
-        "gradient"_a, "threads"_a = 1, "isa"_a = "", "stream"_a = 0);
+        "stats"_a, "energy"_a = 0, "estimator"_a, "divergence"_a, "beta"_a, "tolerance"_a, "ratio_clip"_a,
+        "temperature"_a, "gradient"_a, "threads"_a = 1, "isa"_a = "", "stream"_a = 0);
 }
 
 }  // namespace sgopd

@@ -44,6 +44,7 @@ struct RowsArgs {
   const float* teacher_logprob;    // [rows] or null
   const float* behaviour_logprob;  // [rows] or null
   double* stats;                   // [rows, kColumns]
+  float* energy;                   // [rows, ceil(V / 32)] or null: squares of the gradient, summed over 32 columns
   int estimator, divergence;
   double beta, tolerance, ratio_clip;
   float inverse_temperature;

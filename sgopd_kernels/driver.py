@@ -18,6 +18,7 @@ from .gate import cell_weights, draw_agreement
 from .oracle import STATS
 from .plans import calibration
 from .plans.base import Gradients, NeedsGrad, Plan, Report
+from .plans.blocks import blocks
 from .plans.columns import Columns
 from .plans.directions import Residual
 from .plans.exact import Exact
@@ -132,6 +133,8 @@ class Call:
         if budget == 0 or self.shard is not None:
             return [exact]
         work = self.positions.numel() * v * width
+        if isinstance(backend, CpuBackend) and (plan := blocks(problem, backend, needs_grad, self.positions)):
+            return [plan, exact]
         if isinstance(backend, CpuBackend) and backend.has_pairs(problem.student.weight):
             if work < numbers.pairs.worthwhile:
                 return [exact]

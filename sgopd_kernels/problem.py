@@ -130,6 +130,12 @@ class Problem:
         heads = (self.student, self.teacher, self.reference)
         return min(head.weight.shape[0] for head in heads if head is not None)
 
+    def operands(self) -> list[Tensor]:
+        """Hidden states and weights of all models."""
+        sides = ((self.student_hidden, self.student), (self.teacher_hidden, self.teacher))
+        pairs = (*sides, (self.reference_hidden, self.reference))
+        return [t for hidden, head in pairs if head is not None and hidden is not None for t in (hidden, head.weight)]
+
     def valid_rows(self) -> Tensor:
         """Indices [M] of the tokens that are not ignored."""
         return torch.nonzero(self.token_ids != self.spec.ignore_index).squeeze(-1)
@@ -152,6 +158,8 @@ class Chunk:
     scale: Tensor  # [n] multiplies each row's gradient
     valid: Tensor | None = None  # [n] bool: which rows are tokens; None: all
     stats: Tensor = field(default_factory=lambda: torch.empty(0))  # [n, 8] float64, in the order of oracle.STATS
+    # [n, ceil(V / 32)] fp32 for the squares of the gradient, summed over 32 columns; None: they are not asked for
+    energy: Tensor | None = None
 
     def part(self, rows: slice) -> Chunk:
         """Some of its tokens, in the same space."""

@@ -12,7 +12,7 @@ ROOMS = {
     "sgopd_kernels": (
         "_extension _checks gate problem oracle values backends plans driver ops api",
         {
-            "plans": "calibration base directions exact pairs columns quantized",
+            "plans": "calibration base directions exact pairs columns quantized blocks",
             "backends": "torch native triton_kernels cpu cuda triton __init__",
         },
     ),

@@ -1,4 +1,4 @@
-"""Where the time of one call goes on the CPU: milliseconds a step of its plan, best of three calls.
+"""Where the time of one call goes on the CPU: milliseconds of all threads a step of its plan, best of three calls.
 
     python tools/hidden_states.py --output runs/hidden
     python tools/profile_plan.py --hidden runs/hidden/high.safetensors
@@ -31,6 +31,9 @@ STEPS: dict[type, tuple[str, ...]] = {
         "project_quantized",
         "refine",
         "rows",
+        "project_tiles",
+        "add_hidden_gradient_tiles",
+        "add_weight_gradient_tiles",
         "extract_top",
         "add_pairs_hidden",
         "add_pairs_weight",
@@ -45,9 +48,9 @@ def timed(owner: type, name: str, spent: Counter[str]) -> None:
     inner = getattr(owner, name)
 
     def outer(*args: Any, **options: Any) -> Any:
-        start = time.perf_counter()
+        start = time.process_time()
         result = inner(*args, **options)
-        spent[name] += time.perf_counter() - start
+        spent[name] += time.process_time() - start
         return result
 
     setattr(owner, name, outer)
@@ -61,7 +64,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--precision", default="auto")
+    parser.add_argument("--isa", default="", help="an instruction set by name (default: the best)")
     args = parser.parse_args()
+    CpuBackend.isa = args.isa
     distribution = DISTRIBUTIONS[names.index(args.distribution)]
     operands = Case(args.dtype, distribution, hidden=args.hidden, tokens=args.tokens).operands()
     spent: Counter[str] = Counter()
@@ -72,10 +77,10 @@ def main() -> None:
     for _ in range(3):
         spent.clear()
         leaves = [t.clone().requires_grad_() for t in operands[:2]]
-        start = time.perf_counter()
+        start = time.process_time()
         loss, stats = gated_kl_loss(*leaves, *operands[2:], backend="cpu", precision=args.precision, return_stats=True)
         loss.backward()
-        total = time.perf_counter() - start
+        total = time.process_time() - start
         if best is None or total < best[0]:
             best = total, dict(spent), stats
     assert best is not None

@@ -437,10 +437,28 @@ void one_row(const RowsArgs& a, int64_t n) {
   gradient(z, t, a, s, y, k);
 }
 
+// Where the gradient's energy lies, while the row is in a cache.
+void energies(const float* __restrict g, int64_t v, float* __restrict out) {
+  const int64_t whole = v / 32;
+  for (int64_t block = 0; block < whole; ++block) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < 32; ++i) sum += g[32 * block + i] * g[32 * block + i];
+    out[block] = sum;
+  }
+  if (32 * whole == v) return;
+  out[whole] = 0;
+  for (int64_t i = 32 * whole; i < v; ++i) out[whole] += g[i] * g[i];
+}
+
 }  // namespace
 
 void rows(const RowsArgs& a, int64_t first, int64_t last) {
-  for (int64_t n = first; n < last; ++n) one_row(a, n);
+  for (int64_t n = first; n < last; ++n) {
+    one_row(a, n);
+    if (a.energy != nullptr && a.gradient)
+      energies(a.student + n * a.student_stride, a.vocabulary, a.energy + n * ((a.vocabulary + 31) / 32));
+  }
 }
 
 }  // namespace SGOPD_ISA

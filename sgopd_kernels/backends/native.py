@@ -80,6 +80,7 @@ class NativeBackend(TorchBackend):
             teacher_logprob=take(select(problem.teacher_logprob)),
             behaviour_logprob=take(select(problem.behaviour_logprob)),
             stats=stats.data_ptr(),
+            energy=0 if chunk.energy is None else chunk.energy.data_ptr(),
             estimator=_ESTIMATORS[spec.estimator],
             divergence=_DIVERGENCES[spec.divergence],
             beta=spec.beta,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..problem import Chunk
 
-PLANS = ("exact", "filtered", "quantized")  # as `Report.tensor` numbers them, the cheapest last
+PLANS = ("exact", "filtered", "quantized", "blocks")  # as `Report.tensor` numbers them, the cheapest last
 KEPT = 1  # where `Report.tensor` has the share
 
 

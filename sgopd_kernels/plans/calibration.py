@@ -95,6 +95,25 @@ class QuantizedNumbers:
 
 
 @dataclass(frozen=True)
+class BlockNumbers:
+    """Products of bf16 numbers on tiles, two of them where the gradient's energy lies (blocks.py)."""
+
+    # What rounding both operands costs in dH and dW against independent errors of 2^-9: by arithmetic 0.42 of 2^-8, for
+    # each operand that is not bf16 itself.
+    rounding: float = 1.65e-3
+    both: float = 6e-6  # likewise with two numbers each
+    # Fitted: the hidden gradient's error against that of independent entries and rows of one norm, and the weight's.
+    hidden: float = 1.5
+    weight: float = 1.5
+    share: float = 0.3  # tuned: of the budget, what rounding may take; less is more blocks with two
+    # Fitted: noise of fp32 logits in dH against errors that are independent.
+    coherence: float = 5.0
+    mass: float = 1e-3  # tuned: probability from which a logit is computed again in fp32
+    kl: float = 2e-11  # tuned: where fp32 logits leave room, at a budget of 1: the noise goes with 1 / sqrt(KL)
+    worthwhile: float = 2.0**28  # tuned: multiply-adds of one projection below which a call is exact
+
+
+@dataclass(frozen=True)
 class ColumnNumbers:
     """Gradient products over columns, on devices (columns.py). By arithmetic: no device has measured them."""
 
@@ -116,6 +135,7 @@ class Calibration:
     pairs: PairNumbers = field(default_factory=PairNumbers)
     quantized: QuantizedNumbers = field(default_factory=QuantizedNumbers)
     columns: ColumnNumbers = field(default_factory=ColumnNumbers)
+    blocks: BlockNumbers = field(default_factory=BlockNumbers)
 
     def __post_init__(self) -> None:
         if not self.quantized.settings:

@@ -66,13 +66,12 @@ class Exact:
             complete_teacher(p, at, chunk.z_student, chunk.z_teacher)
 
     def gradients(self, chunk: Chunk, out: Gradients) -> None:
-        g, h, at = self.backend.gradient_of(chunk.z_student, self.narrow), chunk.hidden, chunk.positions
-        if chunk.valid is None and (not self.backend.waits or self.problem.spec.may_weigh_0):
-            order = compact(self.backend, g, self.active(chunk))
-            if order.numel() == 0:
-                return
-            if order.numel() < at.numel():
-                g, h, at = g[: order.numel()], h[order], at[order]
+        g, order = self.gradient(chunk)
+        if order.numel() == 0:
+            return
+        h, at = chunk.hidden, chunk.positions
+        if order.numel() < at.numel():
+            h, at = h[order], at[order]
         if out.hidden is not None:
             g_h = torch.zeros(at.numel(), h.shape[1], dtype=torch.float32, device=h.device)
             self.backend.add_hidden_gradient(g, self.head, g_h)
@@ -83,6 +82,14 @@ class Exact:
             self.backend.add_weight_gradient(g, h, out.weight[: self.v])
         if out.bias is not None:
             out.bias[: self.v] += g.sum(0, dtype=torch.float32)
+
+    def gradient(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        """The chunk's gradient without rows that weigh nothing (where looking costs no wait); its rows' numbers."""
+        g = self.backend.gradient_of(chunk.z_student, self.narrow)
+        if chunk.valid is not None or (self.backend.waits and not self.problem.spec.may_weigh_0):
+            return g, torch.arange(g.shape[0], device=g.device)
+        order = compact(self.backend, g, self.active(chunk))
+        return g[: order.numel()], order
 
     def active(self, chunk: Chunk) -> Tensor:
         """[n] bool: rows with a weight; the others leave the backward."""

@@ -75,16 +75,60 @@ class Quantized(Pairs):
         return error
 
     def error(self, stats: Tensor, scale: Tensor) -> tuple[float, float]:
-        """(estimate of the loss's error, inf where a gate's sign may flip; noise in dH, as large as an error of G)."""
-        report, numbers = self.measured, calibration.FITTED.quantized
-        tail = torch.maximum(report[:, 2], report[:, 3])
-        variance = report[:, 4] + report[:, 5]
-        at_most = self.mass * tail * variance  # bounds the sum over the tail of p^2 times the variance
-        ratio = numbers.deviations * float(at_most.max().sqrt())
-        loss = float((tail * variance).sum() / stats[:, STATS["kl"]].abs().sum().clamp(min=1e-300))
-        row_weight = (stats[:, STATS["gate"]] * scale).double()
-        noise = self.setting.coherence * float((row_weight.square() * at_most).sum().sqrt())
-        return loss if ratio <= numbers.gate else math.inf, noise
+        loss, noise = refined_error(self.measured, self.mass, stats, scale)
+        return loss, self.setting.coherence * noise
+
+
+def refined_error(report: Tensor, mass: float, stats: Tensor, scale: Tensor) -> tuple[float, float]:
+    """Of logits with an error of which those with a probability of `mass` were computed again (`backend.refine`).
+
+    (estimate of the loss's error, inf where a gate's sign may flip; noise in G, if errors are independent.)
+    """
+    numbers = calibration.FITTED.quantized
+    tail = torch.maximum(report[:, 2], report[:, 3])
+    variance = report[:, 4] + report[:, 5]
+    at_most = mass * tail * variance  # bounds the sum over the tail of p^2 times the variance
+    ratio = numbers.deviations * float(at_most.max().sqrt())
+    loss = float((tail * variance).sum() / stats[:, STATS["kl"]].abs().sum().clamp(min=1e-300))
+    row_weight = (stats[:, STATS["gate"]] * scale).double()
+    noise = float((row_weight.square() * at_most).sum().sqrt())
+    return loss if ratio <= numbers.gate else math.inf, noise
+
+
+def probe(problem: Problem, rows: Tensor) -> tuple[float, float]:
+    """(KL, share of the columns that carry probability), of a plain call.
+
+    By every sixteenth column of up to 16 tokens, in fp32, and the two distributions restricted to them. Worth under 1 %
+    of a chunk.
+    """
+    p, numbers = problem, calibration.FITTED.quantized
+    assert p.teacher is not None and p.teacher_hidden is not None
+    probed, stride = numbers.probed_rows, numbers.probed_stride
+    at = rows[:: max(1, rows.numel() // probed)][:probed]
+    columns = slice(0, p.vocabulary, stride)
+
+    def logits(hidden: Tensor, weight: Tensor, logit_scale: float) -> Tensor:
+        z = hidden[at].float() @ weight[columns].float().T
+        return torch.log_softmax(z * (logit_scale / p.spec.temperature), -1)
+
+    log_p = logits(p.student_hidden, p.student.weight, p.student.logit_scale)
+    log_q = logits(p.teacher_hidden, p.teacher.weight, p.teacher.logit_scale)
+    # Restricted to a sixteenth of the columns a probability is sixteen times as large.
+    mass = (torch.maximum(log_p, log_q) - torch.tensor(stride).log()).exp()
+    kl = float((log_p.exp() * (log_p - log_q)).sum(-1).median())
+    return kl, float((mass > numbers.mass).float().mean())
+
+
+def plain(problem: Problem) -> bool:
+    """Whether a call's logits are its projections, of two models: what `backend.refine` knows."""
+    p = problem
+    return (
+        p.teacher is not None
+        and p.teacher_hidden is not None
+        and p.reference is None
+        and p.spec.estimator == "full"
+        and all(h.bias is None and h.softcap is None for h in (p.student, p.teacher))
+    )
 
 
 def quantized(
@@ -92,38 +136,22 @@ def quantized(
 ) -> list[Quantized]:
     """The quantized plans that may hold for the tokens `rows`, the fastest first; none for flat or nearly equal models.
 
-    They see plain logits: neither bias, softcap nor a third model. A probe of every sixteenth column of up to 16
-    tokens, in fp32: how many carry probability, and the KL between the two distributions restricted to them. Worth
-    under 1 % of a chunk.
+    They see plain logits: neither bias, softcap nor a third model.
     """
     p = problem
     if (
-        p.teacher is None
+        not plain(p)
+        or p.teacher is None
         or p.teacher_hidden is None
-        or p.reference is not None
-        or p.spec.estimator != "full"
-        or any(h.bias is not None or h.softcap is not None for h in (p.student, p.teacher))
         or not backend.quantizes(p.student_hidden, p.student.weight, p.teacher_hidden, p.teacher.weight)
         or rows.numel() == 0
     ):
         return []
     numbers = calibration.FITTED.quantized
-    probed, stride, settings = numbers.probed_rows, numbers.probed_stride, numbers.settings
-    at = rows[:: max(1, rows.numel() // probed)][:probed]
-    columns = slice(0, p.vocabulary, stride)
-    scale = 1 / p.spec.temperature
-
-    def logits(hidden: Tensor, weight: Tensor, logit_scale: float) -> Tensor:
-        z = hidden[at].float() @ weight[columns].float().T
-        return torch.log_softmax(z * (logit_scale * scale), -1)
-
-    log_p = logits(p.student_hidden, p.student.weight, p.student.logit_scale)
-    log_q = logits(p.teacher_hidden, p.teacher.weight, p.teacher.logit_scale)
-    # Restricted to a sixteenth of the columns a probability is sixteen times as large.
-    mass = (torch.maximum(log_p, log_q) - torch.tensor(stride).log()).exp()
-    if float((mass > numbers.mass).float().mean()) >= calibration.FITTED.pairs.most:
+    settings = numbers.settings
+    kl, share = probe(p, rows)
+    if share >= calibration.FITTED.pairs.most:
         return []
-    kl = float((log_p.exp() * (log_p - log_q)).sum(-1).median())
     room = kl * p.spec.budget**2
     both = Feedback(residual, p.teacher.weight[: p.vocabulary])
     first = next((i for i, s in enumerate(settings) if room > s.kl), len(settings))

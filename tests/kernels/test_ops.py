@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from sgopd_kernels import gated_kl_loss
+from sgopd_kernels.backends.cpu import CpuBackend
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -115,10 +116,14 @@ def test_accumulation_adds_up(kit: Any) -> None:
 _PEAK = """
     import ctypes, sys, torch
     from sgopd_kernels import gated_kl_loss
+    from sgopd_kernels.backends.cpu import CpuBackend
     from sgopd_kernels.plans import calibration
 
     backend, dtype, plan, n, v, h = sys.argv[1], getattr(torch, sys.argv[2]), sys.argv[3], *map(int, sys.argv[4:])
     calibration.FITTED = calibration.FITTED.changed(pairs={"worthwhile": 0.0})
+    if plan in ("quantized", "filtered"):
+        sets = CpuBackend().instruction_sets()
+        CpuBackend.isa = next(isa for isa in sets if not CpuBackend.module.kernels(isa).tiles)
     precision = "exact" if plan == "exact" else "auto"
     libc = ctypes.CDLL("libc.so.6")
 
@@ -147,6 +152,11 @@ _PEAK = """
 """
 
 
+AMX = pytest.mark.skipif(
+    not CpuBackend.module or not CpuBackend().kernels().tiles, reason="this processor has no AMX-BF16"
+)
+
+
 def peak_bytes(backend: str, dtype: str, plan: str, n: int, v: int, h: int) -> int:
     command = [sys.executable, "-c", textwrap.dedent(_PEAK), backend, dtype, plan, *map(str, (n, v, h))]
     # Elsewhere than the checkout, which `-c` would put before the installed package.
@@ -161,6 +171,8 @@ def peak_bytes(backend: str, dtype: str, plan: str, n: int, v: int, h: int) -> i
         ("cpu", "float32", "exact", 4096),
         ("cpu", "float32", "quantized", 4096),
         ("cpu", "bfloat16", "exact", 1024),
+        pytest.param("cpu", "float32", "blocks", 4096, marks=AMX),
+        pytest.param("cpu", "bfloat16", "blocks", 4096, marks=AMX),
         ("torch", "float32", "exact", 1024),
     ],
 )
