@@ -40,9 +40,10 @@ class Stats:
         gate: the weight w.
         agree: bool, d * verdict > tolerance.
         backend: which backend computed it: "cpu", "triton", "torch", "cuda" or "reference".
-        plan: the cheapest plan that ran on a part of the call: "quantized", "filtered", "exact", or "reference".
-        kept: share of the gradient's [tokens, vocabulary] entries that entered its products one by one; 1 for exact.
-            NaN where no gradient was made.
+        plan: the cheapest plan that ran on a part of the call: "blocks", "quantized", "filtered", "exact", or
+            "reference".
+        kept: share of the gradient's [tokens, vocabulary] entries that entered its products one by one, or ("blocks")
+            with 16 bits in place of 8; 1 for exact. NaN where no gradient was made.
         error_estimate: estimated relative error of loss and gradients, of the worst chunk. 0 for exact, unless its
             products round the gradient to bf16 (Triton, where the precision allows it).
 
@@ -153,9 +154,9 @@ def gated_kl_loss(
             throughout). "auto": 1.5e-3, what rounding a gradient to bf16 costs. "bf16": 2^-8. Or a number. A budget:
             each chunk of tokens takes the cheapest plan whose error, estimated from what was measured on that chunk,
             keeps within it (docs/loss.md); `Stats.plan` and `Stats.error_estimate` say what came of it. The CPU
-            backend has such plans for calls of 2^31.5 multiply-adds a projection or more (105 tokens of SmolLM2). The
-            Triton backend, from 2^33, filters columns where few matter, and rounds a bf16 head's gradient to bf16 for
-            its products (docs/gpu.md). All else is exact.
+            backend has such plans for calls of 2^31.5 multiply-adds a projection or more (105 tokens of SmolLM2), with
+            AMX of 2^28. The Triton backend, from 2^33, filters columns where few matter, and rounds a bf16 head's
+            gradient to bf16 for its products (docs/gpu.md). All else is exact.
         backend: "auto", "cpu" (native), "triton" (CUDA devices), "torch" (any device), "reference" (plain autograd in
             float64, O(N V) memory, twice differentiable).
         generator: of the gate's controls ("random", "shuffled"). None: torch's default generator.

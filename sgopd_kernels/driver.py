@@ -107,9 +107,14 @@ class Call:
         size = self.chunk_rows(ladder[0])
         out = Gradients(
             torch.zeros_like(hidden, dtype=gradient_dtype(hidden)) if needs_grad.hidden else None,
-            self.backend.zeros(v_all, h, device) if needs_grad.weight else None,
+            None,
             torch.zeros(v_all, dtype=torch.float32, device=device) if needs_grad.bias else None,
         )
+        if needs_grad.weight:
+            rounds = self.backend.rounds_sums(self.problem)
+            out.weight = self.backend.zeros(v_all, h, device, torch.bfloat16 if rounds else torch.float32)
+            if rounds and size < self.positions.numel():
+                out.rest = self.backend.zeros(v_all, h, device, torch.int8)
         report = self.walk(ladder, size, forced, needs_grad, stats, out)
         return Result(
             stats,
@@ -133,8 +138,8 @@ class Call:
         if budget == 0 or self.shard is not None:
             return [exact]
         work = self.positions.numel() * v * width
-        if isinstance(backend, CpuBackend) and (plan := blocks(problem, backend, needs_grad, self.positions)):
-            return [plan, exact]
+        if isinstance(backend, CpuBackend) and backend.has_tiles(*problem.operands()):
+            return [*blocks(problem, backend, needs_grad, self.positions), exact]
         if isinstance(backend, CpuBackend) and backend.has_pairs(problem.student.weight):
             if work < numbers.pairs.worthwhile:
                 return [exact]
@@ -164,6 +169,8 @@ class Call:
         rows = max(1, room // row_bytes)
         if rows >= valid:
             return max(1, valid)
+        if self.backend.rounds_sums(problem):  # a byte an element beside the sum over several chunks
+            rows = max(1, (room - min(problem.student.weight.numel(), room // 2)) // row_bytes)
         unit = self.backend.row_multiple
         rows = rows // unit * unit if rows > unit else rows
         size = -(-valid // -(-valid // rows))

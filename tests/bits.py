@@ -127,7 +127,9 @@ def calls() -> Iterator[tuple[str, Call]]:
 def at_any_size() -> None:
     """Plans that only large calls take are taken by small ones."""
     everywhere = {"worthwhile": 0.0}
-    calibration.FITTED = calibration.FITTED.changed(pairs=everywhere, columns={**everywhere, "narrow_worthwhile": 0.0})
+    calibration.FITTED = calibration.FITTED.changed(
+        pairs=everywhere, blocks=everywhere, columns={**everywhere, "narrow_worthwhile": 0.0}
+    )
 
 
 def fingerprint(values: list[Any]) -> str:

@@ -494,6 +494,84 @@ def pairs_case(rng: random.Random, wild: bool) -> Case:
     return _hold(getattr(pairs, wanted), [operand, out]), {**arguments, **common(rng)}, judge_product, [out]
 
 
+def tiles_case(rng: random.Random, wild: bool) -> Case:
+    """The products on tiles, on AMX where it is or emulated: fp32 operands have 16 bits, or 8 where `fine` says so."""
+    n, v, h = rng.choice([0, 1, 2, 7, 31, 33, 65]), size(rng, 200), size(rng, 100)
+    way = common(rng)
+    if not _cpu.kernels(way["isa"]).tiles:
+        way["isa"] = "amx-emulated"
+    elements = [torch.float32, torch.bfloat16]
+    x, w = matrix(rng, n, h, rng.choice(elements), wild), matrix(rng, v, h, rng.choice(elements), wild)
+    g = matrix(rng, n, v, torch.float32, wild)
+    fine = None
+    if rng.random() < 0.7:
+        fine = Block(rng, -(-n // 32), -(-v // 32), torch.uint8)
+        fine.set(
+            torch.randint(0, 2, (fine.rows, fine.width), generator=torch.Generator().manual_seed(rng.getrandbits(31)))
+        )
+
+    def given(block: Block) -> tuple[int, int, bool]:
+        return block.address, block.stride, block.dtype == torch.bfloat16
+
+    wanted = rng.choice(["project_tiles", "add_hidden_gradient_tiles", "add_weight_gradient_tiles"])
+    arguments: dict[str, Any] = {"n": n, "v": v, "h": h, **way}
+    blocks = {"fine": 0 if fine is None else fine.address, "fine_stride": 0 if fine is None else fine.stride}
+    beside: list[Block] = [] if fine is None else [fine]
+    left, right = {
+        "project_tiles": (x.tensor, w.tensor.T),
+        "add_hidden_gradient_tiles": (g.tensor, w.tensor),
+        "add_weight_gradient_tiles": (g.tensor.T, x.tensor),
+    }[wanted]
+    result = torch.float32
+    if wanted == "project_tiles":
+        out = Block(rng, n, v, torch.float32)
+        arguments |= {"hidden": given(x), "weight": given(w), "out": out.address, "out_stride": out.stride}
+        start, coarse = torch.zeros(n, v), False
+    else:
+        arguments |= {"gradient": g.address, "stride": g.stride, **blocks}
+        coarse = fine is not None
+        if wanted == "add_hidden_gradient_tiles":
+            out = matrix(rng, n, h, torch.float32)
+            arguments |= {"weight": given(w), "out": out.address, "out_stride": out.stride}
+            start = out.tensor.clone()
+        else:
+            result = rng.choice(elements)
+            first = rng.random() < 0.5
+            out = matrix(rng, v, h, result)
+            start = torch.zeros(v, h) if first else out.tensor.float()
+            arguments |= {"hidden": given(x), "out": given(out), "first": first}
+            if result == torch.bfloat16 and (not first or rng.random() < 0.5):
+                rest = Block(rng, v, h, torch.int8)
+                rest.set(torch.zeros(v, h, dtype=torch.int8))
+                arguments |= {"rest": rest.address, "rest_stride": rest.stride}
+                beside.append(rest)
+    limb = 2.0**-8 if coarse else 2.0**-15
+    truth = start.double() + left.double() @ right.double()
+    reach = left.double().nan_to_num(0, 0, 0).abs() @ right.double().nan_to_num(0, 0, 0).abs()
+    # A denormal operand, low limb or sum counts as 0; a number that bf16 would round to infinity is not finite.
+    sums = left.double().nan_to_num(0, 0, 0).abs().sum(-1, keepdim=True) + right.double().nan_to_num(0, 0, 0).abs().sum(
+        0
+    )
+    limit = 2.1 * limb * reach + 2.0**-110 * (sums + 1) + 1e-6 * start.double().abs()
+
+    def judge(_: Any) -> None:
+        if n == 0:  # nothing to add
+            return
+        got, allowed = out.tensor.double(), limit
+        if result == torch.bfloat16:
+            allowed = allowed + 2.0**-8 * (truth.nan_to_num(0, 0, 0).abs() + allowed)
+        # where bf16 or fp32 overflow the truth of float64 may be finite
+        want = torch.where((truth.abs() > 1e37) & ~torch.isfinite(got), torch.inf, truth)
+        close(got, want, allowed, wanted)
+
+    return (
+        _hold(getattr(_cpu, wanted), [x, w, g, out, *beside]),
+        arguments,
+        judge,
+        [out, *beside[1 if fine is not None else 0 :]],
+    )
+
+
 CASES = {"rows": rows_case, "select_mass": select_case, "refine": refine_case, "pairs": pairs_case}
 PROJECTS = _cpu.kernels().int16  # one seed in ten; the others mean the same on every processor
 
@@ -505,16 +583,17 @@ def spoil(rng: random.Random, arguments: dict[str, Any]) -> str | None:
     """Makes one argument wrong, and says how; None where the case has nothing to spoil that way."""
     sizes = {k for k in ("n", "v", "vocabulary", "h", "student_width", "teacher_width") if k in arguments}
     unused = {"reference_stride", "teacher_stride"} if "token_ids" in arguments else set()  # without its matrix
+    unused |= {"fine_stride", "rest_stride"} & set(arguments)
     unused = {k for k in unused if arguments.get(k.removesuffix("_stride"), 1) == 0}
     strides = {k for k in arguments if k.endswith("stride")} - unused
     addresses = {
         k for k, x in arguments.items() if k not in sizes | strides | unused | {"threads"} and type(x) is int and x > 64
     }
     matrices = {k for k, x in arguments.items() if type(x) is tuple and len(x) == 3 and type(x[2]) is bool}
-    optional = {"reference", "forced", "behaviour_logprob"}
+    optional = {"reference", "forced", "behaviour_logprob", "fine", "rest"}
     if arguments.get("gradient") is False:
         optional.add("row_scale")
-    narrow = {"forced"}  # of single bytes, never misaligned
+    narrow = {"forced", "fine", "rest"}  # of single bytes, never misaligned
     ways: list[tuple[str, str, Any]] = [("threads", "none", 0)] if "threads" in arguments else []
     ways += [(k, "size", x) for k in sorted(sizes) for x in (-1, -(2**62), 2**31, 2**62)]
     ways += [(k, "stride", rng.choice([0, -1, -(2**63)])) for k in sorted(strides) if arguments[k] > 0]
@@ -551,7 +630,9 @@ def one(seed: int) -> str:
     rng = random.Random(seed)
     kind = rng.choice(list(CASES))
     make = CASES[kind]
-    if PROJECTS and seed % 10 == 7:
+    if seed % 10 == 4:
+        kind, make = "tiles", tiles_case
+    elif PROJECTS and seed % 10 == 7:
         kind, make = "project", project_case
     wrong = rng.random() < 1 / 3
     call, arguments, judge, outputs = make(rng, wild=not wrong and rng.random() < 0.5)

@@ -60,6 +60,8 @@ class CpuBackend(NativeBackend):
 
     def held_bytes(self, problem: Problem, narrow: bool) -> tuple[int, int]:
         """Beside a tile of a head: the fp32 sum of a bf16 head's gradient, which at the most halves the chunks."""
+        if self.rounds_sums(problem):
+            return 8 * 2**20, 16 * problem.student.weight.shape[1]  # threads' scratch; packed operands and sums
         fixed, row_bytes = super().held_bytes(problem, narrow)
         head = problem.student.weight
         total = 4 * head.numel() if head.dtype == torch.bfloat16 else 0
@@ -73,16 +75,16 @@ class CpuBackend(NativeBackend):
             self.module.advise_huge_pages(out.data_ptr(), 4 * rows * LINE * lines)
         return out
 
-    def zeros(self, rows: int, columns: int, device: torch.device) -> Tensor:
+    def zeros(self, rows: int, columns: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
         """Fresh pages are zero as they come: what is added to them first need not be preceded by a pass of its own."""
-        nbytes = 4 * rows * columns
+        nbytes = dtype.itemsize * rows * columns
         if nbytes < HUGE or not hasattr(mmap, "MAP_ANONYMOUS"):
-            return super().zeros(rows, columns, device)
+            return super().zeros(rows, columns, device, dtype)
         pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with contextlib.suppress(OSError):  # a kernel built without them
                 pages.madvise(mmap.MADV_HUGEPAGE)
-        return torch.frombuffer(pages, dtype=torch.float32).view(rows, columns)
+        return torch.frombuffer(pages, dtype=dtype).view(rows, columns)
 
     def project(self, hidden: Tensor, weight: Tensor, out: Tensor) -> None:
         """bf16 operands on tiles or dot products where the processor has them: fp32 results without fp32 copies."""
@@ -125,6 +127,11 @@ class CpuBackend(NativeBackend):
     def has_tiles(self, *operands: Tensor) -> bool:
         """Whether the processor has them, and for these operands."""
         return self.module is not None and self.kernels().tiles and all(t.dtype in _ELEMENTS for t in operands)
+
+    def rounds_sums(self, problem: Problem) -> bool:
+        """A tile's product is rounded as it is written: all plans of bf16 operands then run on tiles."""
+        pair = problem.student_hidden, problem.student.weight
+        return all(t.dtype == torch.bfloat16 for t in pair) and self.has_tiles(*problem.operands())
 
     def project_tiles(self, hidden: Tensor, weight: Tensor, out: Tensor) -> None:
         """out [n, V] fp32 = hidden @ weight.T; fp32 operands as two bf16 numbers, three products."""

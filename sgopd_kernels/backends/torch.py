@@ -134,9 +134,13 @@ class TorchBackend:
         """fp32 [rows, columns] of a chunk, unit stride along its rows."""
         return torch.empty(rows, columns, dtype=torch.float32, device=device)
 
-    def zeros(self, rows: int, columns: int, device: torch.device) -> Tensor:
-        """fp32 [rows, columns], for the head's gradient."""
-        return torch.zeros(rows, columns, dtype=torch.float32, device=device)
+    def rounds_sums(self, problem: Problem) -> bool:
+        """Whether the head's gradient is summed in bf16 and a byte beside each element, where fp32 would be."""
+        return False
+
+    def zeros(self, rows: int, columns: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[rows, columns], for the head's gradient."""
+        return torch.zeros(rows, columns, dtype=dtype, device=device)
 
     def project(self, hidden: Tensor, weight: Tensor, out: Tensor) -> None:
         with ieee_matmul():

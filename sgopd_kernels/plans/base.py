@@ -32,8 +32,10 @@ class Gradients:
     """Sums over a call's chunks; None where one is not wanted."""
 
     hidden: Tensor | None  # [N, Hs], each row written once
-    weight: Tensor | None  # [V, Hs] fp32
+    weight: Tensor | None  # [V, Hs] fp32, or bf16 where the backend sums in it (`CpuBackend.rounds_sums`)
     bias: Tensor | None  # [V] fp32
+    rest: Tensor | None = None  # [V, Hs] int8, beside a bf16 sum over several chunks
+    empty: bool = True  # nothing was added to `weight` yet
 
 
 class Plan(Protocol):

@@ -47,6 +47,11 @@ class Blocks(Exact):
         self.rows = self.gradient_of_rows = self.hidden = torch.empty(0)
         self.fine: Tensor | None = None
 
+    def held_bytes(self) -> tuple[int, int]:
+        """Threads' scratch; a token's share of energies, packed operands, sums and the logits computed again."""
+        h = self.head.shape[1]
+        return 8 * 2**20, self.v // 8 + 4 * self.v // 200 + 512 + 16 * h
+
     def forward(self, chunk: Chunk) -> float:
         if self.needs_grad:
             chunk.energy = torch.empty(chunk.z_student.shape[0], -(-self.v // SIDE))
@@ -138,17 +143,18 @@ class Blocks(Exact):
             out.hidden[chunk.positions[self.rows]] = self.hidden.to(out.hidden.dtype)
         if out.weight is not None:
             h = chunk.hidden if self.rows.numel() == chunk.hidden.shape[0] else chunk.hidden[self.rows]
-            self.backend.add_weight_gradient_tiles(self.gradient_of_rows, self.fine, h, out.weight[: self.v])
+            weight, g = out.weight[: self.v], self.gradient_of_rows
+            self.backend.add_weight_gradient_tiles(g, self.fine, h, weight, out.rest, out.empty)
+            out.empty = False
         if out.bias is not None:
             out.bias[: self.v] += self.gradient_of_rows.sum(0)
 
 
-def blocks(problem: Problem, backend: CpuBackend, needs_grad: NeedsGrad, rows: Tensor) -> Blocks | None:
-    """Where the processor has tiles for all operands, and the call is worth it at its budget."""
-    numbers, operands = calibration.FITTED.blocks, problem.operands()
+def blocks(problem: Problem, backend: CpuBackend, needs_grad: NeedsGrad, rows: Tensor) -> list[Blocks]:
+    """The plan, where the tokens `rows` are worth it and the budget leaves it room; for a processor with tiles."""
+    numbers, budget = calibration.FITTED.blocks, problem.spec.budget
     work = rows.numel() * problem.vocabulary * problem.student_hidden.shape[1]
-    if not backend.has_tiles(*operands) or work < numbers.worthwhile or problem.spec.budget < 4 * numbers.both:
-        return None
-    split = plain(problem) and any(t.dtype == torch.float32 for t in operands)
-    split = split and probe(problem, rows)[0] * problem.spec.budget**2 > numbers.kl
-    return Blocks(problem, backend, needs_grad, split)
+    if rows.numel() == 0 or work < numbers.worthwhile or budget < 4 * numbers.both:
+        return []
+    split = plain(problem) and any(t.dtype == torch.float32 for t in problem.operands())
+    return [Blocks(problem, backend, needs_grad, split and probe(problem, rows)[0] * budget**2 > numbers.kl)]

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..backends.cpu import CpuBackend
 from ..backends.torch import TorchBackend, VocabularySlice
 from ..oracle import STATS
 from ..problem import Chunk, Problem
@@ -78,10 +79,20 @@ class Exact:
             if self.vocabulary is not None:
                 dist.all_reduce(g_h, group=self.vocabulary.group)
             out.hidden[at] = g_h.to(out.hidden.dtype)
-        if out.weight is not None:
-            self.backend.add_weight_gradient(g, h, out.weight[: self.v])
+        self.add_weight_gradient(g, h, out)
         if out.bias is not None:
             out.bias[: self.v] += g.sum(0, dtype=torch.float32)
+
+    def add_weight_gradient(self, g: Tensor, h: Tensor, out: Gradients) -> None:
+        if out.weight is None:
+            return
+        weight = out.weight[: self.v]
+        if weight.dtype == torch.float32:
+            self.backend.add_weight_gradient(g, h, weight)
+        else:
+            assert isinstance(self.backend, CpuBackend)
+            self.backend.add_weight_gradient_tiles(g, None, h, weight, out.rest, out.empty)
+        out.empty = False
 
     def gradient(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         """The chunk's gradient without rows that weigh nothing (where looking costs no wait); its rows' numbers."""

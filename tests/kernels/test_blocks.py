@@ -192,6 +192,22 @@ def test_repeats_bit_for_bit_with_any_number_of_threads() -> None:
     assert all(torch.equal(a, b) for other in each[1:] for a, b in zip(each[0][:3], other[:3]))
 
 
+@pytest.mark.parametrize("precision", ["auto", "exact"])
+def test_a_bf16_head_over_chunks_has_the_gradient_of_one(precision: str) -> None:
+    """Rounded once, as it is written, or summed to 24 bits over chunks; rows beyond the shared vocabulary are 0."""
+    operands = inputs(6.0, 0.2, torch.bfloat16)
+    operands[1] = torch.cat([operands[1], operands[1][:9]])
+    one = gradients(operands, precision=precision)
+    many = gradients(operands, precision=precision, workspace=2**22)
+    truth = truth_of(operands)[2]
+    assert not one[2][-9:].any() and not many[2][-9:].any()
+    rounding = error(truth.bfloat16().double(), truth)
+    for got in (one, many):
+        allowed = rounding + (calibration.AUTO / 2 if precision == "auto" else 2e-5)
+        assert error(got[2], truth) <= allowed
+    assert error(one[2], many[2]) <= 2 * rounding
+
+
 def test_tiny_gradients_and_none(calibrate: Any) -> None:
     """Squares below fp32's smallest number are no reason to leave anything out; equal models have no gradient."""
     operands = inputs(6.0, 0.2, torch.float32)
