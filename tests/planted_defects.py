@@ -59,7 +59,7 @@ DEFECTS = [
     Defect("log-probabilities above 0", "sgopd_kernels/values.py", "ok = ~(values > ROUNDING) | ignored", "ok = ~(values > values) | ignored"),
     Defect("the sampled estimator of a masked token", "sgopd_kernels/values.py", "masked = (words == -torch.inf)", "masked = (words == torch.inf)"),
     Defect("per-token incoming gradient ignored", "sgopd_kernels/ops.py", "= grad_loss.contiguous()", "= torch.ones_like(grad_loss)"),
-    Defect("a chunk's first weight gradient lost", "sgopd_kernels/plans/exact.py", "if out.weight is not None:", "if out.weight is not None and out.weight.any():"),
+    Defect("a chunk's first weight gradient lost", "sgopd_kernels/plans/exact.py", "if out.weight is None:", "if out.weight is None or not out.weight.any():"),
     Defect("compacted rows not moved", TORCH, "            z[a].copy_(z[b])", "            pass"),
     Defect("teacher's logits from the student's chunk", "sgopd_kernels/plans/exact.py", "p.teacher_hidden[at], p.teacher.weight", "p.teacher_hidden[: at.numel()], p.teacher.weight"),
     Defect("fp32 products left to the global setting", TORCH, 'torch.set_float32_matmul_precision("highest")', "pass"),
