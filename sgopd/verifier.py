@@ -115,7 +115,8 @@ class VerifierPool:
             "exact": string equality of the box, else of `<answer>…</answer>`, else of the last line. Needs no workers.
             "reasoning-gym": the scorer of `example["source_dataset"]` on that same answer, full score only.
             "package.module:function": `function(response: str, example: dict) -> bool | None`, given the whole
-            response, imported in the workers only and found on the caller's `sys.path`. None means unknown.
+            response, imported in the workers only, from the caller's `sys.path` or the working directory. None means
+            unknown.
         workers: processes, ≥ 1. They start at once, in the background.
         timeout: seconds for one response, from dispatch to a ready worker. Past it the worker is killed.
         memory_mb: MiB of address space of a worker, its imports included (sympy 60, reasoning_gym 200).
@@ -153,7 +154,8 @@ class VerifierPool:
         self.truncated_is_incorrect = truncated_is_incorrect
         self.thought_tags = thought_tags
         self._worker_count = 0 if kind == "exact" else workers
-        self._search_path = "\n".join(os.path.abspath(entry) for entry in sys.path)
+        entries = [*sys.path, "."] if ":" in kind else sys.path  # last: a file there hides no package
+        self._search_path = "\n".join(os.path.abspath(entry) for entry in entries)
         self._workers: list[_Worker] = []
         self._started = False  # whether a worker was ever ready
         self._failed_starts = 0
@@ -422,7 +424,8 @@ class VerifierPool:
             self._discard(worker)
             raise RuntimeError(
                 f"a verifier worker for kind={self.kind!r} cannot start. What it imports must be importable from "
-                f"sys.path (set PYTHONPATH, or install it) within {self.memory_mb} MiB (memory_mb):\n{detail}"
+                "the working directory or sys.path (set PYTHONPATH, or install it) within "
+                f"{self.memory_mb} MiB (memory_mb):\n{detail}"
             )
         outcome = _Outcome(reason, detail, worker.seconds())
         worker.ready, worker.task, worker.deadline = True, None, math.inf

@@ -141,7 +141,8 @@ class View:
         grid.add_column(no_wrap=True, justify="right")
         numbers = f"{step}/{last}"
         share = number(self.recent[-1].get("phase/teacher_share")) if self.recent else math.nan
-        said = [f"teacher {share:.0%}" if share > 0 else "", self.time_left(), self.state]
+        begun = "" if self.recent or self.state else "before the first update"
+        said = [f"teacher {share:.0%}" if share > 0 else "", self.time_left(), self.state, begun]
         grid.add_row(
             Text(f"{printable(self.run_dir.name)}  {numbers}", style="bold"),
             ProgressBar(total=last, completed=step),

@@ -1004,3 +1004,14 @@ def test_lengths_must_agree(math_pool: VerifierPool) -> None:
 def test_the_intervals_of_the_accuracy() -> None:
     low, high = accuracy.wilson(98, 100)
     assert 0.929 < low < 0.931 and 0.994 < high < 0.995 and accuracy.wilson(5, 5)[1] == 1.0
+
+
+def test_a_verifier_beside_the_config_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The working directory is searched last, and only the workers search it."""
+    (tmp_path / "verifier_of_mine.py").write_text("def even(response, example):\n    return int(response) % 2 == 0\n")
+    (tmp_path / "json.py").write_text("raise ImportError('a file that hides the standard library')\n")
+    monkeypatch.chdir(tmp_path)
+    before = list(sys.path)
+    with VerifierPool("verifier_of_mine:even", workers=1) as pool:
+        assert [verdict.value for verdict in pool.verify(["2", "3"], [{"answer": ""}] * 2)] == [CORRECT, INCORRECT]
+    assert sys.path == before and "verifier_of_mine" not in sys.modules
