@@ -6,6 +6,7 @@
 #   make bench        loss, verifier, rollouts and update beside their peers, error beside time (half an hour);
 #                     a part: make bench ARGS="-k 'loss and bfloat16' --benchmark-json runs/bench.json"
 #   make long         the long checks, one after another (hours); some: make long ONLY="fuzz sanitize"
+#     browser         the report in a real Chromium: clicked, by keyboard, on a phone, 5,000 rollouts scrolled (minutes)
 #     chaos           training runs broken in every way, and whether they lose anything (an hour)
 #     soak            an hour of training, watched for what grows (MINUTES=60)
 #     fuzz            random calls of the native extension (MINUTES=10)
@@ -25,7 +26,7 @@ PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
 # One virtual environment: pip must not work in it twice at once.
 .NOTPARALLEL:
-LONG := chaos soak fuzz sanitize hostile wheel-check versions hosts
+LONG := browser chaos soak fuzz sanitize hostile wheel-check versions hosts
 .PHONY: install quickstart test test-versions lint docs format bench long $(addprefix long-,$(LONG)) gpu-suite lock sbom clean
 .DEFAULT_GOAL := quickstart
 
@@ -103,6 +104,12 @@ gpu-suite: $(VENV)/.test
 	$(VENV)/bin/python tools/gpu_suite.py --minutes $(or $(MINUTES),8) --output $(or $(OUTPUT),runs/gpu)
 
 long: $(addprefix long-,$(or $(ONLY),$(LONG)))
+
+long-browser: $(VENV)/.test
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || \
+	  { echo "there is no Chromium: apt-get install chromium"; exit 1; }
+	$(PIP) -r requirements/browser.txt
+	$(VENV)/bin/pytest tests/sgopd/test_browser.py -s
 
 long-chaos: $(VENV)/.test
 	$(VENV)/bin/python tests/chaos.py
