@@ -89,7 +89,7 @@ class View:
         self.curves = {name: Spark() for name, _, _ in CURVES}
         self.recent: deque[Record] = deque(maxlen=RECENT)
         self.state = ""
-        self.shown: tuple[Path | None, list[Record]] = (None, [])
+        self.shown: tuple[str | None, list[Record]] = (None, [])
 
     def see(self, record: Record) -> None:
         self.course.see(record)
@@ -165,14 +165,16 @@ class View:
 
     def rollout_lines(self) -> Iterator[Text]:
         """Some rollouts of the last step kept, a line each."""
-        paths = sorted((self.run_dir / "completions").glob("step-*.parquet"))
-        if paths and paths[-1] != self.shown[0]:
+        folder = self.run_dir / "completions"
+        names = os.listdir(folder) if folder.is_dir() else []
+        newest = max((name for name in names if name.startswith("step-")), default=None)
+        if newest is not None and newest != self.shown[0]:
             wanted = ["step", "prompt", "completion", "verdict", "reason", "source"]
             try:
-                rows = pyarrow.parquet.read_table(paths[-1], columns=wanted).to_pylist()
+                rows = pyarrow.parquet.read_table(folder / newest, columns=wanted).to_pylist()
             except (OSError, pyarrow.ArrowException):  # a resumed run may just have removed it
                 rows = []
-            self.shown = (paths[-1], varied(rows, ROLLOUTS))
+            self.shown = (newest, varied(rows, ROLLOUTS))
         for index, row in enumerate(self.shown[1]):
             if index == 0:
                 yield Text(f"rollouts of step {row['step']}", style="dim")
