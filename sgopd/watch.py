@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import math
 import os
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -90,14 +91,16 @@ class View:
         self.recent: deque[Record] = deque(maxlen=RECENT)
         self.state = ""
         self.shown: tuple[str | None, list[Record]] = (None, [])
+        self.lock = threading.Lock()  # records come in one thread, rich draws in another
 
     def see(self, record: Record) -> None:
-        self.course.see(record)
-        if record["kind"] == "train":
-            self.recent.append(record)
-            for name, spark in self.curves.items():
-                if math.isfinite(value := number(record.get(name))):
-                    spark.add(value)
+        with self.lock:
+            self.course.see(record)
+            if record["kind"] == "train":
+                self.recent.append(record)
+                for name, spark in self.curves.items():
+                    if math.isfinite(value := number(record.get(name))):
+                        spark.add(value)
 
     def mean(self, name: str) -> float:
         """Over the last updates; NaN if it was not measured in them."""
@@ -107,7 +110,7 @@ class View:
     def speed(self, *stages: str) -> float:
         """Tokens a second in the last updates, in these stages together."""
         seconds = sum(number(record.get(f"time/{stage}", 0.0)) for record in self.recent for stage in stages)
-        return sum(number(record["tokens"]) for record in self.recent) / seconds if seconds else math.nan
+        return sum(number(record.get("tokens")) for record in self.recent) / seconds if seconds else math.nan
 
     def time_left(self) -> str:
         """By the time of the last updates; evaluations and saving are not in it."""
@@ -118,7 +121,10 @@ class View:
         return f"about {duration(left)} left"
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        width = options.max_width
+        with self.lock:
+            return list(self.parts(options.max_width))
+
+    def parts(self, width: int) -> Iterator[Table | Text]:
         yield self.head()
         if self.recent:
             yield from self.curve_lines(width)
@@ -201,7 +207,7 @@ def printable(text: str) -> str:
 
 
 def scores_of(record: Record) -> str:
-    average, passing = f"avg@{record['eval/samples']}", f"pass@{record['eval/k']}"
+    average, passing = f"avg@{record.get('eval/samples', 'k')}", f"pass@{record.get('eval/k', 'k')}"
     return f"{average} {score(record, 'avg')}, {passing} {score(record, 'pass')}"
 
 
@@ -299,13 +305,16 @@ def watch(run_dir: Path, console: Console, pause: Callable[[float], None] = time
         raise UserError(
             f"{run_dir} is no run directory, which has config.yaml and metrics.jsonl: name the output_dir of a run"
         )
-    records, view = Records(metrics), View(run_dir, read_yaml(run_dir / "config.yaml"))
+    settings = read_yaml(run_dir / "config.yaml")
+    if not isinstance(settings.get("max_steps"), int):
+        raise UserError(f"{run_dir / 'config.yaml'} is no run's: it has no max_steps. Name the output_dir of a run")
+    records, view = Records(metrics), View(run_dir, settings)
     with Live(view, console=console, auto_refresh=False, vertical_overflow="crop") as live:
         while True:
             alive = is_taken(run_dir) or (metrics.is_file() and time.time() - metrics.stat().st_mtime < FRESH)
             new = records.new()
             if new is None:
-                view = View(run_dir, read_yaml(run_dir / "config.yaml"))
+                view = View(run_dir, {**settings, **read_yaml(run_dir / "config.yaml")})
                 continue
             for record in new:
                 view.see(record)

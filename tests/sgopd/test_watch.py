@@ -8,6 +8,7 @@ import math
 import random
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pyarrow.parquet
 import pytest
 import yaml
 from rich.console import Console
+from rich.text import Text
 
 from sgopd import checkpoint, watch
 from sgopd.cli import main
@@ -152,6 +154,10 @@ def test_watch_through_the_command(run, capsys):
     assert "accuracy" in capsys.readouterr().out
     assert main(["watch", str(run / "completions")]) == 1
     assert "is no run directory" in capsys.readouterr().err
+    (run / "config.yaml").write_text("model_name_or_path: x\n")
+    assert main(["watch", str(run)]) == 1
+    assert "it has no max_steps" in capsys.readouterr().err
+    (run / "config.yaml").write_text("max_steps: 60\n")
     assert main(["watch", str(run), "--gate", "opd"]) == 1
     assert "unknown argument '--gate'" in capsys.readouterr().err
 
@@ -187,6 +193,23 @@ def test_training_on_a_terminal_is_this_view(settings, tiny, tmp_path, monkeypat
     text = plain(console)
     assert "run  2/2" in text and "run  4/4" in text and "rollouts of step 4" in text and "✗" in text
     assert "step 1/" not in text, "no lines beside the view"
+
+
+def test_a_record_that_comes_while_it_is_drawn_waits(run, monkeypatch):
+    """rich draws in a thread of its own: what it iterates over must not change."""
+    view = watch.View(run, {"max_steps": 60})
+    other = threading.Thread(target=view.see, args=[update(1)])
+
+    def while_drawn():
+        other.start()
+        other.join(0.2)
+        yield Text("waits" if other.is_alive() and not view.recent else "changed while it was drawn")
+
+    monkeypatch.setattr(view, "rollout_lines", while_drawn)
+    console = terminal()
+    console.print(view)
+    other.join(10)
+    assert "waits" in plain(console) and len(view.recent) == 1
 
 
 def test_a_spark_line_is_bounded_and_keeps_its_shape():
