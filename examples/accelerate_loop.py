@@ -20,6 +20,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 import sgopd
 from sgopd.tasks import load_task
@@ -87,6 +88,7 @@ def main(arguments: list[str] | None = None) -> list[tuple[float, float, float]]
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     options = parser.parse_args(arguments)
+    disable_progress_bar()
     torch.manual_seed(0)
     accelerator = Accelerator()
     if accelerator.num_processes > 1:
