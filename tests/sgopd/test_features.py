@@ -133,6 +133,13 @@ ELSEWHERE = [
     "dataset_kwargs",
     "chat_template_kwargs",
     "trust_remote_code",
+    "fsdp",
+    "fsdp_teacher",
+    "teacher_url",
+    "teacher_top_k",
+    "teacher_copy",
+    "teacher_timeout",
+    "teacher_connections",
 ]
 
 
