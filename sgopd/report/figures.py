@@ -31,7 +31,9 @@ TICK_CHARACTERS = 6  # of a label, for which there is room beside the axis
 PLOT = (0.15, 0.12, 0.82, 0.85)  # left, bottom, width, height in it: the same in all, so that neighbours line up
 
 # Placeholder colours (nothing else in an SVG has them) and the CSS variables that take their place.
-COLORS = {name: f"#fe01{index:02x}" for index, name in enumerate(("blue", "orange", "green", "purple", "grey"), 16)}
+COLORS = {
+    name: f"#fe01{index:02x}" for index, name in enumerate(("blue", "orange", "green", "purple", "grey", "pink"), 16)
+}
 INK, GRID = "#fe0101", "#fe0102"
 VARIABLES = {INK: "muted", GRID: "grid", **{color: name for name, color in COLORS.items()}}
 
@@ -84,11 +86,11 @@ VERDICTS = (
     Series("rollout/incorrect", "incorrect", "orange"),
     Series("rollout/unknown", "unknown", "grey"),
 )
-CELLS = (
+CELLS = (  # the colours are the token inspector's as well
     ("correct_agree", "correct, agree", "green", False),
-    ("correct_conflict", "correct, conflict", "green", True),
-    ("incorrect_agree", "incorrect, agree", "purple", False),
-    ("incorrect_conflict", "incorrect, conflict", "purple", True),
+    ("correct_conflict", "correct, conflict", "orange", True),
+    ("incorrect_agree", "incorrect, agree", "blue", False),
+    ("incorrect_conflict", "incorrect, conflict", "pink", True),
 )
 
 
@@ -495,7 +497,7 @@ def _stack(axes: Axes, steps: Sequence[int], curves: Sequence[Sequence[float]], 
     lower = [0.0] * len(x)
     for series, layer in zip(shown, layers):
         upper = [a + b for a, b in zip(lower, layer)]
-        alpha = 0.35 if series.dashed else 0.8
+        alpha = 0.55 if series.dashed else 0.8
         axes.fill_between(x, lower, upper, color=COLORS[series.color], alpha=alpha, linewidth=0)
         lower = upper
 

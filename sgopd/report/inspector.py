@@ -51,7 +51,6 @@ class Packed:
 
     data: str  # base64
     rollouts: int
-    tokens: int
     left_out: int  # rollouts that the run kept, and the page has no room for
 
 
@@ -79,7 +78,7 @@ def pack(folder: Path, unreadable: list[str]) -> Packed | None:
     head = zlib.compress(json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace"))
     noise = zlib.compressobj(strategy=zlib.Z_RLE)  # numbers repeat in runs or not at all; a tenth of the time
     data = len(head).to_bytes(4, "little") + head + noise.compress(body) + noise.flush()
-    return Packed(base64.b64encode(data).decode(), len(kept), int(lengths.sum()), len(rollouts) - len(kept))
+    return Packed(base64.b64encode(data).decode(), len(kept), len(rollouts) - len(kept))
 
 
 def read_rollouts(folder: Path, unreadable: list[str]) -> pyarrow.Table | None:
