@@ -206,7 +206,8 @@ DEFECTS += [
 ]
 # fmt: on
 KERNEL_TESTS = [
-    f"tests/kernels/test_{name}.py" for name in ("parity", "api", "ops", "options", "sparse", "fuzz_native", "door")
+    f"tests/kernels/test_{name}.py"
+    for name in ("products", "blocks", "parity", "api", "ops", "options", "sparse", "fuzz_native", "door")
 ]
 INTERPRETED = ["tests/triton/interpreted.py"]
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from checkout import copy_checkout
 
-TESTS = ["native", "processes", "fuzz_native", "api", "parity", "sparse", "properties"]
+TESTS = ["native", "processes", "fuzz_native", "api", "parity", "sparse", "properties", "products", "blocks"]
 OPTIONS = {
     # Leaks are not looked for: the interpreter and torch keep until the end what they took at the start.
     "address": {"ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=1:strict_init_order=1"},
