@@ -61,7 +61,7 @@ class CpuBackend(NativeBackend):
     def held_bytes(self, problem: Problem, narrow: bool) -> tuple[int, int]:
         """Beside a tile of a head: the fp32 sum of a bf16 head's gradient, which at the most halves the chunks."""
         if self.rounds_sums(problem):
-            return 8 * 2**20, 16 * problem.student.weight.shape[1]  # threads' scratch; packed operands and sums
+            return 16 * 2**20, 16 * problem.student.weight.shape[1]  # threads' scratch; packed operands and sums
         fixed, row_bytes = super().held_bytes(problem, narrow)
         head = problem.student.weight
         total = 4 * head.numel() if head.dtype == torch.bfloat16 else 0

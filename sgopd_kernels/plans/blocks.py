@@ -50,7 +50,7 @@ class Blocks(Exact):
     def held_bytes(self) -> tuple[int, int]:
         """Threads' scratch; a token's share of energies, packed operands, sums and the logits computed again."""
         h = self.head.shape[1]
-        return 8 * 2**20, self.v // 8 + 4 * self.v // 200 + 512 + 16 * h
+        return 16 * 2**20, self.v // 8 + 4 * self.v // 200 + 512 + 16 * h
 
     def forward(self, chunk: Chunk) -> float:
         if self.needs_grad:
