@@ -165,9 +165,9 @@ def add_token_metrics(
     if N == 0:
         return
     d = stats.logratio
-    for name, values in (("kl", stats.kl), ("entropy/teacher", stats.teacher_entropy)):
-        if whole or not values.isnan().all():
-            sums.add(name, values.sum(), N)
+    known = {name: whole or not getattr(stats, name).isnan().all() for name in ("kl", "teacher_entropy")}
+    if known["kl"]:
+        sums.add("kl", stats.kl.sum(), N)
     sums.add("logratio/mean", d.sum(), N)
     sums.add("logratio/abs_mean", d.abs().sum(), N)
     sums.add("gate/mean", stats.gate.sum(), N)
@@ -175,6 +175,8 @@ def add_token_metrics(
     sums.add("gate/agree_fraction", agree.sum(), N)
     sums.add("gate/agree_fraction_weighted", (agree * d.abs()).sum(), d.abs().sum())
     sums.add("entropy/student", stats.student_entropy.sum(), N)
+    if known["teacher_entropy"]:
+        sums.add("entropy/teacher", stats.teacher_entropy.sum(), N)
     if stats.report is not None:  # the reference backend has no plan
         plan, kept, error = stats.report
         for index, name in enumerate(PLANS):
