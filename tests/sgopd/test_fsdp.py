@@ -132,7 +132,7 @@ def test_shards_train_as_one_process_does_and_go_on_with_another_number_of_them(
 
 
 def test_a_lost_process_ends_the_run_in_words_and_resuming_gives_the_same_bits(start, run, tiny, tmp_path):
-    """One question, so that a process evaluates none; and one may have no slot for the teacher, or none left."""
+    """With one question, so that a process evaluates none."""
     changes = {"fsdp": True, "eval_dataset_name": str(tiny.data), "eval_dataset_size": 1, "eval_on_start": True}
     changes |= {"cold_start_steps": 3, "teacher_share": 0.3, "max_steps": 8, "eval_steps": 2}
     whole = run(2, "whole", **changes)
