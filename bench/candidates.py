@@ -450,7 +450,7 @@ def report(candidate: Candidate, operands: Operands) -> dict[str, Any]:
     rows, chunks = backend.rows, []
 
     def seen(problem: Any, chunk: Any, *rest: Any) -> Tensor:
-        chunks.append(chunk.rows.numel())
+        chunks.append(chunk.positions.numel())
         return rows(problem, chunk, *rest)
 
     leaves = [t.detach().requires_grad_(candidate.backward) for t in operands[:2]]
