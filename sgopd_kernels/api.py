@@ -153,7 +153,9 @@ def gated_kl_loss(
         precision: the relative error of loss and gradients that may be traded for speed. "exact": none (fp32 products
             throughout). "auto": 1.5e-3, what rounding a gradient to bf16 costs. "bf16": 2^-8. Or a number. A budget:
             each chunk of tokens takes the cheapest plan whose error, estimated from what was measured on that chunk,
-            keeps within it (docs/loss.md); `Stats.plan` and `Stats.error_estimate` say what came of it. The CPU
+            keeps within it (docs/loss.md). It holds for a chunk's gradient as a whole: one token's row of the hidden
+            gradient may be off by a few per cent, one that is small against the others' by nearly all of it; where
+            single rows matter pass "exact". `Stats.plan` and `Stats.error_estimate` say what came of it. The CPU
             backend has such plans for calls of 2^31.5 multiply-adds a projection or more (105 tokens of SmolLM2), with
             AMX of 2^28. The Triton backend, from 2^33, filters columns where few matter, and rounds a bf16 head's
             gradient to bf16 for its products (docs/gpu.md). All else is exact.

@@ -67,7 +67,7 @@ class Blocks(Exact):
         self.ran = "blocks"
         loss = noise = 0.0
         if self.split:
-            loss, noise = refined_error(self.measured, self.numbers.mass, chunk.stats, chunk.scale)
+            loss, noise = refined_error(self.problem, self.measured, self.numbers.mass, chunk.stats, chunk.scale)
             if not loss <= self.budget:
                 return math.inf
         return worst(loss, self._multiply(chunk, self.numbers.coherence * noise)) if self.needs_grad else loss

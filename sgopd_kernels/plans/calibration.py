@@ -38,9 +38,6 @@ class Setting:
 
     products: int  # about so many are summed in one int32: a row of a head is cut into equal segments
     feedback: bool  # hidden states rounded with feedback
-    # Fitted: its noise in the hidden gradient, against errors that are independent. What rounding a hidden state leaves
-    # is one vector for all columns of its token, and adds up along what they share.
-    coherence: float
     kl: float  # tuned: where it leaves room for the residual, at a budget of 1: the noise goes with 1 / sqrt(KL)
 
     def segment(self, width: int) -> int:
@@ -59,9 +56,12 @@ class ResidualNumbers:
 
     rank: int = int(getattr(_extension.CPU, "DIRECTIONS", 16))  # directions of the head kept (csrc/cpu/int16.h)
     sampled_rows: int = 1024  # tuned: of the head, for its directions; 0.5 % more lies outside them than with all rows
-    # Fitted: the residual's part outside the directions, in dH, against entries that are independent.
-    coherence: float = 5.0
-    spread: float = 1.5  # fitted: likewise in dW and G itself
+    # Fitted: what is lost outside the directions, in dH, against what a probe of the chunk makes of it
+    coherence: float = 1.45
+    spread: float = 2.0  # fitted: what is lost in dW and G itself, against entries that are independent
+    tokens: int = 32  # tuned: of a chunk, that are probed …
+    stride: int = 16  # … in every so many columns …
+    columns: int = 2048  # … but in no fewer
 
 
 @dataclass(frozen=True)
@@ -80,15 +80,17 @@ class QuantizedNumbers:
 
     # From the fastest to the most exact.
     settings: tuple[Setting, ...] = (
-        Setting(576, False, 5.0, 4e-9),
-        Setting(576, True, 2.5, 1e-9),
-        Setting(192, True, 2.5, 2.5e-10),
+        Setting(576, False, 4e-9),
+        Setting(576, True, 1e-9),
+        Setting(192, True, 2.5e-10),
     )
-    # Tuned: probability from which a logit is computed again in fp32, where the KL leaves no more room than the first
-    # setting needs, and at most. The variance that the tail leaves in a gradient goes with mass * tail / KL.
+    # Fitted: the noise in dH against what a probe of the chunk makes of it. What rounding a hidden state leaves is one
+    # vector for all columns of its token, and adds up along what they share.
+    coherence: float = 1.75
+    # Tuned: probability from which a logit is computed again in fp32. From 4e-4 the guard of a gate's sign, below,
+    # would refuse what it lets pass from 1e-4.
     mass: float = 1e-4
-    most_mass: float = 4e-4
-    deviations: float = 5.0  # fitted: of a logit's noise, that a token's log-ratio may be off
+    deviations: float = 5.0  # of independent errors, that a log-ratio may be off; what came of it is in the table
     gate: float = 1e-4  # log-ratio below which a sign may flip (docs/method.md)
     probed_rows: int = 16  # tuned
     probed_stride: int = 16  # tuned: columns
@@ -128,7 +130,7 @@ class ColumnNumbers:
 
 @dataclass(frozen=True)
 class Calibration:
-    models: tuple[str, ...] = ("SmolLM2-135M (49,152 x 576)",)  # whose hidden states the factors were fitted on
+    models: tuple[str, ...] = ("49,152 x 576", "262,144 x 640")  # SmolLM2-135M and Gemma 3 270M: whose hidden states
     command: str = "python tools/calibrate.py"
     margin: float = 1.1
     residual: ResidualNumbers = field(default_factory=ResidualNumbers)

@@ -45,13 +45,13 @@ class Columns(Exact):
 
     def forward(self, chunk: Chunk) -> float:
         super().forward(chunk)
-        self.taken, error = self._take(chunk.z_student) if self.needs_grad else (None, 0.0)
+        self.taken, error = self._take(chunk) if self.needs_grad else (None, 0.0)
         self.ran = "exact" if self.taken is None else "filtered"
         self.kept = chunk.z_student.numel() if self.taken is None else self.taken[1].numel()
         return error
 
-    def _take(self, g: Tensor) -> tuple[tuple[Tensor, Tensor] | None, float]:
-        budget = self.problem.spec.budget
+    def _take(self, chunk: Chunk) -> tuple[tuple[Tensor, Tensor] | None, float]:
+        g, budget = chunk.z_student, self.problem.spec.budget
         ordered, order = torch.linalg.vector_norm(g, dim=0).double().square().sort(descending=True)
         below = ordered.flip(0).cumsum(0).flip(0)  # what this column and all smaller ones weigh: nothing cancels
         count = (below > (calibration.FITTED.columns.share * budget) ** 2 * below[0]).sum()
@@ -69,7 +69,10 @@ class Columns(Exact):
             index.split(calibration.FITTED.columns.tile), gradient.split(calibration.FITTED.columns.tile, 1)
         ):
             self.backend.add_hidden_gradient(part, self.head[tile], self.hidden)
-        error = self.residual.error(lost, energy, self.hidden)
+        probe = self.residual.probe(g, self.active(chunk))
+        taken = torch.zeros(self.v, dtype=torch.bool, device=g.device).index_fill_(0, index, True)
+        probe[:, taken[:: self.residual.stride]] = 0.0
+        error = self.residual.error(lost, energy, self.hidden, probe)
         self.pays = error <= budget
         if not self.pays:
             return None, 0.0

@@ -7,6 +7,7 @@ U = W B^T, so that the residual moves dH within them; what is lost is its part o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -73,6 +74,15 @@ def feedback(directions: Directions) -> Coefficients:
     return padded(basis.T), padded(absorb)
 
 
+def extrapolated(product: Tensor, alone: Tensor, stride: int) -> Tensor:
+    """The squared norm of a product over all columns, a `stride`-th of it, from that over every `stride`-th column.
+
+    `alone`: the columns' own squared norms, summed. Were the columns independent `product` would be the same, and grow
+    with them; what they have in common grows with their square: k columns for one make k^2 (product - alone) + k alone.
+    """
+    return torch.maximum(stride * (product - alone) + alone, alone)
+
+
 class Residual:
     """What a call's plans leave out of their products: kept along the directions of `weight` [V, H], which it owns.
 
@@ -90,12 +100,43 @@ class Residual:
     def along(self) -> Tensor:
         return self.directions.along(self.weight, self.product)
 
-    def error(self, left: float, energy: float, hidden: Tensor) -> float:
-        """Estimated error of both gradients: `left` of `energy` = ||G||^2 stayed; hidden [n, H], what was taken."""
-        reach = float(hidden.norm())
+    @cached_property
+    def stride(self) -> int:
+        """Of the columns that are probed."""
         numbers = calibration.FITTED.residual
-        lost = numbers.coherence * left**0.5 * self.directions.outside / reach if reach > 0 else float("inf")
-        return max(lost, numbers.spread * (left / energy) ** 0.5)
+        return max(1, min(numbers.stride, self.weight.shape[0] // numbers.columns))
+
+    @cached_property
+    def probed(self) -> Tensor:
+        """[V / stride, H] fp32: what lies outside the directions, of every few rows of the head."""
+        rows, basis = self.weight[:: self.stride].float(), self.directions.basis
+        return torch.addmm(rows, rows @ basis.T, basis, alpha=-1)
+
+    def probe(self, g: Tensor, active: Tensor) -> Tensor:
+        """[m, V / stride]: entries of g [n, V] in the columns of `probed`, of a few tokens that have a weight."""
+        return g[:, :: self.stride][self.tokens(active)]
+
+    def tokens(self, active: Tensor) -> Tensor:
+        """[m] a few of the active ones of a chunk's tokens, all over it."""
+        spread = torch.arange(active.numel(), device=active.device) * 0.6180339887 % 1
+        return (active + spread).topk(min(calibration.FITTED.residual.tokens, active.numel())).indices
+
+    def error(self, left: float, energy: float, hidden: Tensor, probe: Tensor) -> float:
+        """Estimated error of both gradients: `left` of `energy` = ||G||^2 stayed; hidden [n, H], what was taken.
+
+        `probe`: of what stayed.
+        """
+        numbers = calibration.FITTED.residual
+        s = torch.linalg.vector_norm(probe @ self.probed, dtype=torch.float64).square()
+        d = probe.double().square().sum(0) @ torch.linalg.vector_norm(self.probed, dim=1).double().square()
+        seen = torch.linalg.vector_norm(probe, dtype=torch.float64).square()
+        lost, seen, reach = torch.stack([extrapolated(s, d, self.stride), seen, hidden.norm().double()]).tolist()
+        if left == 0:
+            return 0.0
+        if seen == 0 or reach == 0:
+            return math.inf
+        lost = (lost * left / seen) ** 0.5 / reach
+        return max(numbers.coherence * lost, numbers.spread * (left / energy) ** 0.5)
 
     def add_to(self, hidden: Tensor, residual: Tensor) -> Tensor:
         """The hidden gradient [n, H]: of what was taken, and of the residual [n, V] along the directions."""

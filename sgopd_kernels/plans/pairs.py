@@ -50,12 +50,13 @@ class Pairs(Exact):
 
         `noise`: of the logits, as large as an error of G.
         """
-        self.taken, error = self._take(chunk.z_student, noise) if self.needs_grad else ([], 0.0)
+        self.taken, error = self._take(chunk, noise) if self.needs_grad else ([], 0.0)
         self.ran = "filtered" if self.taken else "exact"
         self.kept = sum(pairs.count for pairs in self.taken) if self.taken else chunk.z_student.numel()
         return error
 
-    def _take(self, g: Tensor, noise: float) -> tuple[list[TopPairs], float]:
+    def _take(self, chunk: Chunk, noise: float) -> tuple[list[TopPairs], float]:
+        g = chunk.z_student
         backend, budget, numbers = self.backend, self.budget, calibration.FITTED.pairs
         most, left_for_noise = numbers.most, numbers.noise_share * budget
         first = backend.extract_top(g, numbers.share * budget, most)
@@ -67,7 +68,10 @@ class Pairs(Exact):
         noise = _relative(noise, energy)
         if energy == 0:
             return taken, noise
-        error = math.hypot(noise, left := self.residual.error(first.left, energy, self.hidden))
+        left = self.residual.error(
+            first.left, energy, self.hidden, self.residual.probe(g, active := self.active(chunk))
+        )
+        error = math.hypot(noise, left)
         if not error <= budget and noise <= left_for_noise and math.isfinite(left):
             room = (budget**2 - noise**2) ** 0.5
             more = backend.extract_top(g, 0.8 * room / left, most)
@@ -75,7 +79,8 @@ class Pairs(Exact):
                 taken.append(more)
                 backend.add_pairs_hidden(more, self.head, self.hidden)
                 energy = first.taken + more.taken + more.left
-                error = math.hypot(noise, self.residual.error(more.left, energy, self.hidden))
+                left = self.residual.error(more.left, energy, self.hidden, self.residual.probe(g, active))
+                error = math.hypot(noise, left)
         if error <= budget:
             return taken, error
         for pairs in taken:

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from ..backends.cpu import CpuBackend
 from ..oracle import STATS
-from ..problem import Chunk, Problem
+from ..problem import Chunk, Head, Problem
 from . import calibration
 from .base import NeedsGrad, worst
 from .calibration import Setting
-from .directions import Coefficients, Directions, Residual, feedback
+from .directions import Coefficients, Directions, Residual, extrapolated, feedback
 from .pairs import Pairs
 
 
@@ -53,6 +53,7 @@ class Quantized(Pairs):
         super().__init__(problem, backend, needs_grad, residual)
         self.feedback, self.setting, self.mass = feedback, setting, mass
         self.measured = residual.weight.new_empty(0)  # [n, 6], of a chunk's quantization (csrc/cpu/refine.cpp)
+        self.adds_up = 1.0
 
     def project(self, chunk: Chunk) -> None:
         p, at, feedback = self.problem, chunk.positions, self.feedback
@@ -65,6 +66,42 @@ class Quantized(Pairs):
         ):
             project(hidden[at], weight, out, self.setting.segment(weight.shape[1]), rounding)
         self.measured = self.backend.refine(p, at, chunk.z_student, chunk.z_teacher, self.mass)
+        self.adds_up = self._adds_up(chunk)
+
+    def _adds_up(self, chunk: Chunk) -> float:
+        """How often what `at_most` makes of independent errors the logits' errors are in dH.
+
+        Of a few tokens the logits of every few columns are computed again in fp32. What is extrapolated from their
+        errors is `Residual.error`'s.
+        """
+        p, at, k = self.problem, chunk.positions, self.residual.stride
+        assert p.teacher is not None and p.teacher_hidden is not None and chunk.z_teacher is not None
+        tokens = self.residual.tokens(torch.ones(at.numel(), dtype=torch.bool))
+        y = p.token_ids[at][tokens]
+
+        def errors(all_hidden: Tensor, head: Head, z: Tensor, logsumexp: Tensor) -> tuple[Tensor, Tensor]:
+            hidden, scale = all_hidden[at][tokens].float(), head.logit_scale / p.spec.temperature
+            exact = hidden @ head.weight[: self.v : k].float().T
+            # What was refined, the sampled token's logit too, is off by one number a token: of no effect.
+            shift = z[tokens, y] - (hidden * head.weight[y].float()).sum(-1)
+            off = (z[:, ::k][tokens] - exact - shift.unsqueeze(-1)) * scale
+            return off, (exact * scale - logsumexp[tokens].float().unsqueeze(-1)).exp()
+
+        u, prob = errors(p.student_hidden, p.student, chunk.z_student, self.measured[:, 0])
+        v, target = errors(p.teacher_hidden, p.teacher, chunk.z_teacher, self.measured[:, 1])
+        rows = self.head[::k].float()
+        mean = rows.mean(0)
+        rows = rows - mean
+        norms = rows.square().sum(1).double()
+        tail = torch.maximum(prob, target) < self.mass
+        e = (prob * (u - v)).where(tail, 0.0)
+        hidden = extrapolated((e @ rows).double().square().sum(), e.double().square().sum(0) @ norms, k)
+        # G sums to 0, so that the tail's errors come back in the other entries, in proportion to p: along E_p of the
+        # head's rows, which is no longer than the row of a token drawn from p.
+        expected, e = (self.head[y].float() - mean).square().sum(1).double(), e.double()
+        hidden += extrapolated(e.sum(-1).square() @ expected, e.square().sum(-1) @ expected, k)
+        independent = float(at_most(p, self.measured, self.mass)[tokens].sum()) / k
+        return 0.0 if independent == 0 else float(hidden / norms.mean() / independent) ** 0.5
 
     def forward(self, chunk: Chunk) -> float:
         super(Pairs, self).forward(chunk)
@@ -75,23 +112,35 @@ class Quantized(Pairs):
         return error
 
     def error(self, stats: Tensor, scale: Tensor) -> tuple[float, float]:
-        loss, noise = refined_error(self.measured, self.mass, stats, scale)
-        return loss, self.setting.coherence * noise
+        loss, noise = refined_error(self.problem, self.measured, self.mass, stats, scale, self.adds_up)
+        return loss, calibration.FITTED.quantized.coherence * noise
 
 
-def refined_error(report: Tensor, mass: float, stats: Tensor, scale: Tensor) -> tuple[float, float]:
+def at_most(problem: Problem, report: Tensor, mass: float) -> Tensor:
+    """[n]: bounds the sum over a token's tail of p^2 times the variance of its logits. `report`: `backend.refine`'s."""
+    assert problem.teacher is not None
+    student, teacher = (head.logit_scale / problem.spec.temperature for head in (problem.student, problem.teacher))
+    return mass * torch.maximum(report[:, 2], report[:, 3]) * (report[:, 4] * student**2 + report[:, 5] * teacher**2)
+
+
+def refined_error(
+    problem: Problem,
+    report: Tensor,
+    mass: float,
+    stats: Tensor,
+    scale: Tensor,
+    adds_up: float = 1.0,
+) -> tuple[float, float]:
     """Of logits with an error of which those with a probability of `mass` were computed again (`backend.refine`).
 
-    (estimate of the loss's error, inf where a gate's sign may flip; noise in G, if errors are independent.)
+    (estimate of the loss's error, inf where a gate's sign may flip; noise in G). `adds_up`: how often what independent
+    errors would make it is, in dH.
     """
-    numbers = calibration.FITTED.quantized
-    tail = torch.maximum(report[:, 2], report[:, 3])
-    variance = report[:, 4] + report[:, 5]
-    at_most = mass * tail * variance  # bounds the sum over the tail of p^2 times the variance
-    ratio = numbers.deviations * float(at_most.max().sqrt())
-    loss = float((tail * variance).sum() / stats[:, STATS["kl"]].abs().sum().clamp(min=1e-300))
+    numbers, most = calibration.FITTED.quantized, at_most(problem, report, mass)
+    ratio = numbers.deviations * float(most.max().sqrt())
+    loss = float(most.sum() / mass / stats[:, STATS["kl"]].abs().sum().clamp(min=1e-300))
     row_weight = (stats[:, STATS["gate"]] * scale).double()
-    noise = float((row_weight.square() * at_most).sum().sqrt())
+    noise = adds_up * float((row_weight.square() * most).sum().sqrt())
     return loss if ratio <= numbers.gate else math.inf, noise
 
 
@@ -155,16 +204,7 @@ def quantized(
     room = kl * p.spec.budget**2
     both = Feedback(residual, p.teacher.weight[: p.vocabulary])
     first = next((i for i, s in enumerate(settings) if room > s.kl), len(settings))
-    at_first = min(numbers.most_mass, numbers.mass * max(1.0, room / settings[0].kl) ** 0.75)
     return [
-        Quantized(
-            p,
-            backend,
-            needs_grad,
-            residual,
-            both if setting.feedback else None,
-            setting,
-            numbers.mass if later else at_first,
-        )
-        for later, setting in enumerate(settings[first:])
+        Quantized(p, backend, needs_grad, residual, both if setting.feedback else None, setting, numbers.mass)
+        for setting in settings[first:]
     ]

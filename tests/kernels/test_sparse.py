@@ -103,7 +103,7 @@ def test_the_estimate_refuses_a_screen_whose_noise_adds_up(
     operands = shared_directions(spread, rank, distance)
     truth = gradients([t.double() if t.is_floating_point() else t for t in operands])
     assert error(gradients(operands, backend="cpu")[1], truth[1]) <= calibration.AUTO
-    calibrate(quantized=settings(coherence=1.0))
+    calibrate(quantized={"coherence": 0.0})
     unguarded = gradients(operands, backend="cpu")
     if unguarded[3].plan == "quantized":  # not on a processor without 16-bit products
         assert error(unguarded[1], truth[1]) > 1.5 * calibration.AUTO
@@ -178,7 +178,7 @@ def test_feedback_takes_the_screens_error_off_the_heads_directions(segment: int,
 def test_the_estimate_knows_what_was_refined(calibrate: Any) -> None:
     """Where the KL leaves room, fewer logits are computed again in fp32: with far fewer, the plan must be refused."""
     # the sign's guard would refuse it as well
-    calibrate(quantized={**settings(kl=1e-30), "most_mass": 0.1, "gate": 1.0})
+    calibrate(quantized={**settings(kl=1e-30), "mass": 0.1, "gate": 1.0})
     for distance in (0.01, 0.003, 0.001):
         operands = inputs(4.0, distance, torch.float32)
         truth = gradients([t.double() if t.is_floating_point() else t for t in operands])
