@@ -42,9 +42,9 @@ table.N = 10
 OPTIONS = table.options()
 
 
-def at_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Columns are filtered and gradients narrowed in small calls too."""
-    changes = {"worthwhile": 0.0, "narrow_worthwhile": 0.0}
+def at_any_size(monkeypatch: pytest.MonkeyPatch, *what: str) -> None:
+    """Columns are filtered ("worthwhile") or gradients narrowed ("narrow_worthwhile") in small calls too."""
+    changes = dict.fromkeys(what, 0.0)
     monkeypatch.setattr(calibration, "FITTED", calibration.FITTED.changed(columns=changes))
 
 
@@ -127,7 +127,7 @@ def test_models_a_large_constant_apart() -> None:
 def test_a_narrow_gradient_where_the_budget_allows_it(
     monkeypatch: pytest.MonkeyPatch, gate: str, near: float | None
 ) -> None:
-    at_any_size(monkeypatch)
+    at_any_size(monkeypatch, "narrow_worthwhile")
     # Several blocks a row: the bf16 gradient is written over logits that are still to be read.
     monkeypatch.setattr("sgopd_kernels.backends.triton.BLOCK", 256)
     inputs = kit.make_inputs(n=12, v=1003, near=near, seed=5, dtype=torch.bfloat16)
@@ -342,7 +342,7 @@ def peaked(n: int, v: int, spread: float, dtype: torch.dtype = torch.float32, di
 @pytest.mark.parametrize("gate", ["sg-opd", "opdvr"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_filtered_within_the_budget(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, gate: str) -> None:
-    at_any_size(monkeypatch)
+    at_any_size(monkeypatch, "worthwhile", "narrow_worthwhile")
     inputs = peaked(12, 4099, 20.0, dtype)
     bias = torch.randn(4099, generator=torch.Generator().manual_seed(1))
     truth = kit.call(inputs.to(torch.float64), gate=gate, student_bias=bias.double())
@@ -359,7 +359,7 @@ def test_filtered_within_the_budget(monkeypatch: pytest.MonkeyPatch, dtype: torc
 
 
 def test_a_flat_gradient_is_not_filtered(monkeypatch: pytest.MonkeyPatch) -> None:
-    at_any_size(monkeypatch)
+    at_any_size(monkeypatch, "worthwhile", "narrow_worthwhile")
     inputs = kit.make_inputs(n=12, v=2000, peak=0.1, dtype=torch.bfloat16, seed=2)
     truth = kit.call(inputs.to(torch.float64))
     # Small chunks: the first finds that the filter does not pay, the others round their gradient to bf16 instead.
@@ -370,7 +370,7 @@ def test_a_flat_gradient_is_not_filtered(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_nan_is_not_filtered(monkeypatch: pytest.MonkeyPatch) -> None:
-    at_any_size(monkeypatch)
+    at_any_size(monkeypatch, "worthwhile", "narrow_worthwhile")
     inputs = peaked(6, 1000, 20.0)
     inputs.student_hidden[1] = math.nan
     loss, d_hidden, d_weight, stats = kit.call(inputs, backend="triton")
