@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <functional>
 #include <limits>
+#include <map>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -83,69 +84,117 @@ inline HeadArgs head(const char* name, const HeadTuple& h) {
   return a;
 }
 
-inline void define_rows(py::module_& m, Run run) {
-  using namespace py::literals;
-  m.attr("COLUMNS") = static_cast<int>(kColumns);
-  const auto rows = [run](int64_t n, int64_t vocabulary, Address student, int64_t student_stride, Address teacher,
-                          int64_t teacher_stride, Address reference, int64_t reference_stride,
-                          const HeadTuple& student_head, const HeadTuple& teacher_head, const HeadTuple& reference_head,
-                          Address token_ids, Address verdict, Address weights, Address forced, Address row_scale,
-                          Address teacher_logprob, Address behaviour_logprob, Address stats, Address energy,
-                          int estimator, int divergence, double beta, double tolerance, double ratio_clip,
-                          double temperature, bool gradient, int threads, const std::string& isa, Address stream) {
-    extent("student", n, vocabulary, student_stride);
-    if (teacher != 0) extent("teacher", n, vocabulary, teacher_stride);
-    if (reference != 0) extent("reference", n, vocabulary, reference_stride);
-    require_threads(threads);
-    if (estimator < 0 || estimator > 1 || divergence < 0 || divergence > 2)
-      throw std::invalid_argument("rows: unknown estimator or divergence");
-    if (teacher == 0 && estimator != kSampled)
-      throw std::invalid_argument("rows: without teacher logits only the sampled estimator is defined");
-    if (reference != 0 && teacher == 0) throw std::invalid_argument("rows: a reference needs teacher logits");
-    const auto inverse_temperature = static_cast<float>(1.0 / temperature);
-    if (!(inverse_temperature > 0) || !std::isfinite(inverse_temperature))
-      throw std::invalid_argument("rows: temperature must be > 0, with an inverse that float32 holds");
-    if (divergence == kJSD && !(beta > 0 && beta < 1))
-      throw std::invalid_argument("rows: beta of the JSD must lie between 0 and 1");
-    if (!(tolerance >= 0)) throw std::invalid_argument("rows: tolerance must be >= 0");
-    if (std::isnan(ratio_clip)) throw std::invalid_argument("rows: ratio_clip is NaN");
+// Fills one field of the struct from its Python argument.
+using Field = std::function<void(RowsArgs&, const std::string& name, py::handle)>;
 
-    RowsArgs a{};
-    a.rows = n;
-    a.vocabulary = vocabulary;
-    a.student = pointer<float>("student", student, n > 0);
-    a.student_stride = student_stride;
-    a.teacher = pointer<float>("teacher", teacher, false);
-    a.teacher_stride = teacher_stride;
-    a.reference = pointer<float>("reference", reference, false);
-    a.reference_stride = reference_stride;
-    a.student_head = head("student bias", student_head);
-    a.teacher_head = head("teacher bias", teacher_head);
-    a.reference_head = head("reference bias", reference_head);
-    a.token_ids = pointer<const int64_t>("token_ids", token_ids, n > 0);
-    a.verdict = pointer<const float>("verdict", verdict, n > 0);
-    a.weights = pointer<const double>("weights", weights, n > 0);
-    a.forced = pointer<const int8_t>("forced", forced, false);
-    a.row_scale = pointer<const float>("row_scale", row_scale, gradient && n > 0);
-    a.teacher_logprob = pointer<const float>("teacher_logprob", teacher_logprob, teacher == 0 && n > 0);
-    a.behaviour_logprob = pointer<const float>("behaviour_logprob", behaviour_logprob, false);
-    a.stats = pointer<double>("stats", stats, n > 0);
-    a.energy = pointer<float>("energy", energy, false);
-    a.estimator = estimator;
-    a.divergence = divergence;
-    a.beta = beta;
-    a.tolerance = tolerance;
-    a.ratio_clip = ratio_clip;
-    a.inverse_temperature = inverse_temperature;
-    a.gradient = gradient;
-    if (n == 0) return;
-    run(a, threads, isa, stream);
+template <typename T>
+Field field(T RowsArgs::* member) {
+  return [member](RowsArgs& a, const std::string&, py::handle value) { a.*member = value.cast<T>(); };
+}
+
+template <typename T>
+Field field(T* RowsArgs::* member) {
+  return [member](RowsArgs& a, const std::string& name, py::handle value) {
+    a.*member = pointer<T>(name.c_str(), value.cast<Address>(), false);
   };
-  m.def("rows", rows, py::kw_only(), "n"_a, "vocabulary"_a, "student"_a, "student_stride"_a, "teacher"_a,
-        "teacher_stride"_a, "reference"_a, "reference_stride"_a, "student_head"_a, "teacher_head"_a, "reference_head"_a,
-        "token_ids"_a, "verdict"_a, "weights"_a, "forced"_a, "row_scale"_a, "teacher_logprob"_a, "behaviour_logprob"_a,
-        "stats"_a, "energy"_a = 0, "estimator"_a, "divergence"_a, "beta"_a, "tolerance"_a, "ratio_clip"_a,
-        "temperature"_a, "gradient"_a, "threads"_a = 1, "isa"_a = "", "stream"_a = 0);
+}
+
+inline Field field(HeadArgs RowsArgs::* member) {
+  return [member](RowsArgs& a, const std::string& name, py::handle value) {
+    a.*member = head(name.c_str(), value.cast<HeadTuple>());
+  };
+}
+
+#define SGOPD_FIELD(name) {#name, field(&RowsArgs::name)}
+
+inline void check(const RowsArgs& a) {
+  extent("student", a.rows, a.vocabulary, a.student_stride);
+  if (a.teacher != nullptr) extent("teacher", a.rows, a.vocabulary, a.teacher_stride);
+  if (a.reference != nullptr) extent("reference", a.rows, a.vocabulary, a.reference_stride);
+  const auto need = [&](const char* name, const void* address, bool needed) {
+    if (needed && a.rows > 0 && address == nullptr) throw std::invalid_argument(std::string(name) + ": null address");
+  };
+  need("student", a.student, true);
+  need("token_ids", a.token_ids, true);
+  need("verdict", a.verdict, true);
+  need("weights", a.weights, true);
+  need("stats", a.stats, true);
+  need("row_scale", a.row_scale, a.gradient);
+  need("teacher_logprob", a.teacher_logprob, a.teacher == nullptr);
+  if (a.divergence < 0 || a.divergence >= kDivergences) throw std::invalid_argument("rows: unknown divergence");
+  if (a.teacher == nullptr && !a.sampled)
+    throw std::invalid_argument("rows: without teacher logits only the sampled estimator is defined");
+  if (a.reference != nullptr && a.teacher == nullptr)
+    throw std::invalid_argument("rows: a reference needs teacher logits");
+  if (!(a.inverse_temperature > 0) || !std::isfinite(a.inverse_temperature))
+    throw std::invalid_argument("rows: temperature must be > 0, with an inverse that float32 holds");
+  if (!is_kl(a.divergence) && !(a.parameter > 0 && a.parameter < 1))
+    throw std::invalid_argument("rows: the divergence's parameter must lie between 0 and 1");
+  if (!(a.tolerance >= 0)) throw std::invalid_argument("rows: tolerance must be >= 0");
+  if (std::isnan(a.ratio_clip)) throw std::invalid_argument("rows: ratio_clip is NaN");
+}
+
+// Arguments by name: the fields of RowsArgs, and threads, isa and stream of `Run`.
+inline void define_rows(py::module_& m, Run run) {
+  m.attr("COLUMNS") = static_cast<int>(kColumns);
+  static const std::map<std::string, Field> fields{SGOPD_FIELD(rows),
+                                                   SGOPD_FIELD(vocabulary),
+                                                   SGOPD_FIELD(student),
+                                                   SGOPD_FIELD(student_stride),
+                                                   SGOPD_FIELD(teacher),
+                                                   SGOPD_FIELD(teacher_stride),
+                                                   SGOPD_FIELD(reference),
+                                                   SGOPD_FIELD(reference_stride),
+                                                   SGOPD_FIELD(student_head),
+                                                   SGOPD_FIELD(teacher_head),
+                                                   SGOPD_FIELD(reference_head),
+                                                   SGOPD_FIELD(token_ids),
+                                                   SGOPD_FIELD(verdict),
+                                                   SGOPD_FIELD(weights),
+                                                   SGOPD_FIELD(forced),
+                                                   SGOPD_FIELD(row_scale),
+                                                   SGOPD_FIELD(teacher_logprob),
+                                                   SGOPD_FIELD(behaviour_logprob),
+                                                   SGOPD_FIELD(stats),
+                                                   SGOPD_FIELD(sampled),
+                                                   SGOPD_FIELD(divergence),
+                                                   SGOPD_FIELD(parameter),
+                                                   SGOPD_FIELD(tolerance),
+                                                   SGOPD_FIELD(ratio_clip),
+                                                   SGOPD_FIELD(gradient),
+                                                   SGOPD_FIELD(energy)};
+  m.def("rows", [run](const py::kwargs& given) {
+    RowsArgs a{};
+    int threads = 1;
+    std::string isa;
+    Address stream = 0;
+    std::size_t filled = 0;
+    for (const auto& [key, value] : given) {
+      const auto name = key.cast<std::string>();
+      try {
+        if (const auto found = fields.find(name); found != fields.end()) {
+          found->second(a, name, value);
+          ++filled;
+        } else if (name == "temperature") {
+          a.inverse_temperature = static_cast<float>(1.0 / value.cast<double>());
+        } else if (name == "threads") {
+          threads = value.cast<int>();
+        } else if (name == "isa") {
+          isa = value.cast<std::string>();
+        } else if (name == "stream") {
+          stream = value.cast<Address>();
+        } else {
+          throw py::type_error("rows: unknown argument " + name);
+        }
+      } catch (const py::cast_error&) {
+        throw py::type_error("rows: " + name + " has the wrong type");
+      }
+    }
+    if (filled != fields.size()) throw py::type_error("rows: an argument is missing");
+    require_threads(threads);
+    check(a);
+    if (a.rows > 0) run(a, threads, isa, stream);
+  });
 }
 
 }  // namespace sgopd

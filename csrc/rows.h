@@ -3,10 +3,9 @@
 
 #include <cstdint>
 
-namespace sgopd {
+#include "divergence.h"
 
-enum Estimator : int { kFull = 0, kSampled = 1 };
-enum Divergence : int { kReverseKL = 0, kForwardKL = 1, kJSD = 2 };
+namespace sgopd {
 
 // Columns of the statistics a call returns, one row of doubles a token (sgopd_kernels.oracle.TokenValues).
 enum Column : int {
@@ -45,8 +44,10 @@ struct RowsArgs {
   const float* behaviour_logprob;  // [rows] or null
   double* stats;                   // [rows, kColumns]
   float* energy;                   // [rows, ceil(V / 32)] or null: squares of the gradient, summed over 32 columns
-  int estimator, divergence;
-  double beta, tolerance, ratio_clip;
+  bool sampled;                    // the estimator: on the sampled token; else over the vocabulary
+  int divergence;
+  double parameter;  // of the divergence
+  double tolerance, ratio_clip;
   float inverse_temperature;
   bool gradient;
 };

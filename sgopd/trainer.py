@@ -64,8 +64,7 @@ from sgopd.teachers import Hidden, Teacher
 from sgopd.teachers.local import LocalTeacher
 from sgopd.verdicts import VerdictWatch, verifying
 from sgopd.verifier import Verdict
-from sgopd_kernels import CORRECT, Gate
-from sgopd_kernels.gate import resolve_gate
+from sgopd_kernels import CORRECT, Gate, resolve_gate
 
 Record = dict[str, Any]
 

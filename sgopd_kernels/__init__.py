@@ -5,8 +5,10 @@ loss = gated_kl_loss(h_student, w_student, h_teacher, w_teacher, token_ids, verd
 """
 
 from . import _extension  # noqa: F401  before torch, which hangs in a subinterpreter where this refuses
-from .api import Stats, gated_advantage, gated_kl_loss, gated_logprob_loss, gated_topk_kl_loss
-from .gate import CORRECT, INCORRECT, PRESETS, UNKNOWN, Gate
+from .api import gated_advantage, gated_kl_loss, gated_logprob_loss, gated_topk_kl_loss
+from .gate import CORRECT, INCORRECT, PRESETS, UNKNOWN, Gate, resolve_gate
+from .loss import Stats, gated_loss
+from .options import Head, Options, SampledTeacher, TopKTeacher
 
 __all__ = [
     "CORRECT",
@@ -14,10 +16,16 @@ __all__ = [
     "PRESETS",
     "UNKNOWN",
     "Gate",
+    "Head",
+    "Options",
+    "SampledTeacher",
     "Stats",
+    "TopKTeacher",
     "gated_advantage",
     "gated_kl_loss",
     "gated_logprob_loss",
+    "gated_loss",
     "gated_topk_kl_loss",
+    "resolve_gate",
 ]
 __version__ = "0.1.0"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .backends.cpu import CpuBackend
 from .backends.torch import TorchBackend, VocabularySlice
-from .gate import cell_weights, draw_agreement
+from .gate import draw_agreement
 from .oracle import STATS
 from .plans import calibration
 from .plans.base import Gradients, NeedsGrad, Plan, Report
@@ -50,7 +50,7 @@ def run(
     needs_grad: NeedsGrad,
     group: dist.ProcessGroup | None = None,
 ) -> Result:
-    """Runs the cheapest plans within `problem.spec.budget`.
+    """Runs the cheapest plans within `problem.budget`.
 
     `row_scale` [N] multiplies each token's gradient (not `stats`).
 
@@ -60,20 +60,18 @@ def run(
     shard = None
     if group is not None:
         problem, shard = same_everywhere(problem, group), shard_of(problem, group)
-    spec, device = problem.spec, problem.token_ids.device
+    device = problem.token_ids.device
     valid = None
     if backend.capturing(device):
         # How many tokens are valid is not known while a graph is captured: all take part, the ignored with weight 0.
         rows = torch.arange(problem.token_ids.numel(), device=device)
-        valid = problem.token_ids != spec.ignore_index
+        valid = problem.token_ids != problem.options.ignore_index
         check_values(problem, rows, shard.total if shard else problem.vocabulary)
         problem = replace(problem, token_ids=problem.token_ids.where(valid, 0))
     else:
         rows = problem.valid_rows()
         check_values(problem, rows, shard.total if shard else problem.vocabulary)
-    weights = cell_weights(
-        problem.verdict[rows], problem.reliability_of(rows), spec.agree, spec.conflict, spec.neutral, spec.keep
-    )
+    weights = problem.cell_weights(rows)
     if valid is not None:
         weights *= valid
     call = Call(problem, backend, rows, valid, weights, row_scale, shard)
@@ -82,7 +80,7 @@ def run(
     # The `random` control draws agreement at the measured rate: measure it first.
     measured = call.compute(None, NeedsGrad()).stats[rows]
     d = measured[:, STATS["teacher_logprob"]] - measured[:, STATS["student_logprob"]]
-    forced = draw_agreement(d, problem.verdict[rows].double(), spec.tolerance, problem.uniform[rows])
+    forced = draw_agreement(d, problem.verdict[rows].double(), problem.gate.tolerance, problem.uniform[rows])
     return call.compute(forced, needs_grad)
 
 
@@ -100,7 +98,8 @@ class Call:
 
     def compute(self, forced: Tensor | None, needs_grad: NeedsGrad) -> Result:
         """`forced` [M]: agreement, where the `random` control draws it."""
-        hidden, head = self.problem.student_hidden, self.problem.student
+        head = self.problem.student
+        hidden = head.hidden
         device, (v_all, h) = hidden.device, head.weight.shape
         stats = torch.zeros(hidden.shape[0], len(STATS), dtype=torch.float64, device=device)
         ladder = self.ladder(needs_grad)
@@ -128,11 +127,11 @@ class Call:
         """Plans from the cheapest that the call may take to one that always keeps within the budget."""
         problem, backend, numbers = self.problem, self.backend, calibration.FITTED
         vocabulary = self.shard.slice if self.shard else None
-        budget, v, width = problem.spec.budget, problem.vocabulary, problem.student_hidden.shape[1]
+        budget, v, width = problem.budget, problem.vocabulary, problem.student.hidden.shape[1]
         narrow = (
             budget >= calibration.AUTO
-            and problem.student_hidden.numel() * v >= numbers.columns.narrow_worthwhile
-            and backend.narrows(problem.student_hidden, problem.student.weight)
+            and problem.student.hidden.numel() * v >= numbers.columns.narrow_worthwhile
+            and backend.narrows(problem.student.hidden, problem.student.weight)
         )
         exact = Exact(problem, backend, needs_grad, vocabulary=vocabulary, narrow=narrow)
         if budget == 0 or self.shard is not None:
@@ -160,12 +159,13 @@ class Call:
         """
         problem, valid = self.problem, self.positions.numel()
         v = self.shard.widest if self.shard else problem.vocabulary
-        heads = [h for h in (problem.student, problem.teacher, problem.reference) if h is not None]
-        blocks = len(heads) + (0 if problem.topk_ids is None else 3)  # the completed teacher; what completing it takes
-        widest = max(h.weight.shape[1] for h in heads)
+        blocks = len(problem.heads) + (
+            0 if problem.topk_ids is None else 3
+        )  # the completed teacher; what completing it takes
+        widest = max(h.weight.shape[1] for h in problem.heads)
         fixed, row_bytes = plan.held_bytes()
         row_bytes += 4 * (v * blocks + 3 * widest)  # logits; gathered hidden states and a gradient row
-        room = (problem.spec.workspace or self.backend.default_workspace) - fixed
+        room = (problem.options.workspace or self.backend.default_workspace) - fixed
         rows = max(1, room // row_bytes)
         if rows >= valid:
             return max(1, valid)
@@ -190,7 +190,7 @@ class Call:
             part = slice(first, min(first + size, total))
             rows = self.positions[part]
             n, valid = rows.numel(), None if self.valid is None else self.valid[part]
-            hidden = problem.student_hidden[rows]
+            hidden = problem.student.hidden[rows]
             chunk = Chunk(
                 positions=rows,
                 # 0 * NaN of an ignored token is no gradient
@@ -207,7 +207,7 @@ class Call:
             error = plan.forward(chunk)
             if not plan.pays:
                 ladder.pop(0)
-            if not error <= problem.spec.budget and plan is not ladder[-1]:  # what cannot be estimated is NaN
+            if not error <= problem.budget and plan is not ladder[-1]:  # what cannot be estimated is NaN
                 plan = ladder[-1]
                 error = plan.forward(chunk)
             stats[rows] = chunk.stats if valid is None else chunk.stats.masked_fill(~valid.unsqueeze(-1), 0.0)

@@ -75,6 +75,11 @@ class Gate:
     def conflict_pair(self) -> ByVerdict:
         return self.conflict if isinstance(self.conflict, tuple) else (self.conflict, self.conflict)
 
+    @property
+    def may_be_0(self) -> bool:
+        """Whether a weight can be 0, which takes tokens out of the backward."""
+        return self.keep != "all" or 0 in (*self.agree_pair, *self.conflict_pair, self.neutral)
+
 
 PRESETS: dict[str, Gate] = {
     "opd": Gate(1.0, 1.0),  # on-policy distillation: the gate is off
@@ -102,26 +107,19 @@ def resolve_gate(gate: str | Gate) -> Gate:
     raise TypeError(f"gate must be a preset's name or a Gate, got {type(gate).__name__}")
 
 
-def cell_weights(
-    verdict: Tensor,
-    reliability: Tensor | None,
-    agree: ByVerdict,
-    conflict: ByVerdict,
-    neutral: float,
-    keep: str,
-) -> Tensor:
+def cell_weights(verdict: Tensor, reliability: Tensor | None, gate: Gate) -> Tensor:
     """The weights a token can take, by its rollout alone: [3, N] float64 (agree, conflict, neutral).
 
     `verdict` [N], `reliability` [N] in [0, 1] or None. With reliability r, the conflict weight becomes
     r + (1 - r) * conflict: a teacher known to be right on this prompt is trusted in conflicts too.
     """
-    correct = (verdict > 0).double()
-    kept = {"all": torch.ones_like(correct), "correct": correct, "incorrect": (verdict < 0).double()}[keep]
+    correct, agree, conflict = (verdict > 0).double(), gate.agree_pair, gate.conflict_pair
+    kept = {"all": torch.ones_like(correct), "correct": correct, "incorrect": (verdict < 0).double()}[gate.keep]
     agree_N = agree[0] * correct + agree[1] * (1 - correct)
     conflict_N = conflict[0] * correct + conflict[1] * (1 - correct)
     if reliability is not None:
         conflict_N = reliability + (1 - reliability) * conflict_N
-    return torch.stack([agree_N, conflict_N, torch.full_like(agree_N, neutral)]) * kept
+    return torch.stack([agree_N, conflict_N, torch.full_like(agree_N, gate.neutral)]) * kept
 
 
 def choose(

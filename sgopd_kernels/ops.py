@@ -19,65 +19,8 @@ from ._checks import require
 from .backends import get
 from .oracle import STATS
 from .plans.base import KEPT, NeedsGrad
-from .problem import Head, Problem, Spec
+from .problem import Problem, decode
 from .values import check_sampled
-
-# Order of the op's tensor arguments; the first three take gradients.
-TENSORS = (
-    "student_hidden",
-    "student_weight",
-    "student_bias",
-    "token_ids",
-    "verdict",
-    "denominator",
-    "row_scale",
-    "teacher_hidden",
-    "teacher_weight",
-    "teacher_bias",
-    "teacher_logprob",
-    "topk_ids",
-    "topk_logprob",
-    "behaviour_logprob",
-    "reference_hidden",
-    "reference_weight",
-    "reference_bias",
-    "reliability",
-    "uniform",
-)
-
-
-def problem_of(spec: Spec, tensors: dict[str, Tensor | None]) -> Problem:
-    def head(name: str) -> Head | None:
-        weight = tensors[f"{name}_weight"]
-        if weight is None:
-            return None
-        return Head(weight, tensors[f"{name}_bias"], getattr(spec, f"{name}_scale"), getattr(spec, f"{name}_softcap"))
-
-    student = head("student")
-    hidden, token_ids, verdict = (tensors[k] for k in ("student_hidden", "token_ids", "verdict"))
-    assert student is not None and hidden is not None and token_ids is not None and verdict is not None
-    return Problem(
-        spec,
-        hidden,
-        student,
-        token_ids,
-        verdict,
-        teacher=head("teacher"),
-        reference=head("reference"),
-        **{
-            name: tensors[name]
-            for name in (
-                "teacher_hidden",
-                "teacher_logprob",
-                "topk_ids",
-                "topk_logprob",
-                "behaviour_logprob",
-                "reference_hidden",
-                "reliability",
-                "uniform",
-            )
-        },
-    )
 
 
 def group_of(name: str) -> dist.ProcessGroup | None:
@@ -89,13 +32,13 @@ def group_of(name: str) -> dist.ProcessGroup | None:
     return _resolve_process_group(name)  # type: ignore[arg-type,unused-ignore]
 
 
-def scale_of(problem: Problem, denominator: Tensor | None) -> Tensor:
+def scale_of(problem: Problem) -> Tensor:
     """[N] float64: what the reduction multiplies each token's loss by."""
-    n, device = problem.token_ids.numel(), problem.token_ids.device
-    if problem.spec.reduction != "mean":
+    n, device, denominator = problem.token_ids.numel(), problem.token_ids.device, problem.num_items
+    if problem.options.reduction != "mean":
         return torch.ones(n, dtype=torch.float64, device=device)
     if denominator is None:
-        denominator = (problem.token_ids != problem.spec.ignore_index).sum().clamp(min=1)
+        denominator = (problem.token_ids != problem.options.ignore_index).sum().clamp(min=1)
     else:
         given = denominator
         require(
@@ -106,9 +49,9 @@ def scale_of(problem: Problem, denominator: Tensor | None) -> Tensor:
     return denominator.double().reciprocal().expand(n)
 
 
-def _makes_gradients(spec: Spec, row_scale: Tensor | None) -> bool:
+def _makes_gradients(problem: Problem, row_scale: Tensor | None) -> bool:
     """Not the forward of a per-token loss: its gradients need the incoming one."""
-    return spec.reduction != "none" or row_scale is not None
+    return problem.options.reduction != "none" or row_scale is not None
 
 
 @torch.compiler.assume_constant_result
@@ -134,45 +77,36 @@ def fused_loss(
     student_hidden: Tensor,
     student_weight: Tensor,
     student_bias: Tensor | None,
-    token_ids: Tensor,
-    verdict: Tensor,
-    denominator: Tensor | None,
     row_scale: Tensor | None,
-    teacher_hidden: Tensor | None,
-    teacher_weight: Tensor | None,
-    teacher_bias: Tensor | None,
-    teacher_logprob: Tensor | None,
-    topk_ids: Tensor | None,
-    topk_logprob: Tensor | None,
-    behaviour_logprob: Tensor | None,
-    reference_hidden: Tensor | None,
-    reference_weight: Tensor | None,
-    reference_bias: Tensor | None,
-    reliability: Tensor | None,
-    uniform: Tensor | None,
-    words: str,
+    tensors: list[Tensor],
     numbers: list[float],
+    form: str,
     backend: str,
     group: str,
     needs_grad: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, stats [N, 8] float64, d_hidden, d_weight, d_bias, report [3]); gradients not needed are empty."""
-    arguments = locals()
+    """(loss, stats [N, 8] float64, d_hidden, d_weight, d_bias, report [3]); gradients not needed are empty.
+
+    The first three take gradients. `row_scale`: the incoming gradient of a per-token loss. `tensors`, `numbers` and
+    `form`: `problem.encode`.
+    """
     refuse_transforms("the fused loss")  # of a graph that was compiled outside
-    chosen = Spec.decode(words, numbers)
-    problem = problem_of(chosen, {name: arguments[name] for name in TENSORS})
-    wanted = NeedsGrad(*needs_grad) if _makes_gradients(chosen, row_scale) else NeedsGrad()
-    scale = row_scale if row_scale is not None else scale_of(problem, denominator)
+    problem = decode((student_hidden, student_weight, student_bias), tensors, numbers, form)
+    wanted = NeedsGrad(*needs_grad) if _makes_gradients(problem, row_scale) else NeedsGrad()
+    unit, factor = row_scale if row_scale is not None else scale_of(problem), problem.loss_factor
+    scale = unit if factor is None else unit * factor
     result = driver.run(problem, get(backend), scale, wanted, group_of(group))
     check_sampled(problem, result.stats)
     if not wanted:
         result.report[KEPT] = torch.nan  # there is no gradient, or not yet
-    losses = result.stats[:, STATS["loss"]]
-    if chosen.reduction == "none":
+    losses, reduction = result.stats[:, STATS["loss"]], problem.options.reduction
+    if factor is not None:
+        losses = torch.where(factor == 0, 0.0, losses * factor)
+    if reduction == "none":
         loss = losses.float()
     else:
         # Summed before it is scaled: the value doesn't depend on how the tokens were chunked.
-        loss = losses.sum() if chosen.reduction == "sum" else losses.sum() * scale[:1].sum()
+        loss = losses.sum() if reduction == "sum" else losses.sum() * unit[:1].sum()
         loss = loss.float()
     empty = student_hidden.new_empty(0)
     return (
@@ -190,77 +124,61 @@ def _(
     student_hidden: Tensor,
     student_weight: Tensor,
     student_bias: Tensor | None,
-    token_ids: Tensor,
-    verdict: Tensor,
-    denominator: Tensor | None,
     row_scale: Tensor | None,
-    teacher_hidden: Tensor | None,
-    teacher_weight: Tensor | None,
-    teacher_bias: Tensor | None,
-    teacher_logprob: Tensor | None,
-    topk_ids: Tensor | None,
-    topk_logprob: Tensor | None,
-    behaviour_logprob: Tensor | None,
-    reference_hidden: Tensor | None,
-    reference_weight: Tensor | None,
-    reference_bias: Tensor | None,
-    reliability: Tensor | None,
-    uniform: Tensor | None,
-    words: str,
+    tensors: list[Tensor],
     numbers: list[float],
+    form: str,
     backend: str,
     group: str,
     needs_grad: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    n = student_hidden.shape[0]
-    chosen = Spec.decode(words, numbers)
-    makes = _makes_gradients(chosen, row_scale)
-    loss = student_hidden.new_empty((n,) if chosen.reduction == "none" else (), dtype=torch.float32)
+    leaves, n = (student_hidden, student_weight, student_bias), student_hidden.shape[0]
+    problem = decode(leaves, tensors, numbers, form)
+    makes = _makes_gradients(problem, row_scale)
+    loss = student_hidden.new_empty((n,) if problem.options.reduction == "none" else (), dtype=torch.float32)
     stats = student_hidden.new_empty((n, len(STATS)), dtype=torch.float64)
     gradients = [
         torch.empty_like(leaf, dtype=driver.gradient_dtype(leaf))
         if wanted and makes and leaf is not None
         else student_hidden.new_empty(0)
-        for wanted, leaf in zip(needs_grad, (student_hidden, student_weight, student_bias))
+        for wanted, leaf in zip(needs_grad, leaves)
     ]
     return loss, stats, gradients[0], gradients[1], gradients[2], torch.empty(3, dtype=torch.float64)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tensors, (words, numbers, backend, group, needs_grad) = inputs[: len(TENSORS)], inputs[len(TENSORS) :]
-    ctx.words, ctx.numbers, ctx.backend, ctx.group, ctx.needs_grad = words, numbers, backend, group, needs_grad
-    ctx.per_token = Spec.decode(words, numbers).reduction == "none"
+    leaves, _, constants, ctx.numbers, ctx.form, ctx.backend, ctx.group, ctx.needs_grad = inputs[:3], *inputs[3:]
+    problem = decode(leaves, constants, ctx.numbers, ctx.form)
+    ctx.per_token = problem.options.reduction == "none"
     ctx.gradients = None
     ctx.report = output[5].detach()
-    ctx.dtypes = [None if t is None else t.dtype for t in tensors[:3]]
+    ctx.dtypes = [None if t is None else t.dtype for t in leaves]
+    ctx.constants = len(constants)
     if ctx.per_token:
         # Inference tensors (a teacher's) can't be saved, and can't change under autograd's eyes either.
+        tensors = (*leaves, *constants)
         ctx.kept = [t if t is not None and t.is_inference() else None for t in tensors]
         ctx.save_for_backward(*(None if k is not None else t for t, k in zip(tensors, ctx.kept)))
     else:
         # Not save_for_backward: the backward hands these over without a copy, which only their last owner may do.
         # Detached, they hold no reference to this node.
-        ctx.gradients = [g.detach() if wanted else None for wanted, g in zip(needs_grad, output[2:5])]
+        ctx.gradients = [g.detach() if wanted else None for wanted, g in zip(ctx.needs_grad, output[2:5])]
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
             "gated_kl_loss is differentiable once: its gradient was asked for with create_graph=True; "
             "use backend='reference' for second derivatives"
         )
-    nothing = (None,) * (len(TENSORS) - 3 + 5)
+    nothing = (None, [None] * ctx.constants, None, None, None, None, None)
     if grad_loss is None:
         return (None, None, None, *nothing)
     if ctx.per_token:
-        tensors = {
-            name: saved if kept is None else kept for name, saved, kept in zip(TENSORS, ctx.saved_tensors, ctx.kept)
-        }
-        tensors["row_scale"] = grad_loss.contiguous()
-        _, _, *gradients, report = fused_loss(
-            *tensors.values(), ctx.words, ctx.numbers, ctx.backend, ctx.group, ctx.needs_grad
-        )
+        hidden, weight, bias, *constants = (s if k is None else k for s, k in zip(ctx.saved_tensors, ctx.kept))
+        settings = (ctx.numbers, ctx.form, ctx.backend, ctx.group, ctx.needs_grad)
+        _, _, *gradients, report = fused_loss(hidden, weight, bias, grad_loss.contiguous(), constants, *settings)
         # `Stats` reads the same memory; but what is written to a compiled graph's outputs is lost.
         if not torch.compiler.is_compiling() and not _batched(report):
             torch.fmax(ctx.report, report, out=ctx.report)

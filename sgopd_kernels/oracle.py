@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .gate import cell_weights, choose, draw_agreement
+from .gate import choose, draw_agreement
 from .problem import Head, Problem
 
 
@@ -32,11 +32,11 @@ class TokenValues(NamedTuple):
 STATS = {name: column for column, name in enumerate(TokenValues._fields)}  # columns of a table of them
 
 
-def logits(hidden: Tensor, head: Head, vocabulary: int, temperature: float) -> Tensor:
-    """[N, V] logits of one head: projection, bias, logit scale, softcap, temperature, in this order."""
-    z = hidden @ head.weight[:vocabulary].to(hidden.dtype).T
+def logits(head: Head, rows: Tensor, vocabulary: int, temperature: float, dtype: torch.dtype) -> Tensor:
+    """[M, V] logits of one head: projection, bias, logit scale, softcap, temperature, in this order."""
+    z = head.hidden[rows].to(dtype) @ head.weight[:vocabulary].to(dtype).T
     if head.bias is not None:
-        z = z + head.bias[:vocabulary].to(hidden.dtype)
+        z = z + head.bias[:vocabulary].to(dtype)
     z = z * head.logit_scale
     if head.softcap is not None:
         z = torch.where(z == -torch.inf, z, head.softcap * torch.tanh(z / head.softcap))  # masked stays masked
@@ -48,20 +48,32 @@ def _xlogx_sum(p: Tensor, log_ratio: Tensor) -> Tensor:
     return (p * torch.where(p == 0, 0.0, log_ratio)).sum(-1)
 
 
-def _divergence(name: str, beta: float, log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Per-token divergence [N] of student p and teacher q; generalised JSD as in GKD (arXiv 2306.13649) and TRL."""
+def _divergence(name: str, parameter: float, log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Per-token divergence [N] of student p and teacher q: options.Options has the formulas."""
     p, q = log_p.exp(), log_q.exp()
+    # In a column that both mask there is no gradient; no sum below reads it there.
+    both = (log_p == -torch.inf) & (log_q == -torch.inf)
+    log_p_, log_q_ = log_p.masked_fill(both, 0.0), log_q.masked_fill(both, 0.0)
+
+    def mixture(weight_q: float) -> Tensor:
+        return torch.logaddexp(log_q_ + math.log(weight_q), log_p_ + math.log1p(-weight_q))
+
     if name == "reverse-kl":
         return _xlogx_sum(p, log_p - log_q)
     if name == "forward-kl":
         return _xlogx_sum(q, log_q - log_p)
-    # beta * KL(q || m) + (1 - beta) * KL(p || m), m = beta q + (1 - beta) p
-    # In a column that both mask logaddexp has no gradient; neither sum below reads it there.
-    both = (log_p == -torch.inf) & (log_q == -torch.inf)
-    log_m = torch.logaddexp(
-        log_q.masked_fill(both, 0.0) + math.log(beta), log_p.masked_fill(both, 0.0) + math.log1p(-beta)
-    )
-    return beta * _xlogx_sum(q, log_q - log_m) + (1 - beta) * _xlogx_sum(p, log_p - log_m)
+    if name == "jsd":
+        log_m = mixture(parameter)
+        return parameter * _xlogx_sum(q, log_q - log_m) + (1 - parameter) * _xlogx_sum(p, log_p - log_m)
+    if name == "skew-reverse-kl":
+        return _xlogx_sum(p, log_p - mixture(1 - parameter))
+    if name == "skew-forward-kl":
+        return _xlogx_sum(q, log_q - mixture(parameter))
+    # 1 - sum p^a q^(1-a), as a sum of terms that are 0 where the models are equal
+    none = (log_p == -torch.inf) | (log_q == -torch.inf)
+    power = (parameter * log_p.masked_fill(none, 0.0) + (1 - parameter) * log_q.masked_fill(none, 0.0)).exp()
+    power = power.masked_fill(none, 0.0)
+    return (parameter * p + (1 - parameter) * q - power).sum(-1) / (parameter * (1 - parameter))
 
 
 def _bucketed(log_p: Tensor, ids: Tensor, log_q: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,13 +112,13 @@ def _support(z_student: Tensor, *others: Tensor) -> Tensor:
     return z_student
 
 
-def token_values(problem: Problem, hidden: Tensor, student: Head, dtype: torch.dtype) -> TokenValues:
-    """The loss of every valid token, differentiable in `hidden` and in `student`'s weight and bias."""
-    spec, rows = problem.spec, problem.valid_rows()
-    v, t = problem.vocabulary, spec.temperature
+def token_values(problem: Problem, dtype: torch.dtype) -> TokenValues:
+    """The loss of every valid token, differentiable in the student's hidden states, weight and bias."""
+    options, settings, rows = problem.options, problem.gate, problem.valid_rows()
+    v, t = problem.vocabulary, options.temperature
     y = problem.token_ids[rows].unsqueeze(-1)
     verdict = problem.verdict[rows].to(dtype)
-    z_s = logits(hidden[rows].to(dtype), student, v, t)
+    z_s = logits(problem.student, rows, v, t, dtype)
 
     if problem.topk_ids is not None:
         assert problem.topk_logprob is not None
@@ -122,28 +134,24 @@ def token_values(problem: Problem, hidden: Tensor, student: Head, dtype: torch.d
         kl, entropy_q = nan, nan
         log_q = log_r = None
     else:
-        assert problem.teacher_hidden is not None
-        z_t = logits(problem.teacher_hidden[rows].to(dtype), problem.teacher, v, t)
+        z_t = logits(problem.teacher, rows, v, t, dtype)
         z_s = _support(z_s, z_t)
         log_p, log_q, log_r = torch.log_softmax(z_s, -1), torch.log_softmax(z_t, -1), None
         log_q_y = log_q.gather(-1, y).squeeze(-1)
         entropy_q = -_xlogx_sum(log_q.exp(), log_q)
         if problem.reference is not None:
-            assert problem.reference_hidden is not None
-            z_r = logits(problem.reference_hidden[rows].to(dtype), problem.reference, v, t)
+            z_r = logits(problem.reference, rows, v, t, dtype)
             log_p = torch.log_softmax(_support(z_s, z_r), -1)
             log_r = torch.log_softmax(z_r, -1)
-        kl = _divergence(spec.divergence, spec.beta, log_p, log_q)
+        kl = _divergence(*problem.divergence, log_p, log_q)
 
     log_p_y = log_p.gather(-1, y).squeeze(-1)
     d = (log_q_y - log_p_y).detach()
-    weights = cell_weights(
-        verdict, problem.reliability_of(rows), spec.agree, spec.conflict, spec.neutral, spec.keep
-    ).to(dtype)
+    weights = problem.cell_weights(rows).to(dtype)
     forced = None
     if problem.uniform is not None:
-        forced = draw_agreement(d, verdict, spec.tolerance, problem.uniform[rows])
-    gate, agree = choose(d, verdict, weights, spec.tolerance, forced)
+        forced = draw_agreement(d, verdict, settings.tolerance, problem.uniform[rows])
+    gate, agree = choose(d, verdict, weights, settings.tolerance, forced)
 
     if log_r is not None:
         assert log_q is not None
@@ -153,18 +161,21 @@ def token_values(problem: Problem, hidden: Tensor, student: Head, dtype: torch.d
         target = g * log_q.masked_fill(outside, 0.0) + (1 - g) * log_r.masked_fill(outside, 0.0)
         target = target.masked_fill(outside, -torch.inf)
         kept = (weights != 0).any(0).to(dtype)
-        if spec.estimator == "full":
-            loss = kept * _divergence(spec.divergence, spec.beta, log_p, torch.log_softmax(target, -1))
+        if options.estimator == "full":
+            loss = kept * _divergence(*problem.divergence, log_p, torch.log_softmax(target, -1))
         else:
             advantage = target.gather(-1, y).squeeze(-1) - log_p_y.detach()
             loss = -kept * advantage * log_p_y
-    elif spec.estimator == "full":
+        if problem.loss_factor is not None:
+            factor = problem.loss_factor[rows].to(dtype)
+            loss = torch.where(factor == 0, 0.0, factor * loss)
+    elif options.estimator == "full":
         loss = torch.where(gate != 0, gate * kl, 0.0)
     else:
         advantage = torch.where(gate != 0, gate * d, 0.0)
         if problem.behaviour_logprob is not None:
             ratio = (log_p_y.detach() - problem.behaviour_logprob[rows].to(dtype)).exp()
-            advantage = advantage * ratio.clamp(max=spec.ratio_clip)
+            advantage = advantage * ratio.clamp(max=options.ratio_clip)
         loss = torch.where(gate != 0, -advantage * log_p_y, 0.0)
     entropy_p = -_xlogx_sum(log_p.exp(), log_p)
     return TokenValues(loss, kl, log_p_y, log_q_y, entropy_p, entropy_q, gate, agree)

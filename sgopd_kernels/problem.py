@@ -1,147 +1,169 @@
-"""What a loss call asks for, as plain data: operands (`Problem`) and choices (`Spec`). Plans and backends read it."""
+"""A loss call as plain data: its operands and choices (`Problem`), and how they cross into the op (`encode`, `decode`).
+
+Plans and backends read it. A new operand is a field of `Problem`, a new choice a field of `Options`: neither is named
+again on the way.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .gate import ByVerdict
-
-
-class Head(NamedTuple):
-    """A language-model head: logits = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)."""
-
-    weight: Tensor  # [V, H]
-    bias: Tensor | None = None  # [V]
-    logit_scale: float = 1.0
-    softcap: float | None = None
-
-
-PLAIN = Head(torch.empty(0, 0))  # logits as they are
-
-
-@dataclass(frozen=True)
-class Spec:
-    """The call's choices, resolved: no names of presets, no defaults left open."""
-
-    estimator: str = "full"  # "full" | "sampled"
-    divergence: str = "reverse-kl"  # "reverse-kl" | "forward-kl" | "jsd"
-    beta: float = 0.5  # of "jsd"
-    temperature: float = 1.0
-    agree: ByVerdict = (1.8, 1.8)  # in correct, in incorrect rollouts
-    conflict: ByVerdict = (1.0, 1.0)
-    neutral: float = 1.0
-    tolerance: float = 0.0
-    keep: str = "all"
-    ratio_clip: float = 1.0  # bound on the importance ratio, with behaviour log-probabilities
-    ignore_index: int = -100
-    reduction: str = "mean"  # "mean" | "sum" | "none"
-    workspace: int = 0  # bytes a plan may hold above inputs and gradients; 0: the backend's default
-    budget: float = 0.0  # relative error of the gradients that a plan may trade for speed; 0: exact
-    student_scale: float = 1.0
-    teacher_scale: float = 1.0
-    reference_scale: float = 1.0
-    student_softcap: float | None = None
-    teacher_softcap: float | None = None
-    reference_softcap: float | None = None
-
-    @property
-    def may_weigh_0(self) -> bool:
-        """Whether a gate's weight can be 0, which takes rows out of the backward."""
-        return self.keep != "all" or 0 in (*self.agree, *self.conflict, self.neutral)
-
-    def encode(self) -> tuple[str, list[float]]:
-        """A custom op takes no dataclass: the spec crosses as words and numbers (None as 0: a cap is > 0)."""
-        words = ",".join([self.estimator, self.divergence, self.keep, self.reduction])
-        numbers = [
-            self.beta,
-            self.temperature,
-            *self.agree,
-            *self.conflict,
-            self.neutral,
-            self.tolerance,
-            self.ratio_clip,
-            float(self.ignore_index),
-            float(self.workspace),
-            self.budget,
-            self.student_scale,
-            self.teacher_scale,
-            self.reference_scale,
-            self.student_softcap or 0.0,
-            self.teacher_softcap or 0.0,
-            self.reference_softcap or 0.0,
-        ]
-        return words, numbers
-
-    @staticmethod
-    def decode(words: str, numbers: list[float]) -> Spec:
-        estimator, divergence, keep, reduction = words.split(",")
-        n = iter(numbers)
-        return Spec(
-            estimator=estimator,
-            divergence=divergence,
-            keep=keep,
-            reduction=reduction,
-            beta=next(n),
-            temperature=next(n),
-            agree=(next(n), next(n)),
-            conflict=(next(n), next(n)),
-            neutral=next(n),
-            tolerance=next(n),
-            ratio_clip=next(n),
-            ignore_index=int(next(n)),
-            workspace=int(next(n)),
-            budget=next(n),
-            student_scale=next(n),
-            teacher_scale=next(n),
-            reference_scale=next(n),
-            student_softcap=next(n) or None,
-            teacher_softcap=next(n) or None,
-            reference_softcap=next(n) or None,
-        )
+from .gate import Gate, cell_weights
+from .options import Head, Options
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Operands of one call, flattened to N tokens. N may be 0."""
+    """Operands of one call, flattened to N tokens. N may be 0. `options` are resolved: no names of presets."""
 
-    spec: Spec
-    student_hidden: Tensor  # [N, Hs]
+    options: Options
     student: Head
     token_ids: Tensor  # [N] int64
     verdict: Tensor  # [N] float32: 1, -1, 0
-    teacher_hidden: Tensor | None = None  # [N, Ht]
     teacher: Head | None = None
     teacher_logprob: Tensor | None = None  # [N], in place of a teacher head
     topk_ids: Tensor | None = None  # [N, K] int64, distinct in a row: columns of topk_logprob
     topk_logprob: Tensor | None = None  # [N, K], in place of a teacher head; the rest of its mass is one bucket
     behaviour_logprob: Tensor | None = None  # [N], of the policy that sampled token_ids
-    reference_hidden: Tensor | None = None  # [N, Hr]
     reference: Head | None = None
     reliability: Tensor | None = None  # [N] float32 in [0, 1]
+    token_weight: Tensor | None = None  # [N] float32: multiplies the gate's weight; with a reference, the loss
     uniform: Tensor | None = None  # [N] in [0, 1): draws of the `random` control
+    num_items: Tensor | None = None  # [] float64: the mean's denominator; None: the valid tokens
+
+    @property
+    def gate(self) -> Gate:
+        assert isinstance(self.options.gate, Gate)
+        return self.options.gate
+
+    @property
+    def divergence(self) -> tuple[str, float]:
+        assert isinstance(self.options.divergence, tuple)
+        return self.options.divergence
+
+    @property
+    def budget(self) -> float:
+        """Relative error of loss and gradients that may be traded for speed; 0: exact."""
+        assert isinstance(self.options.precision, float)
+        return self.options.precision
+
+    @property
+    def heads(self) -> list[Head]:
+        return [head for head in (self.student, self.teacher, self.reference) if head is not None]
 
     @property
     def vocabulary(self) -> int:
         """The shared prefix: the shorter of the heads."""
-        heads = (self.student, self.teacher, self.reference)
-        return min(head.weight.shape[0] for head in heads if head is not None)
+        return min(head.weight.shape[0] for head in self.heads)
 
     def operands(self) -> list[Tensor]:
         """Hidden states and weights of all models."""
-        sides = ((self.student_hidden, self.student), (self.teacher_hidden, self.teacher))
-        pairs = (*sides, (self.reference_hidden, self.reference))
-        return [t for hidden, head in pairs if head is not None and hidden is not None for t in (hidden, head.weight)]
+        return [t for head in self.heads for t in (head.hidden, head.weight)]
 
     def valid_rows(self) -> Tensor:
         """Indices [M] of the tokens that are not ignored."""
-        return torch.nonzero(self.token_ids != self.spec.ignore_index).squeeze(-1)
+        return torch.nonzero(self.token_ids != self.options.ignore_index).squeeze(-1)
 
-    def reliability_of(self, rows: Tensor) -> Tensor | None:
-        return None if self.reliability is None else self.reliability[rows]
+    def cell_weights(self, rows: Tensor) -> Tensor:
+        """What tokens may weigh by their rollouts alone: [3, M] float64, of `gate.cell_weights`."""
+        reliability = None if self.reliability is None else self.reliability[rows]
+        weights = cell_weights(self.verdict[rows], reliability, self.gate)
+        if self.token_weight is not None and self.reference is None:  # there the gate's weight moves the target
+            weights = weights * self.token_weight[rows]
+        return weights
+
+    @property
+    def may_weigh_0(self) -> bool:
+        """Whether a token's weight can be 0, which takes it out of the backward."""
+        return self.token_weight is not None or self.gate.may_be_0
+
+    @property
+    def loss_factor(self) -> Tensor | None:
+        """[N]: multiplies each token's loss, beside the gate's weight."""
+        return None if self.reference is None else self.token_weight
+
+
+# --- across the op, which takes tensors, numbers and text, but no dataclass ---
+
+_CLASSES = {"options": Options, "options.gate": Gate, "student": Head, "teacher": Head, "reference": Head}
+_FIELDS = {cls: tuple(f.name for f in fields(cls)) for cls in (Problem, Options, Gate, Head)}
+LEAVES = ("student.hidden", "student.weight", "student.bias")  # arguments of the op's own: they take gradients
+
+
+def encode(problem: Problem) -> tuple[list[Tensor], list[float], str]:
+    """(constant tensors, numbers, what each of them is called, with words and whole numbers in their places)."""
+    tensors: list[Tensor] = []
+    numbers: list[float] = []
+    form: list[str] = []
+    for name in _FIELDS[Problem]:
+        _encode(name, getattr(problem, name), tensors, numbers, form)
+    return tensors, numbers, " ".join(form)
+
+
+def _encode(path: str, value: Any, tensors: list[Tensor], numbers: list[float], form: list[str]) -> None:
+    if value is None or path in LEAVES:
+        return
+    if isinstance(value, (Head, Options, Gate)):
+        for name in _FIELDS[type(value)]:
+            _encode(f"{path}.{name}", getattr(value, name), tensors, numbers, form)
+    elif isinstance(value, tuple):
+        for i, item in enumerate(value):
+            _encode(f"{path}.{i}", item, tensors, numbers, form)
+    elif isinstance(value, Tensor):
+        tensors.append(value)
+        form.append(f"{path}@")
+    elif isinstance(value, str):
+        form.append(f"{path}={value}")
+    elif isinstance(value, int):
+        form.append(f"{path}#{value}")
+    else:
+        numbers.append(value)
+        form.append(path)
+
+
+def decode(leaves: tuple[Tensor | None, ...], tensors: list[Tensor], numbers: list[float], form: str) -> Problem:
+    """The problem again; `leaves` in the order of LEAVES."""
+    tree: dict[str, Any] = {}
+    constants, values = iter(tensors), iter(numbers)
+
+    def entries() -> Iterator[tuple[str, Any]]:
+        yield from zip(LEAVES, leaves)
+        for entry in form.split(" "):
+            if entry.endswith("@"):
+                yield entry[:-1], next(constants)
+            elif "=" in entry:
+                yield tuple(entry.split("=", 1))  # type: ignore[misc]
+            elif "#" in entry:
+                path, _, whole = entry.partition("#")
+                yield path, int(whole)
+            else:
+                yield entry, next(values)
+
+    for path, value in entries():
+        *rooms, leaf = path.split(".")
+        node = tree
+        for room in rooms:
+            node = node.setdefault(room, {})
+        node[leaf] = value
+    return Problem(**{name: _decode(name, node) for name, node in tree.items()})
+
+
+def _decode(path: str, node: Any) -> Any:
+    if not isinstance(node, dict):
+        return node
+    inner = {name: _decode(f"{path}.{name}", value) for name, value in node.items()}
+    if path not in _CLASSES:
+        return tuple(inner.values())
+    made: Any = object.__new__(
+        _CLASSES[path]
+    )  # resolved and checked when it was encoded; what is absent is None by default
+    made.__dict__.update(inner)
+    return made
 
 
 @dataclass
@@ -153,7 +175,7 @@ class Chunk:
     z_student: Tensor  # [n, V] fp32: projections; after the row pass their gradient
     z_teacher: Tensor | None
     z_reference: Tensor | None
-    weights: Tensor  # [3, n] float64: what a token may weigh, of `gate.cell_weights`
+    weights: Tensor  # [3, n] float64: what a token may weigh, of `Problem.cell_weights`
     forced: Tensor | None  # [n] int8: agreement, where it is drawn
     scale: Tensor  # [n] multiplies each row's gradient
     valid: Tensor | None = None  # [n] bool: which rows are tokens; None: all

@@ -15,8 +15,8 @@ ROUNDING = 1e-3
 
 def check_values(problem: Problem, rows: Tensor, v: int) -> None:
     """What only the values tell: ids in range, verdicts in {1, 0, -1}, reliability in [0, 1], log-probabilities."""
-    ids, verdict, reliability = problem.token_ids[rows], problem.verdict[rows], problem.reliability_of(rows)
-    ignored = ids == problem.spec.ignore_index  # while a graph is captured `rows` are all
+    ids, verdict, reliability = problem.token_ids[rows], problem.verdict[rows], problem.reliability
+    ignored = ids == problem.options.ignore_index  # while a graph is captured `rows` are all
 
     def bad(ok: Tensor, values: Tensor) -> float | int:
         return values[~ok][0].item()
@@ -24,7 +24,7 @@ def check_values(problem: Problem, rows: Tensor, v: int) -> None:
     in_range = ((ids >= 0) & (ids < v)) | ignored
     require(
         in_range.all(),
-        f"token_ids: ids must lie in the shared vocabulary [0, {v}) or be ignore_index={problem.spec.ignore_index}",
+        f"token_ids: ids must lie in the shared vocabulary [0, {v}) or be ignore_index={problem.options.ignore_index}",
         lambda: (
             f"{int((~in_range).sum())} of {ids.numel()} lie outside, the first is {bad(in_range, ids)}. Mask them with "
             "ignore_index, or check that student and teacher share the tokenizer (heads have "
@@ -39,8 +39,13 @@ def check_values(problem: Problem, rows: Tensor, v: int) -> None:
         lambda: f"got {bad(known, verdict)}",
     )
     if reliability is not None:
+        reliability = reliability[rows]
         within = ((reliability >= 0) & (reliability <= 1)) | ignored
         require(within, "reliability: values must lie in [0, 1]", lambda: f"got {bad(within, reliability)}")
+    if problem.token_weight is not None:
+        factor = problem.token_weight[rows]
+        finite = factor.isfinite() | ignored
+        require(finite, "token_weight: values must be finite", lambda: f"got {bad(finite, factor)}")
     for name in ("teacher_logprob", "behaviour_logprob"):
         words = getattr(problem, name)
         if words is not None:
@@ -81,7 +86,7 @@ def check_logprob(name: str, values: Tensor, ignored: Tensor | bool = False) -> 
 
 def check_sampled(problem: Problem, stats: Tensor) -> None:
     """The sampled estimator needs a finite log-ratio: its advantage. An infinite logit or a NaN shows in the loss."""
-    if problem.spec.estimator == "sampled":
+    if problem.options.estimator == "sampled":
         words = stats[:, [STATS["student_logprob"], STATS["teacher_logprob"]]]
         entropies = stats[:, [STATS["student_entropy"], STATS["teacher_entropy"]]]
         masked = (words == -torch.inf) & (stats[:, [STATS["gate"]]] != 0)

@@ -32,9 +32,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sgopd_kernels import _cpu
+from sgopd_kernels import Gate, _cpu
 from sgopd_kernels.backends.torch import TorchBackend
-from sgopd_kernels.problem import Chunk, Head, Problem, Spec
+from sgopd_kernels.options import DIVERGENCES, Head, Options
+from sgopd_kernels.problem import Chunk, Problem
 
 PAGE = mmap.PAGESIZE
 PROT_NONE = 0
@@ -139,7 +140,7 @@ def rows_case(rng: random.Random, wild: bool) -> Case:
     estimator = rng.choice(["full", "sampled"])
     alone = estimator == "sampled" and rng.random() < 0.4  # the teacher's word for the sampled token only
     extrapolates = not alone and rng.random() < 0.25
-    divergence = rng.choice(["reverse-kl", "forward-kl", "jsd"])
+    divergence = rng.choice(list(DIVERGENCES))
     temperature = rng.choice([1.0, 1.0, 0.5, 2.0])
     z = values(rng, n, v, wild)
     near = rng.choice([None, None, 0.0, 1e-3, 0.1])
@@ -159,7 +160,7 @@ def rows_case(rng: random.Random, wild: bool) -> Case:
     def head() -> tuple[tuple[int, float, float], Head]:
         scale, cap = rng.choice([1.0, 1.0, 0.5, 1.7]), rng.choice([0.0, 0.0, 5.0, 30.0])
         address, bias = vector(values(rng, 1, v, wild), torch.float32) if rng.random() < 0.3 else (0, None)
-        return (address, scale, cap), Head(torch.empty(v, 0), bias, scale, cap or None)
+        return (address, scale, cap), Head(torch.empty(n, 0), torch.empty(v, 0), bias, scale, cap or None)
 
     g = torch.Generator().manual_seed(rng.getrandbits(31))
     y = torch.randint(0, v, (n,), generator=g)
@@ -181,7 +182,7 @@ def rows_case(rng: random.Random, wild: bool) -> Case:
         return 0 if block is None else block.stride
 
     arguments = dict(
-        n=n,
+        rows=n,
         vocabulary=v,
         student=student.address,
         student_stride=student.stride,
@@ -200,9 +201,10 @@ def rows_case(rng: random.Random, wild: bool) -> Case:
         teacher_logprob=0 if word is None else vector(word, torch.float32)[0],
         behaviour_logprob=0 if behaviour is None else vector(behaviour, torch.float32)[0],
         stats=stats.address,
-        estimator=["full", "sampled"].index(estimator),
-        divergence=["reverse-kl", "forward-kl", "jsd"].index(divergence),
-        beta=0.3,
+        energy=0,
+        sampled=estimator == "sampled",
+        divergence=list(DIVERGENCES).index(divergence),
+        parameter=0.3,
         tolerance=tolerance,
         ratio_clip=clip,
         temperature=temperature,
@@ -212,15 +214,13 @@ def rows_case(rng: random.Random, wild: bool) -> Case:
     if n == 0 and not alone:  # an empty tensor's address is null, which says "no teacher" to this function
         arguments.update(teacher=64, teacher_stride=v)
     problem = Problem(
-        spec=Spec(
+        options=Options(
+            gate=Gate(tolerance=tolerance),
             estimator=estimator,
-            divergence=divergence,
-            beta=0.3,
+            divergence=divergence if DIVERGENCES[divergence] is None else (divergence, 0.3),
             temperature=temperature,
-            tolerance=tolerance,
             ratio_clip=clip,
         ),
-        student_hidden=torch.empty(n, 0),
         student=s,
         token_ids=y,
         verdict=verdict,
@@ -235,7 +235,7 @@ def rows_case(rng: random.Random, wild: bool) -> Case:
         assert inputs[0] is not None
         want = inputs[0].clone()
         others = [None if x is None else x.clone() for x in inputs[1:]]
-        chunk = Chunk(torch.arange(n), problem.student_hidden, want, *others, weights, forced, scale)
+        chunk = Chunk(torch.arange(n), problem.student.hidden, want, *others, weights, forced, scale)
         truth = TorchBackend().rows(problem, chunk, torch.float32 if gradient else None)
         # fp32 logits of this size are given to this much
         caps = [h.softcap or 0.0 for h in (s, q, r)]  # what an infinite one comes to

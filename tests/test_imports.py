@@ -10,7 +10,7 @@ import pytest
 # From the ground up. A module not listed stands where its package does.
 ROOMS = {
     "sgopd_kernels": (
-        "_extension _checks gate problem oracle values backends plans driver ops api",
+        "_extension _checks gate options problem oracle values backends plans driver ops loss api",
         {
             "plans": "calibration base directions exact pairs columns quantized blocks",
             "backends": "torch native triton_kernels cpu cuda triton __init__",

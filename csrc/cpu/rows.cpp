@@ -5,7 +5,7 @@
 //
 //     reverse KL   G_v = w p_v ((z_v - t_v) - E_p[z - t])
 //     forward KL   G_v = w (p_v - q_v)
-//     JSD          G_v = w (1 - beta) p_v (log(p_v / m_v) - KL(p || m))
+//     others       G_v = w p_v (s_v - E_p[s]), with the score s of ../divergence.h
 //     sampled      G_v = w d (p_v - 1[v = y])
 //
 // Numerics. Distillation converges where student and teacher nearly agree, so nothing may cancel there:
@@ -106,7 +106,7 @@ struct Side {
 };
 
 // Statistics of a pair of distributions: p over z, q over t, and moments of z - t around `offset`.
-struct Pair {
+struct Moments {
   Side p, q;
   float offset = 0.f;
   double p_delta = 0, q_delta = 0;  // sums of e * (z - t - offset) under p and q
@@ -174,11 +174,6 @@ struct Split {
   explicit Split(double value) : hi(static_cast<float>(value)), lo(static_cast<float>(value - hi)) {}
 };
 
-// log(m / p) with m = beta q + (1 - beta) p and u = log q - log p; neither cancels nor overflows.
-inline double log_mixture_ratio(double u, double beta) {
-  return u < 30 ? std::log1p(beta * std::expm1(u)) : u + std::log(beta + (1 - beta) * std::exp(-u));
-}
-
 // One block's reverse (or forward) KL, from terms of second order in u. Selections by mask and no && or branch, and u's
 // by its bits: where GCC knows a value to be 0 it branches around what follows, and leaves the loop scalar (2.5 times
 // the whole row pass; tests/kernels/test_native.py looks at the time).
@@ -191,42 +186,33 @@ float precise_block(const float* __restrict z, const float* __restrict t, int64_
     const float p = exp_f32(z[i] - mp) * ip, q = exp_f32(t[i] - mq) * iq;
     const float difference = (dlse.hi - (z[i] - t[i])) + dlse.lo;
     const float u = as_float(as_int(difference) & (z[i] == kNegInf ? 0 : -1));
-    // e^u - 1 - u and e^u (u - 1) + 1, over u^2
-    const float series =
-        kReverse ? 0.5f + u * (1.f / 6 + u * (1.f / 24 + u * (1.f / 120 + u * (1.f / 720 + u * (1.f / 5040)))))
-                 : 0.5f + u * (1.f / 3 + u * (1.f / 8 + u * (1.f / 30 + u * (1.f / 144 + u * (1.f / 840)))));
-    const float near = p * u * u * series;
-    const float far = kReverse ? (q - p) - p * u : (q * u - q) + p;
-    const bool use_near = (std::fabs(u) < 0.25f) & (p > 0.f);
-    sum += use_near ? near : far;
+    sum += kl_value<kReverse>(p, q, u);
   }
   return sum;
 }
 
 // Divergences of nearly equal distributions, every term of second order in u = log q - log p.
-// Also JSD at any distance, whose row term it is.
-double precise_divergence(const float* __restrict z, const float* __restrict t, int64_t v, const Pair& s,
-                          int divergence, double beta, double* kl_student_mixture) {
+// Also those that are no KL, at any distance: in double, by the C library. `mean_score`: E_p[s] of these.
+double precise_divergence(const float* __restrict z, const float* __restrict t, int64_t v, const Moments& s,
+                          int divergence, double parameter, double* mean_score) {
   const float mp = s.p.origin(), mq = s.q.origin();
   const float ip = static_cast<float>(1.0 / s.p.sum), iq = static_cast<float>(1.0 / s.q.sum);
   const Split dlse(s.lse_difference());
-  double total = 0, mixture = 0, mass = 0;
+  double total = 0, score = 0, mass = 0;
   for (int64_t first = 0; first < v; first += kBlock) {
     const int64_t last = min64(v, first + kBlock);
-    if (divergence == kJSD) {
-      // In double, by the C library: JSD is not a hot path.
+    if (!is_kl(divergence)) {
       const LogSoftmax log_p = s.p.log_softmax(), log_q = s.q.log_softmax();
       for (int64_t i = first; i < last; ++i) {
         const double p = z[i] == kNegInf ? 0.0 : std::exp(log_p(z[i]));
         const double q = t[i] == kNegInf ? 0.0 : std::exp(log_q(t[i]));
         if (p != 0) {  // NaN too: a comparison with 0 would drop it from the value and leave it in the gradient
-          const double u = log_q(t[i]) - log_p(z[i]);
-          const double r = log_mixture_ratio(u, beta);
-          mixture -= p * r;
+          const ColumnTerms c = column(divergence, parameter, p, q, log_q(t[i]) - log_p(z[i]));
+          total += c.value;
+          score += c.score;
           mass += p;
-          total += (q != 0 ? beta * q * (u - r) : 0.0) - (1 - beta) * p * r;
         } else if (q != 0) {
-          total -= beta * q * std::log(beta);
+          total += column_outside(divergence, parameter, q);
         }
       }
       continue;
@@ -238,9 +224,9 @@ double precise_divergence(const float* __restrict z, const float* __restrict t, 
     total += block;
   }
   // The gradient sums to 0 only if the mean is taken under weights that sum to 1.
-  *kl_student_mixture = mass > 0 ? mixture / mass : mixture;
+  *mean_score = mass > 0 ? score / mass : score;
   // A student that can produce nothing is no distribution.
-  return divergence == kJSD && !(mass > 0) ? std::numeric_limits<double>::quiet_NaN() : total;
+  return !is_kl(divergence) && !(mass > 0) ? std::numeric_limits<double>::quiet_NaN() : total;
 }
 
 // d(loss)/d(projection) from d(loss)/d(logit): through temperature, softcap and scale, in place.
@@ -263,11 +249,11 @@ void chain(float* __restrict g, const float* __restrict logits, const RowsArgs& 
 struct Coefficients {
   float full = 0;     // of the divergence's gradient
   float sampled = 0;  // of p - 1[v = y]
-  double kl_student_mixture = 0;
+  double mean_score = 0;
 };
 
 // Student logits -> gradient, in place.
-void gradient(float* __restrict z, const float* __restrict t, const RowsArgs& a, const Pair& s, int64_t y,
+void gradient(float* __restrict z, const float* __restrict t, const RowsArgs& a, const Moments& s, int64_t y,
               const Coefficients& k) {
   const int64_t v = a.vocabulary;
   const float mp = s.p.origin(), mq = s.q.origin();
@@ -279,7 +265,7 @@ void gradient(float* __restrict z, const float* __restrict t, const RowsArgs& a,
     float* __restrict zb = z + first;
     const float* __restrict tb = t == nullptr ? nullptr : t + first;
     if (a.student_head.softcap != 0.f) std::memcpy(logits, zb, sizeof(float) * count);
-    if (a.estimator == kSampled) {
+    if (a.sampled) {
       const float c = k.sampled * ip;
 #pragma omp simd
       for (int64_t i = 0; i < count; ++i) zb[i] = c * exp_f32(zb[i] - mp);
@@ -289,40 +275,37 @@ void gradient(float* __restrict z, const float* __restrict t, const RowsArgs& a,
 #pragma omp simd
       for (int64_t i = 0; i < count; ++i) {
         const float e = c * exp_f32(zb[i] - mp);
-        const float delta = ((zb[i] - tb[i]) - mean.hi) - mean.lo;
-        zb[i] = zb[i] == kNegInf ? 0.f : e * delta;
+        const float g = reverse_kl_gradient(e, zb[i] - tb[i], mean.hi, mean.lo);
+        zb[i] = zb[i] == kNegInf ? 0.f : g;
       }
     } else if (a.divergence == kForwardKL) {
 #pragma omp simd
       for (int64_t i = 0; i < count; ++i) {
         const float p = exp_f32(zb[i] - mp) * ip, q = exp_f32(tb[i] - mq) * iq;
         const float u = p > 0.f ? (dlse.hi - (zb[i] - tb[i])) + dlse.lo : 1.f;
-        // p - q = -p expm1(u)
-        const float em1 = u * (1.f + u * (0.5f + u * (1.f / 6 + u * (1.f / 24 + u * (1.f / 120 + u * (1.f / 720))))));
-        zb[i] = k.full * (std::fabs(u) < 0.25f ? -p * em1 : (zb[i] == kNegInf ? 0.f : p - q));
+        zb[i] = k.full * (zb[i] == kNegInf ? 0.f : forward_kl_gradient(p, q, u));
       }
     } else {
-      const double scale = k.full * (1 - a.beta);
       const LogSoftmax log_p = s.p.log_softmax(), log_q = s.q.log_softmax();
       for (int64_t i = 0; i < count; ++i) {
-        const double p = exp_f32(zb[i] - mp) * ip;
-        const double r = log_mixture_ratio(log_q(tb[i]) - log_p(zb[i]), a.beta);
-        zb[i] = zb[i] == kNegInf ? 0.f : static_cast<float>(scale * p * (-r - k.kl_student_mixture));
+        const double lp = log_p(zb[i]), lq = log_q(tb[i]), p = std::exp(lp);
+        const double score = column(a.divergence, a.parameter, p, std::exp(lq), lq - lp).score;
+        zb[i] = zb[i] == kNegInf ? 0.f : static_cast<float>(k.full * (score - p * k.mean_score));
       }
     }
     chain(z, logits, a, first, count);
   }
 }
 
-Pair statistics(const float* z, const float* t, int64_t v) {
-  Pair s;
+Moments statistics(const float* z, const float* t, int64_t v) {
+  Moments s;
   for (int64_t first = 0; first < v; first += kBlock) s.add_block(z + first, t + first, min64(kBlock, v - first));
   return s;
 }
 
 // The student's side alone, when the teacher gives only the sampled token's log-probability.
-Pair student_statistics(const float* z, int64_t v) {
-  Pair s;
+Moments student_statistics(const float* z, int64_t v) {
+  Moments s;
   for (int64_t first = 0; first < v; first += kBlock) {
     const int64_t count = min64(kBlock, v - first);
     const float* __restrict zb = z + first;
@@ -341,10 +324,11 @@ Pair student_statistics(const float* z, int64_t v) {
   return s;
 }
 
-double divergence_of(const float* z, const float* t, int64_t v, const Pair& s, const RowsArgs& a, double* mixture) {
+double divergence_of(const float* z, const float* t, int64_t v, const Moments& s, const RowsArgs& a,
+                     double* mean_score) {
   double value = a.divergence == kForwardKL ? s.forward_kl() : s.reverse_kl();
-  if (a.divergence == kJSD || value < kPrecise) {
-    value = precise_divergence(z, t, v, s, a.divergence, a.beta, mixture);
+  if (!is_kl(a.divergence) || value < kPrecise) {
+    value = precise_divergence(z, t, v, s, a.divergence, a.parameter, mean_score);
   }
   return value;
 }
@@ -359,7 +343,7 @@ void extrapolate(float* __restrict t, const float* __restrict r, int64_t v, floa
 }
 
 double reference_logprob(const float* r, int64_t v, int64_t y) {
-  const Pair s = student_statistics(r, v);
+  const Moments s = student_statistics(r, v);
   return s.p.log_softmax()(r[y]);
 }
 
@@ -382,7 +366,7 @@ void one_row(const RowsArgs& a, int64_t n) {
     if (r != nullptr) target(r, a.reference_head);
   }
 
-  Pair s = t == nullptr ? student_statistics(z, v) : statistics(z, t, v);
+  Moments s = t == nullptr ? student_statistics(z, v) : statistics(z, t, v);
   const double lp = s.p.log_softmax()(z[y]);
   const double lq = t == nullptr ? static_cast<double>(a.teacher_logprob[n]) : s.q.log_softmax()(t[y]);
   const double d = t == nullptr ? lq - lp : (static_cast<double>(t[y]) - z[y]) + s.lse_difference();
@@ -398,7 +382,7 @@ void one_row(const RowsArgs& a, int64_t n) {
 
   Coefficients k;
   const double nan = std::numeric_limits<double>::quiet_NaN();
-  double kl = t == nullptr ? nan : divergence_of(z, t, v, s, a, &k.kl_student_mixture);
+  double kl = t == nullptr ? nan : divergence_of(z, t, v, s, a, &k.mean_score);
   out[kKL] = kl;
   out[kStudentLogprob] = lp;
   out[kTeacherLogprob] = lq;
@@ -412,14 +396,14 @@ void one_row(const RowsArgs& a, int64_t n) {
   if (r != nullptr) {
     // The gate moves the target; the row itself weighs 1, or 0 if its rollout is not kept.
     weight = weights[0] != 0 || weights[a.rows] != 0 || weights[2 * a.rows] != 0 ? 1.0 : 0.0;
-    if (a.estimator == kSampled) {
+    if (a.sampled) {
       advantage = (t[y] == kNegInf || r[y] == kNegInf ? static_cast<double>(kNegInf)
                                                       : w * lq + (1 - w) * reference_logprob(r, v, y)) -
                   lp;
     } else {
       extrapolate(t, r, v, static_cast<float>(w));
       s = statistics(z, t, v);
-      kl = divergence_of(z, t, v, s, a, &k.kl_student_mixture);
+      kl = divergence_of(z, t, v, s, a, &k.mean_score);
     }
   } else if (a.behaviour_logprob != nullptr) {
     const double ratio = std::exp(lp - a.behaviour_logprob[n]);
@@ -430,7 +414,7 @@ void one_row(const RowsArgs& a, int64_t n) {
     if (a.gradient) std::memset(z, 0, sizeof(float) * v);
     return;
   }
-  out[kLoss] = a.estimator == kSampled ? -weight * advantage * lp : weight * kl;
+  out[kLoss] = a.sampled ? -weight * advantage * lp : weight * kl;
   if (!a.gradient) return;
   k.full = static_cast<float>(weight * a.row_scale[n]);
   k.sampled = static_cast<float>(weight * advantage * a.row_scale[n]);

@@ -155,50 +155,38 @@ __device__ Summary summarise(const Row& row, int64_t y, double* shared) {
   return s;
 }
 
-__device__ inline double log_mixture_ratio(double u, double beta) {
-  return u < 30 ? log1p(beta * expm1(u)) : u + log(beta + (1 - beta) * exp(-u));
-}
-
-// The divergence; below kPrecise from terms of second order in u = log q - log p. `mixture`: KL(p || m) of JSD.
-__device__ double divergence(const Row& row, const Summary& s, double* mixture, double* shared) {
+// The divergence; below kPrecise from terms of second order in u = log q - log p. `mean_score`: E_p[s] of those that
+// are no KL.
+__device__ double divergence(const Row& row, const Summary& s, double* mean_score, double* shared) {
   const RowsArgs& a = row.a;
   const double first_order = a.divergence == kForwardKL ? s.forward_kl() : s.reverse_kl();
-  if (a.divergence != kJSD && !(first_order < kPrecise)) return first_order;
+  if (is_kl(a.divergence) && !(first_order < kPrecise)) return first_order;
   const double dlse = s.lse_difference(), lse_p = s.lse_p(), lse_q = s.lse_q();
   const float ip = static_cast<float>(1.0 / s.sum_p), iq = static_cast<float>(1.0 / s.sum_q);
-  double sums[3] = {0, 0, 0};  // divergence, mixture, mass
+  double sums[3] = {0, 0, 0};  // divergence, score, mass
   for (int64_t v = threadIdx.x; v < a.vocabulary; v += kThreads) {
     const float2 x = row.load(v);
     const bool p_in = x.x != neg_inf(), q_in = x.y != neg_inf();
-    if (a.divergence == kJSD) {
+    if (!is_kl(a.divergence)) {
       const double p = p_in ? exp(x.x - lse_p) : 0.0, q = q_in ? exp(x.y - lse_q) : 0.0;
-      if (p_in) {
-        const double u = dlse - (static_cast<double>(x.x) - x.y), ratio = log_mixture_ratio(u, a.beta);
-        sums[0] += (q != 0 ? a.beta * q * (u - ratio) : 0.0) - (1 - a.beta) * p * ratio;
-        sums[1] -= p * ratio;
+      if (p != 0) {
+        const ColumnTerms c = column(a.divergence, a.parameter, p, q, dlse - (static_cast<double>(x.x) - x.y));
+        sums[0] += c.value;
+        sums[1] += c.score;
         sums[2] += p;
-      } else if (q_in) {
-        sums[0] -= a.beta * q * log(a.beta);
+      } else if (q != 0) {
+        sums[0] += column_outside(a.divergence, a.parameter, q);
       }
       continue;
     }
     const float p = p_in ? expf(x.x - s.max_p) * ip : 0.f, q = q_in ? expf(x.y - s.max_q) * iq : 0.f;
     const float u = p_in ? static_cast<float>(dlse - (static_cast<double>(x.x) - x.y)) : 0.f;
-    const bool reverse = a.divergence == kReverseKL;
-    float term;
-    if (fabsf(u) < 0.25f && p > 0.f) {
-      const float rev = 0.5f + u * (1.f / 6 + u * (1.f / 24 + u * (1.f / 120 + u * (1.f / 720 + u * (1.f / 5040)))));
-      const float fwd = 0.5f + u * (1.f / 3 + u * (1.f / 8 + u * (1.f / 30 + u * (1.f / 144 + u * (1.f / 840)))));
-      term = p * u * u * (reverse ? rev : fwd);
-    } else {
-      term = reverse ? (q - p) - p * u : (q * u - q) + p;
-    }
-    sums[0] += term;
+    sums[0] += a.divergence == kReverseKL ? kl_value<true>(p, q, u) : kl_value<false>(p, q, u);
   }
   block_sum(sums, shared);
-  *mixture = sums[2] > 0 ? sums[1] / sums[2] : sums[1];
+  *mean_score = sums[2] > 0 ? sums[1] / sums[2] : sums[1];
   // A student that can produce nothing is no distribution.
-  return a.divergence == kJSD && !(sums[2] > 0) ? static_cast<double>(CUDART_NAN) : sums[0];
+  return !is_kl(a.divergence) && !(sums[2] > 0) ? static_cast<double>(CUDART_NAN) : sums[0];
 }
 
 __global__ void __launch_bounds__(kThreads) rows_kernel(const RowsArgs a) {
@@ -224,9 +212,9 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const RowsArgs a) {
   const double w_agree = a.weights[n], w_conflict = a.weights[a.rows + n], w_neutral = a.weights[2 * a.rows + n];
   const double w = agrees ? w_agree : (conflicts ? w_conflict : w_neutral);
 
-  double mixture = 0;
+  double mean_score = 0;
   const double none = CUDART_NAN;
-  double kl = pair ? divergence(row, s, &mixture, shared) : none;
+  double kl = pair ? divergence(row, s, &mean_score, shared) : none;
   const double measured_kl = kl;
   const double entropy_p = log(s.sum_p) - s.moment_p / s.sum_p;
   const double entropy_q = pair ? log(s.sum_q) - s.moment_q / s.sum_q : none;
@@ -234,7 +222,7 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const RowsArgs a) {
   double weight = w, advantage = d;
   if (row.r != nullptr) {
     weight = w_agree != 0 || w_conflict != 0 || w_neutral != 0 ? 1.0 : 0.0;
-    if (a.estimator == kSampled) {
+    if (a.sampled) {
       // log pi_R(y): pi_R's own softmax, over the columns that only the teacher lacks too.
       row.target = Row::kReference;
       const Summary reference = summarise(row, y, shared);
@@ -246,7 +234,7 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const RowsArgs a) {
       row.target = Row::kMixture;
       row.gate = static_cast<float>(w);
       s = summarise(row, y, shared);
-      kl = divergence(row, s, &mixture, shared);
+      kl = divergence(row, s, &mean_score, shared);
     }
   } else if (a.behaviour_logprob != nullptr) {
     const double ratio = exp(lp - a.behaviour_logprob[n]);
@@ -254,7 +242,7 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const RowsArgs a) {
   }
   if (threadIdx.x == 0) {
     double* out = a.stats + n * kColumns;
-    out[kLoss] = weight == 0 ? 0.0 : (a.estimator == kSampled ? -weight * advantage * lp : weight * kl);
+    out[kLoss] = weight == 0 ? 0.0 : (a.sampled ? -weight * advantage * lp : weight * kl);
     out[kKL] = measured_kl;
     out[kStudentLogprob] = lp;
     out[kTeacherLogprob] = lq;
@@ -268,7 +256,7 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const RowsArgs a) {
   const float full = static_cast<float>(weight * a.row_scale[n]);
   const float sampled = static_cast<float>(weight * advantage * a.row_scale[n]);
   const float ip = static_cast<float>(1.0 / s.sum_p), iq = static_cast<float>(1.0 / s.sum_q);
-  const double dlse = s.lse_difference(), mean = s.mean_delta();
+  const double dlse = s.lse_difference(), mean = s.mean_delta(), lse_p = s.lse_p(), lse_q = s.lse_q();
   const float mean_hi = static_cast<float>(mean), mean_lo = static_cast<float>(mean - mean_hi);
   const float chain = a.student_head.logit_scale * a.inverse_temperature;
   const float to_tanh = a.student_head.softcap == 0.f ? 0.f : 1.f / (a.student_head.softcap * a.inverse_temperature);
@@ -279,16 +267,18 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const RowsArgs a) {
     float g = 0.f;
     if (weight != 0 && x.x != neg_inf()) {
       const float p = expf(x.x - s.max_p) * ip;
-      if (a.estimator == kSampled) {
+      if (a.sampled) {
         g = sampled * (p - (v == y ? 1.f : 0.f));
       } else if (a.divergence == kReverseKL) {
-        g = full * p * (((x.x - x.y) - mean_hi) - mean_lo);
+        g = reverse_kl_gradient(full * p, x.x - x.y, mean_hi, mean_lo);
       } else {
         const double u = dlse - (static_cast<double>(x.x) - x.y);
         if (a.divergence == kForwardKL) {
-          g = full * (fabs(u) < 0.25 ? -p * expm1f(static_cast<float>(u)) : p - expf(x.y - s.max_q) * iq);
+          g = full * forward_kl_gradient(p, expf(x.y - s.max_q) * iq, static_cast<float>(u));
         } else {
-          g = static_cast<float>(full * (1 - a.beta) * p * (-log_mixture_ratio(u, a.beta) - mixture));
+          const double wide = exp(x.x - lse_p);
+          const double score = column(a.divergence, a.parameter, wide, exp(x.y - lse_q), u).score;
+          g = static_cast<float>(full * (score - wide * mean_score));
         }
       }
       const float th = x.x * to_tanh;

@@ -20,8 +20,7 @@ from skyrl.train.trainer import RayPPOTrainer
 from torch import Tensor
 
 from sgopd.integrations.common import verdict_of
-from sgopd_kernels import Gate, gated_advantage
-from sgopd_kernels.gate import resolve_gate
+from sgopd_kernels import Gate, gated_advantage, resolve_gate
 
 ESTIMATOR = "sg_opd"
 

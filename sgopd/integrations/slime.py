@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 
-from sgopd_kernels import Gate, gated_advantage
-from sgopd_kernels.gate import resolve_gate
+from sgopd_kernels import Gate, gated_advantage, resolve_gate
 
 
 def gated(gate: str | Gate = "sg-opd", correct_at: float = 0.5) -> Callable[[Any, dict[str, Any]], None]:

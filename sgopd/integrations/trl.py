@@ -165,7 +165,7 @@ class SGOPDTrainer(DistillationTrainer):
                 self.teacher_model, teacher, self._get_last_hidden_state, teacher, ids, attention, keep
             )
         student_head, teacher_head = head_of(unwrapped_student), head_of(teacher)
-        loss, stats = gated_kl_loss(
+        loss, stats = gated_kl_loss(  # type: ignore[call-overload,unused-ignore]
             student_hidden,
             student_head.weight,
             teacher_hidden,
@@ -173,7 +173,7 @@ class SGOPDTrainer(DistillationTrainer):
             inputs["completion_ids"].masked_fill(mask == 0, -100),
             inputs["verdict"].unsqueeze(1),
             gate=self.gate,
-            estimator=self.estimator,  # type: ignore[arg-type,unused-ignore]
+            estimator=self.estimator,
             divergence=("jsd", self.beta),
             temperature=self.temperature,
             num_items=num_items_in_batch,

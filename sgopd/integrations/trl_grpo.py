@@ -20,8 +20,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from sgopd.integrations.common import GATE_METRICS, gate_sums, log_ratios, verdict_of
-from sgopd_kernels import Gate, gated_advantage
-from sgopd_kernels.gate import resolve_gate
+from sgopd_kernels import Gate, gated_advantage, resolve_gate
 
 
 class SGOPDGRPOTrainer(GRPOTrainer):

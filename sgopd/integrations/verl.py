@@ -26,8 +26,7 @@ from verl.trainer.distillation.losses import DistillationLossSettings, register_
 from verl.workers.utils.padding import no_padding_2_padding
 
 from sgopd.integrations.common import verdict_of
-from sgopd_kernels import Gate, gated_advantage
-from sgopd_kernels.gate import resolve_gate
+from sgopd_kernels import Gate, gated_advantage, resolve_gate
 
 
 def register(name: str, gate: str | Gate = "sg-opd", correct_at: float = 0.5) -> None:

@@ -65,7 +65,7 @@ class CpuBackend(NativeBackend):
         fixed, row_bytes = super().held_bytes(problem, narrow)
         head = problem.student.weight
         total = 4 * head.numel() if head.dtype == torch.bfloat16 else 0
-        return fixed + min(total, (problem.spec.workspace or self.default_workspace) // 2), row_bytes
+        return fixed + min(total, (problem.options.workspace or self.default_workspace) // 2), row_bytes
 
     def logits(self, rows: int, columns: int, device: torch.device) -> Tensor:
         """Rows an odd number of cache lines apart: a column's entries then lie in different sets of a cache."""
@@ -130,7 +130,7 @@ class CpuBackend(NativeBackend):
 
     def rounds_sums(self, problem: Problem) -> bool:
         """A tile's product is rounded as it is written: all plans of bf16 operands then run on tiles."""
-        pair = problem.student_hidden, problem.student.weight
+        pair = problem.student.hidden, problem.student.weight
         return all(t.dtype == torch.bfloat16 for t in pair) and self.has_tiles(*problem.operands())
 
     def project_tiles(self, hidden: Tensor, weight: Tensor, out: Tensor) -> None:
@@ -235,23 +235,23 @@ class CpuBackend(NativeBackend):
 
     def refine(self, problem: Problem, rows: Tensor, z_s: Tensor, z_t: Tensor, mass: float) -> Tensor:
         """fp32 logits where either model has probability `mass`; returns a report [n, 6] (csrc/cpu/refine.cpp)."""
-        assert self.module is not None and problem.teacher is not None and problem.teacher_hidden is not None
+        assert self.module is not None and problem.teacher is not None
         n, v = z_s.shape
         report = torch.zeros(n, 6, dtype=torch.float64)
         ids = problem.token_ids[rows].contiguous()
         sides = {
             "student": z_s.data_ptr(),
             "student_stride": z_s.stride(0),
-            "student_scale": problem.student.logit_scale / problem.spec.temperature,
+            "student_scale": problem.student.logit_scale / problem.options.temperature,
             "teacher": z_t.data_ptr(),
             "teacher_stride": z_t.stride(0),
-            "teacher_scale": problem.teacher.logit_scale / problem.spec.temperature,
+            "teacher_scale": problem.teacher.logit_scale / problem.options.temperature,
             "report": report.data_ptr(),
             **self.launch(),
         }
         pairs = self.module.select_mass(**sides, n=n, v=v, token_ids=ids.data_ptr(), threshold=mass)
-        hidden = problem.student_hidden[rows].float().contiguous()
-        teacher_hidden = problem.teacher_hidden[rows].float().contiguous()
+        hidden = problem.student.hidden[rows].float().contiguous()
+        teacher_hidden = problem.teacher.hidden[rows].float().contiguous()
         weights = [_unit_stride(w) for w in (problem.student.weight, problem.teacher.weight)]
         pairs.refine(
             **sides,

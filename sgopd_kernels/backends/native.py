@@ -8,11 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..problem import Chunk, Head, Problem
+from ..options import DIVERGENCES, Head
+from ..problem import Chunk, Problem
 from .torch import TorchBackend, Vocabulary
-
-_ESTIMATORS = {"full": 0, "sampled": 1}
-_DIVERGENCES = {"reverse-kl": 0, "forward-kl": 1, "jsd": 2}
 
 
 class NativeBackend(TorchBackend):
@@ -33,7 +31,8 @@ class NativeBackend(TorchBackend):
         self, problem: Problem, chunk: Chunk, gradient: torch.dtype | None, vocabulary: Vocabulary | None = None
     ) -> Tensor:
         assert self.module is not None and vocabulary is None, "a native pass sees whole rows"
-        spec, rows = problem.spec, chunk.positions
+        options, rows = problem.options, chunk.positions
+        divergence, parameter = problem.divergence
         n, v = chunk.z_student.shape
         stats = torch.empty(n, self.module.COLUMNS, dtype=torch.float64, device=chunk.z_student.device)
         # Everything the call reads stays referenced in this list until it returns.
@@ -61,7 +60,7 @@ class NativeBackend(TorchBackend):
             logits, (chunk.z_student, chunk.z_teacher, chunk.z_reference)
         )
         self.module.rows(
-            n=n,
+            rows=n,
             vocabulary=v,
             student=student,
             student_stride=student_stride,
@@ -81,12 +80,12 @@ class NativeBackend(TorchBackend):
             behaviour_logprob=take(select(problem.behaviour_logprob)),
             stats=stats.data_ptr(),
             energy=0 if chunk.energy is None else chunk.energy.data_ptr(),
-            estimator=_ESTIMATORS[spec.estimator],
-            divergence=_DIVERGENCES[spec.divergence],
-            beta=spec.beta,
-            tolerance=spec.tolerance,
-            ratio_clip=spec.ratio_clip,
-            temperature=spec.temperature,
+            sampled=options.estimator == "sampled",
+            divergence=list(DIVERGENCES).index(divergence),
+            parameter=parameter,
+            tolerance=problem.gate.tolerance,
+            ratio_clip=options.ratio_clip,
+            temperature=options.temperature,
             gradient=gradient is not None,
             **self.launch(),
         )

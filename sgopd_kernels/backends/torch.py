@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..gate import choose
-from ..problem import PLAIN, Chunk, Head, Problem, Spec
+from ..options import Head
+from ..problem import Chunk, Problem
 
 # Bytes of one cast tile of a low-precision head: the cast is done again for every token chunk, in pieces that
 # stay in the last-level cache.
@@ -110,8 +111,7 @@ class TorchBackend:
     @staticmethod
     def cast_bytes(problem: Problem) -> int:
         """A tile of a head, cast to fp32."""
-        heads = (problem.student, problem.teacher, problem.reference)
-        return TILE_BYTES if any(h is not None and h.weight.dtype != torch.float32 for h in heads) else 0
+        return TILE_BYTES if any(h.weight.dtype != torch.float32 for h in problem.heads) else 0
 
     def capturing(self, device: torch.device) -> bool:
         """Whether a CUDA graph is being captured: nothing may depend on a value."""
@@ -174,6 +174,7 @@ class TorchBackend:
         return stats
 
 
+_PLAIN = Head(torch.empty(0), torch.empty(0, 0))  # logits as they are
 _LIVE_COPIES = 12  # float64 [n, V] tensors alive at once in _block, at the most
 
 
@@ -204,39 +205,58 @@ def _expectation(p: Tensor, values: Tensor, vocabulary: Vocabulary) -> Tensor:
 
 
 def _divergence(
-    spec: Spec, log_p: Tensor, p: Tensor, log_q: Tensor, q: Tensor, vocabulary: Vocabulary
+    divergence: tuple[str, float], log_p: Tensor, p: Tensor, log_q: Tensor, q: Tensor, vocabulary: Vocabulary
 ) -> tuple[Tensor, Tensor]:
     """(value [n], gradient with respect to the student's logits [n, V])."""
-    if spec.divergence == "reverse-kl":
+    name, parameter = divergence
+    if name == "reverse-kl":
         ratio = log_p - log_q
         value = _expectation(p, ratio, vocabulary)
         gradient = (p * (ratio - value.unsqueeze(-1))).masked_fill_(p == 0, 0.0)
-    elif spec.divergence == "forward-kl":
+    elif name == "forward-kl":
         value = _expectation(q, log_q - log_p, vocabulary)
         gradient = p - q
     else:
-        beta = spec.beta
-        # r = log(m / p) for m = beta q + (1 - beta) p: exactly 0 for equal models, no overflow for distant ones
-        u = log_q - log_p
-        far = torch.logaddexp(u + math.log(beta), torch.full_like(u, math.log1p(-beta)))
-        r = torch.where(u < 30, torch.log1p(beta * torch.expm1(u)), far)
-        student = _expectation(p, -r, vocabulary)
-        # log(q / m), which is -log(beta) in a column that the student cannot produce
-        teacher = torch.where(log_p == -torch.inf, -math.log(beta), u - r)
-        value = beta * _expectation(q, teacher, vocabulary) + (1 - beta) * student
-        gradient = ((1 - beta) * p * (-r - student.unsqueeze(-1))).masked_fill_(p == 0, 0.0)
+        terms, score = _columns(name, parameter, log_p, p, log_q, q)
+        value = vocabulary.sum(terms)
+        gradient = (score - p * vocabulary.sum(score).unsqueeze(-1)).masked_fill_(p == 0, 0.0)
     return value, gradient
 
 
+def _columns(name: str, a: float, log_p: Tensor, p: Tensor, log_q: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """(p f(u), p s(u)) [n, V] of the divergences that are no KL: csrc/divergence.h."""
+    outside = log_p == -torch.inf
+    u = (log_q - log_p).masked_fill_(outside, 0.0)
+    if name == "alpha":
+        power = torch.where(u > 0, q * torch.exp(-a * u), p * torch.exp((1 - a) * u.clamp(max=1.0)))  # p^a q^(1-a)
+        value = (a * p + (1 - a) * q - power) / (a * (1 - a))
+        score = torch.where(u < 1, p * torch.expm1((1 - a) * u.clamp(max=1.0)), power - p) / (a - 1)
+        beyond = q / a
+    else:
+        b = 1 - a if name == "skew-reverse-kl" else a
+        # r = log(m / p) for m = b q + (1 - b) p: exactly 0 for equal models, no overflow for distant ones
+        far = torch.logaddexp(u + math.log(b), torch.full_like(u, math.log1p(-b)))
+        r = torch.where(u < 30, torch.log1p(b * torch.expm1(u)), far)
+        from_q = q * (u - r)
+        if name == "jsd":
+            value, score, beyond = b * from_q - (1 - b) * p * r, -(1 - b) * p * r, -b * math.log(b) * q
+        elif name == "skew-reverse-kl":
+            value, score, beyond = b * (q - p) - p * r, b * p * torch.expm1(u - r) - p * r, b * q
+        else:
+            value, score = from_q - (1 - b) * (q - p), -(1 - b) * p * torch.expm1(u - r)
+            beyond = -(math.log(b) + 1 - b) * q
+    return torch.where(outside, beyond, value), score.masked_fill_(outside, 0.0)
+
+
 def _block(problem: Problem, block: Chunk, gradient: bool, vocabulary: Vocabulary) -> Tensor:
-    spec, temperature = problem.spec, problem.spec.temperature
+    options, temperature = problem.options, problem.options.temperature
     rows, z_student, z_teacher, z_reference = block.positions, block.z_student, block.z_teacher, block.z_reference
     weights = block.weights
     y = problem.token_ids[rows].unsqueeze(-1)
     verdict = problem.verdict[rows].double()
     log_q = log_r = outside = None
     if z_teacher is not None:
-        log_q, outside = _log_softmax(z_teacher, problem.teacher or PLAIN, temperature, vocabulary)
+        log_q, outside = _log_softmax(z_teacher, problem.teacher or _PLAIN, temperature, vocabulary)
     if z_reference is not None:
         assert problem.reference is not None and outside is not None
         log_r, outside_r = _log_softmax(z_reference, problem.reference, temperature, vocabulary)
@@ -253,11 +273,11 @@ def _block(problem: Problem, block: Chunk, gradient: bool, vocabulary: Vocabular
     else:
         log_q_y = vocabulary.at(log_q, y)
         q = log_q.exp()
-        kl, dense = _divergence(spec, log_p, p, log_q, q, vocabulary)
+        kl, dense = _divergence(problem.divergence, log_p, p, log_q, q, vocabulary)
         entropy_q = -_expectation(q, log_q, vocabulary)
         del q
     d = log_q_y - log_p_y
-    gate, agree = choose(d, verdict, weights, spec.tolerance, block.forced)
+    gate, agree = choose(d, verdict, weights, problem.gate.tolerance, block.forced)
 
     row_weight, advantage, value = gate, d, kl
     if log_r is not None:
@@ -266,16 +286,16 @@ def _block(problem: Problem, block: Chunk, gradient: bool, vocabulary: Vocabular
         g = gate.unsqueeze(-1)
         assert outside is not None
         log_q = (g * log_q + (1 - g) * log_r).masked_fill_(outside, -torch.inf)
-        if spec.estimator == "full":
+        if options.estimator == "full":
             log_q = vocabulary.log_softmax(log_q)
-            value, dense = _divergence(spec, log_p, p, log_q, log_q.exp(), vocabulary)
+            value, dense = _divergence(problem.divergence, log_p, p, log_q, log_q.exp(), vocabulary)
         else:
             advantage = vocabulary.at(log_q, y) - log_p_y
     elif problem.behaviour_logprob is not None:
         ratio = (log_p_y - problem.behaviour_logprob[rows].double()).exp()
-        advantage = advantage * ratio.clamp(max=spec.ratio_clip)
+        advantage = advantage * ratio.clamp(max=options.ratio_clip)
 
-    loss = row_weight * value if spec.estimator == "full" else -row_weight * advantage * log_p_y
+    loss = row_weight * value if options.estimator == "full" else -row_weight * advantage * log_p_y
     off = row_weight == 0
     stats = torch.stack(
         [
@@ -293,7 +313,7 @@ def _block(problem: Problem, block: Chunk, gradient: bool, vocabulary: Vocabular
     if not gradient:
         return stats
     coefficient = row_weight * block.scale.double()
-    if spec.estimator == "full":
+    if options.estimator == "full":
         assert dense is not None
     else:
         coefficient = coefficient * advantage

@@ -19,15 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..options import DIVERGENCES
 from ..problem import Chunk, Problem
 from .torch import TorchBackend, Vocabulary
 
-# Columns a program holds at once, and its warps. Fewer where JSD works in float64 or a third model's logits are held.
+# Columns a program holds at once, and its warps. Fewer where a divergence takes float64, or a third model is there.
 BLOCK, BLOCK_SMALL, WARPS = 2048, 1024, 8
 MOVE_BLOCK = 4096
 SPLIT_COLUMNS = 8192  # of G that are split at once
-
-_DIVERGENCES = {"reverse-kl": 0, "forward-kl": 1, "jsd": 2}
 
 
 def _kernels() -> Any:
@@ -68,7 +67,7 @@ class TritonBackend(TorchBackend):
         return super().logits(rows, -(-columns // 16) * 16, device)[:, :columns]  # aligned rows
 
     def held_bytes(self, problem: Problem, narrow: bool) -> tuple[int, int]:
-        if not self.narrows(problem.student_hidden, problem.student.weight):
+        if not self.narrows(problem.student.hidden, problem.student.weight):
             return self.cast_bytes(problem), 0
         return 0, 0 if narrow else 8 * SPLIT_COLUMNS  # a tile in bf16 twice, and a difference in fp32
 
@@ -130,7 +129,8 @@ class TritonBackend(TorchBackend):
         self, problem: Problem, chunk: Chunk, gradient: torch.dtype | None, vocabulary: Vocabulary | None = None
     ) -> Tensor:
         assert vocabulary is None, "the row pass sees whole rows"
-        spec = problem.spec
+        options = problem.options
+        divergence, parameter = problem.divergence
         z_student, z_teacher, z_reference = chunk.z_student, chunk.z_teacher, chunk.z_reference
         n, v = z_student.shape
         stats = torch.empty(n, 8, dtype=torch.float64, device=z_student.device)
@@ -166,7 +166,7 @@ class TritonBackend(TorchBackend):
             student_softcap=student.softcap,
             teacher_softcap=None if teacher is None else teacher.softcap,
             reference_softcap=None if reference is None else reference.softcap,
-            inverse_temperature=1 / spec.temperature,
+            inverse_temperature=1 / options.temperature,
             rows=chunk.positions,
             token_ids=flat(problem.token_ids),
             verdict=flat(problem.verdict),
@@ -178,12 +178,12 @@ class TritonBackend(TorchBackend):
             row_scale=flat(chunk.scale),
             stats=stats,
             V=v,
-            beta=spec.beta,
-            tolerance=spec.tolerance,
-            ratio_clip=spec.ratio_clip,
-            SAMPLED=spec.estimator == "sampled",
-            DIVERGENCE=_DIVERGENCES[spec.divergence],
-            BLOCK=BLOCK_SMALL if spec.divergence == "jsd" or reference is not None else BLOCK,
+            parameter=parameter,
+            tolerance=problem.gate.tolerance,
+            ratio_clip=options.ratio_clip,
+            SAMPLED=options.estimator == "sampled",
+            DIVERGENCE=list(DIVERGENCES).index(divergence),
+            BLOCK=BLOCK_SMALL if divergence not in ("reverse-kl", "forward-kl") or reference is not None else BLOCK,
             num_warps=WARPS,
         )
         return stats

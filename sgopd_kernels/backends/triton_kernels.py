@@ -21,7 +21,8 @@ PRECISE = tl.constexpr(0.05)  # nats: below, KL is summed from second-order term
 
 # Whose logits stand in the target's place.
 TEACHER, MIXTURE, REFERENCE = (tl.constexpr(i) for i in range(3))
-REVERSE_KL, FORWARD_KL, JSD = (tl.constexpr(i) for i in range(3))
+# As options.DIVERGENCES numbers them.
+REVERSE_KL, FORWARD_KL, JSD, SKEW_REVERSE_KL, SKEW_FORWARD_KL, ALPHA = (tl.constexpr(i) for i in range(6))
 
 
 @triton.jit
@@ -174,11 +175,45 @@ def _summarise(
 
 
 @triton.jit
-def _log_mixture_ratio(u, beta):
-    """log(m / p), m = beta q + (1 - beta) p, u = log q - log p, in fp64, where e^u - 1 does not cancel."""
-    near = tl.log(1.0 + beta * (tl.exp(tl.minimum(u, 30.0)) - 1.0))
-    far = u + tl.log(beta + (1.0 - beta) * tl.exp(-tl.maximum(u, 0.0)))
+def _log_mixture_ratio(u, b):
+    """log(m / p), m = b q + (1 - b) p, u = log q - log p, in fp64, where e^u - 1 does not cancel."""
+    near = tl.log(1.0 + b * (tl.exp(tl.minimum(u, 30.0)) - 1.0))
+    far = u + tl.log(b + (1.0 - b) * tl.exp(-tl.maximum(u, 0.0)))
     return tl.where(u < 30.0, near, far)
+
+
+@triton.jit
+def _columns(p_in, p, q, u, a, DIVERGENCE: tl.constexpr):
+    """(p f(u), p s(u)) of a block for the divergences that are no KL, in fp64: csrc/divergence.h.
+
+    `p_in`: where the student has a probability; elsewhere u must be 0.
+    """
+    if DIVERGENCE == ALPHA:
+        # p^a q^(1-a), from the larger of both: nothing overflows
+        power = tl.where(u > 0, q * tl.exp(-a * tl.maximum(u, 0.0)), p * tl.exp((1.0 - a) * tl.minimum(u, 0.0)))
+        value = (a * p + (1.0 - a) * q - power) / (a * (1.0 - a))
+        score = (p - power) / (1.0 - a)
+        beyond = q / a
+    else:
+        b = a
+        if DIVERGENCE == SKEW_REVERSE_KL:
+            b = 1.0 - a
+        r = _log_mixture_ratio(u, b)
+        from_q = q * (u - r)
+        excess = p * (tl.exp(u - r) - 1.0)
+        if DIVERGENCE == JSD:
+            value = b * from_q - (1.0 - b) * p * r
+            score = -(1.0 - b) * p * r
+            beyond = -b * tl.log(b) * q
+        elif DIVERGENCE == SKEW_REVERSE_KL:
+            value = b * (q - p) - p * r
+            score = b * excess - p * r
+            beyond = b * q
+        else:
+            value = from_q - (1.0 - b) * (q - p)
+            score = -(1.0 - b) * excess
+            beyond = -(tl.log(b) + 1.0 - b) * q
+    return tl.where(p_in, value, beyond), tl.where(p_in, score, 0.0)
 
 
 @triton.jit
@@ -199,12 +234,12 @@ def _divergence(
     mean_p,
     mean_q,
     q_outside,
-    beta,
+    parameter,
     TARGET: tl.constexpr,
     DIVERGENCE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """(divergence, KL(p || m) of JSD, E_p[z - t] once more around itself where the models nearly agree)."""
+    """(divergence, E_p[s] if it is no KL, E_p[z - t] once more around itself where the models nearly agree)."""
     lanes = tl.arange(0, BLOCK)
     log_p = tl.log(sum_p)
     log_q = tl.log(sum_q)
@@ -213,11 +248,11 @@ def _divergence(
         value = tl.where(q_outside > 0, float("inf"), dlse - mean_q)
     else:
         value = mean_p - dlse
-    mixture = value * 0.0
+    mean_score = value * 0.0
     mean = mean_p
-    if DIVERGENCE == JSD:
+    if DIVERGENCE >= JSD:
         total = tl.zeros((BLOCK,), tl.float64)
-        student_part = tl.zeros((BLOCK,), tl.float64)
+        scores = tl.zeros((BLOCK,), tl.float64)
         mass = tl.zeros((BLOCK,), tl.float64)
         for first in range(0, V, BLOCK):
             columns = first + lanes
@@ -239,15 +274,13 @@ def _divergence(
             p = tl.exp((z - max_p).to(tl.float64) - log_p)
             q = tl.exp((t - max_q).to(tl.float64) - log_q)
             u = tl.where(p_in, dlse - (z.to(tl.float64) - t), 0.0)
-            r = _log_mixture_ratio(u, beta)
-            # q * (u - r) is 0 where q is; a column that only q has gives -beta q log(beta).
-            from_q = tl.where(p_in, u - r, -tl.log(beta))
-            total += tl.where(q_in, beta * q * from_q, 0.0) - tl.where(p_in, (1.0 - beta) * p * r, 0.0)
-            student_part -= tl.where(p_in, p * r, 0.0)
+            value, score = _columns(p_in, p, tl.where(q_in, q, 0.0), u, parameter, DIVERGENCE)
+            total += value
+            scores += score
             mass += tl.where(p_in, p, 0.0)
         value = tl.sum(total, 0)
         # The gradient sums to 0 only if the mean is taken under weights that sum to 1.
-        mixture = tl.sum(student_part, 0) / tl.sum(mass, 0)
+        mean_score = tl.sum(scores, 0) / tl.sum(mass, 0)
     else:
         if value < PRECISE:
             dlse_hi = dlse.to(tl.float32)
@@ -291,7 +324,7 @@ def _divergence(
                 drift += tl.where(p_in, p * ((delta - mean_hi) - mean_lo), 0.0)
             value = tl.sum(terms.to(tl.float64), 0)
             mean = mean_p + tl.sum(drift.to(tl.float64), 0)
-    return value, mixture, mean
+    return value, mean_score, mean
 
 
 @triton.jit
@@ -325,7 +358,7 @@ def rows_kernel(
     row_scale,
     stats,
     V,
-    beta,
+    parameter,
     tolerance,
     ratio_clip,
     SAMPLED: tl.constexpr,
@@ -384,9 +417,9 @@ def rows_kernel(
     w = tl.where(agrees, w_agree, tl.where(conflicts, w_conflict, w_neutral))
 
     kl = tl.full((), float("nan"), tl.float64)
-    mixture = kl
+    mean_score = kl
     if teacher is not None:
-        kl, mixture, mean = _divergence(
+        kl, mean_score, mean = _divergence(
             V,
             z_row,
             t_row,
@@ -403,7 +436,7 @@ def rows_kernel(
             mean,
             mean_q,
             q_outside,
-            beta,
+            parameter,
             TEACHER,
             DIVERGENCE,
             BLOCK,
@@ -428,7 +461,7 @@ def rows_kernel(
                 V, y, z_row, t_row, r_row, student_bias, teacher_bias, reference_bias, heads, gate, MIXTURE, BLOCK
             )
             dlse = (max_p.to(tl.float64) - max_q) + (tl.log(sum_p) - tl.log(sum_q))
-            value, mixture, mean = _divergence(
+            value, mean_score, mean = _divergence(
                 V,
                 z_row,
                 t_row,
@@ -445,7 +478,7 @@ def rows_kernel(
                 mean,
                 mean_q,
                 q_outside,
-                beta,
+                parameter,
                 MIXTURE,
                 DIVERGENCE,
                 BLOCK,
@@ -531,8 +564,10 @@ def rows_kernel(
                     g = tl.where(tl.abs(u) < 0.25, near, p - q)
                 else:
                     u = dlse - (z.to(tl.float64) - t)
-                    r = _log_mixture_ratio(tl.where(p_in, u, 0.0), beta)
-                    g = ((1.0 - beta) * p * (-r - mixture)).to(tl.float32)
+                    wide = tl.where(p_in, tl.exp((z - max_p).to(tl.float64) - tl.log(sum_p)), 0.0)
+                    q = tl.where(t != float("-inf"), tl.exp((t - max_q).to(tl.float64) - tl.log(sum_q)), 0.0)
+                    _, score = _columns(p_in, wide, q, tl.where(p_in, u, 0.0), parameter, DIVERGENCE)
+                    g = (score - wide * mean_score).to(tl.float32)
                 g = tl.where(p_in, g, 0.0)
             if student_softcap is not None:
                 x = z / (student_softcap * inverse_temperature)

@@ -39,7 +39,7 @@ class Blocks(Exact):
 
     def __init__(self, problem: Problem, backend: CpuBackend, needs_grad: NeedsGrad, split: bool) -> None:
         super().__init__(problem, backend, needs_grad)
-        self.numbers, self.budget, self.split = calibration.FITTED.blocks, problem.spec.budget, split
+        self.numbers, self.budget, self.split = calibration.FITTED.blocks, problem.budget, split
         step = max(1, self.v // calibration.FITTED.residual.sampled_rows)
         self.row_norm = float(self.head[::step].float().square().sum(1).mean().sqrt())
         # Of a chunk: its rows that weigh something, their gradient [n, V] and its hidden gradient [n, H] fp32; the
@@ -77,9 +77,9 @@ class Blocks(Exact):
             super().project(chunk)
             return
         p, at = self.problem, chunk.positions
-        assert p.teacher is not None and p.teacher_hidden is not None and chunk.z_teacher is not None
-        self.backend.project_tiles(p.student_hidden[at], self.head, chunk.z_student)
-        self.backend.project_tiles(p.teacher_hidden[at], p.teacher.weight[: self.v], chunk.z_teacher)
+        assert p.teacher is not None and chunk.z_teacher is not None
+        self.backend.project_tiles(p.student.hidden[at], self.head, chunk.z_student)
+        self.backend.project_tiles(p.teacher.hidden[at], p.teacher.weight[: self.v], chunk.z_teacher)
         self.measured = self.backend.refine(p, at, chunk.z_student, chunk.z_teacher, self.numbers.mass)
 
     def _multiply(self, chunk: Chunk, noise: float) -> float:
@@ -134,7 +134,7 @@ class Blocks(Exact):
             self._multiply_hidden()
             reach = float(self.hidden.norm())
             error = numbers.hidden * rounded(self.head) * self.row_norm / reach if reach > 0 else math.inf
-        return max(error, numbers.weight * rounded(self.problem.student_hidden) / total**0.5)
+        return max(error, numbers.weight * rounded(self.problem.student.hidden) / total**0.5)
 
     def gradients(self, chunk: Chunk, out: Gradients) -> None:
         if self.rows.numel() == 0:
@@ -152,8 +152,8 @@ class Blocks(Exact):
 
 def blocks(problem: Problem, backend: CpuBackend, needs_grad: NeedsGrad, rows: Tensor) -> list[Blocks]:
     """The plan, where the tokens `rows` are worth it and the budget leaves it room; for a processor with tiles."""
-    numbers, budget = calibration.FITTED.blocks, problem.spec.budget
-    work = rows.numel() * problem.vocabulary * problem.student_hidden.shape[1]
+    numbers, budget = calibration.FITTED.blocks, problem.budget
+    work = rows.numel() * problem.vocabulary * problem.student.hidden.shape[1]
     if rows.numel() == 0 or work < numbers.worthwhile or budget < 4 * numbers.both:
         return []
     split = plain(problem) and any(t.dtype == torch.float32 for t in problem.operands())

@@ -17,19 +17,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .. import _extension
-from .._checks import number
+from ..options import PRECISIONS
 
-AUTO = 1.5e-3  # the default budget: what rounding a gradient to bf16 costs
-BF16 = 2.0**-8
-
-
-def budget_of(precision: str | float) -> float:
-    """The relative gradient error a call allows; 0: exact."""
-    named = {"exact": 0.0, "auto": AUTO, "bf16": BF16}
-    if isinstance(precision, str) and precision in named:
-        return named[precision]
-    expected = "'auto', 'exact', 'bf16' or a relative error above 0 and below 1, such as 1e-3"
-    return number("precision", precision, expected, 0.0, 1.0)
+AUTO = PRECISIONS["auto"]
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ class Columns(Exact):
         return error
 
     def _take(self, chunk: Chunk) -> tuple[tuple[Tensor, Tensor] | None, float]:
-        g, budget = chunk.z_student, self.problem.spec.budget
+        g, budget = chunk.z_student, self.problem.budget
         ordered, order = torch.linalg.vector_norm(g, dim=0).double().square().sort(descending=True)
         below = ordered.flip(0).cumsum(0).flip(0)  # what this column and all smaller ones weigh: nothing cancels
         count = (below > (calibration.FITTED.columns.share * budget) ** 2 * below[0]).sum()

@@ -55,13 +55,13 @@ class Exact:
     def project(self, chunk: Chunk) -> None:
         """All models' logits."""
         p, at, backend = self.problem, chunk.positions, self.backend
-        backend.project(p.student_hidden[at], self.head, chunk.z_student)
+        backend.project(p.student.hidden[at], self.head, chunk.z_student)
         if p.teacher is not None:
-            assert chunk.z_teacher is not None and p.teacher_hidden is not None
-            backend.project(p.teacher_hidden[at], p.teacher.weight[: self.v], chunk.z_teacher)
+            assert chunk.z_teacher is not None
+            backend.project(p.teacher.hidden[at], p.teacher.weight[: self.v], chunk.z_teacher)
         if p.reference is not None:
-            assert chunk.z_reference is not None and p.reference_hidden is not None
-            backend.project(p.reference_hidden[at], p.reference.weight[: self.v], chunk.z_reference)
+            assert chunk.z_reference is not None
+            backend.project(p.reference.hidden[at], p.reference.weight[: self.v], chunk.z_reference)
         if p.topk_ids is not None:
             assert chunk.z_teacher is not None
             complete_teacher(p, at, chunk.z_student, chunk.z_teacher)
@@ -97,7 +97,7 @@ class Exact:
     def gradient(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         """The chunk's gradient without rows that weigh nothing (where looking costs no wait); its rows' numbers."""
         g = self.backend.gradient_of(chunk.z_student, self.narrow)
-        if chunk.valid is not None or (self.backend.waits and not self.problem.spec.may_weigh_0):
+        if chunk.valid is not None or (self.backend.waits and not self.problem.may_weigh_0):
             return g, torch.arange(g.shape[0], device=g.device)
         order = compact(self.backend, g, self.active(chunk))
         return g[: order.numel()], order
@@ -128,7 +128,7 @@ def complete_teacher(problem: Problem, rows: Tensor, z_student: Tensor, out: Ten
     sum_k p_k (log p_k - log q_k) + p_tail (log p_tail - log q_tail) >= 0, and its logit gradient is that one's too.
     """
     assert problem.topk_ids is not None and problem.topk_logprob is not None
-    spec, head = problem.spec, problem.student
+    temperature, head = problem.options.temperature, problem.student
     ids, log_q = problem.topk_ids[rows], problem.topk_logprob[rows].double()
     # The student's logits, as the row pass will make them; it divides `out` by the temperature as well.
     z = out.copy_(z_student)
@@ -137,12 +137,12 @@ def complete_teacher(problem: Problem, rows: Tensor, z_student: Tensor, out: Ten
     z *= head.logit_scale
     if head.softcap is not None:
         z.div_(head.softcap).tanh_().mul_(head.softcap)
-    z /= spec.temperature
+    z /= temperature
     log_p_tail = torch.logsumexp(z.scatter(-1, ids, -torch.inf), -1).double()  # not 1 - sum: that cancels
     log_q_tail = tail_logprob(log_q)
     z += (log_q_tail - log_p_tail).unsqueeze(-1).float()
     z.scatter_(-1, ids, log_q.float())
-    return z.mul_(spec.temperature)
+    return z.mul_(temperature)
 
 
 def tail_logprob(log_q: Tensor) -> Tensor:

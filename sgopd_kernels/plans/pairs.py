@@ -32,7 +32,7 @@ class Pairs(Exact):
 
     def __init__(self, problem: Problem, backend: CpuBackend, needs_grad: NeedsGrad, residual: Residual) -> None:
         super().__init__(problem, backend, needs_grad)
-        self.residual, self.budget = residual, problem.spec.budget
+        self.residual, self.budget = residual, problem.budget
         self.taken: list[TopPairs] = []  # out of the chunk's gradient; empty: it is whole, and dense
         self.hidden = residual.weight.new_empty(0)  # [n, H] fp32: the pairs' part of its hidden gradient
 

@@ -13,13 +13,16 @@ import torch
 from torch import Tensor
 
 from ..backends.cpu import CpuBackend
+from ..options import Head
 from ..oracle import STATS
-from ..problem import Chunk, Head, Problem
+from ..problem import Chunk, Problem
 from . import calibration
 from .base import NeedsGrad, worst
 from .calibration import Setting
 from .directions import Coefficients, Directions, Residual, extrapolated, feedback
 from .pairs import Pairs
+
+MEASURED = ("reverse-kl", "forward-kl", "jsd")  # divergences whose error the estimate was held against
 
 
 class Feedback:
@@ -57,12 +60,12 @@ class Quantized(Pairs):
 
     def project(self, chunk: Chunk) -> None:
         p, at, feedback = self.problem, chunk.positions, self.feedback
-        assert p.teacher is not None and p.teacher_hidden is not None and chunk.z_teacher is not None
+        assert p.teacher is not None and chunk.z_teacher is not None
         student, teacher = (feedback.student, feedback.teacher) if feedback else (None, None)
         project = self.backend.project_quantized
         for hidden, weight, out, rounding in (
-            (p.student_hidden, self.head, chunk.z_student, student),
-            (p.teacher_hidden, p.teacher.weight[: self.v], chunk.z_teacher, teacher),
+            (p.student.hidden, self.head, chunk.z_student, student),
+            (p.teacher.hidden, p.teacher.weight[: self.v], chunk.z_teacher, teacher),
         ):
             project(hidden[at], weight, out, self.setting.segment(weight.shape[1]), rounding)
         self.measured = self.backend.refine(p, at, chunk.z_student, chunk.z_teacher, self.mass)
@@ -75,20 +78,20 @@ class Quantized(Pairs):
         errors is `Residual.error`'s.
         """
         p, at, k = self.problem, chunk.positions, self.residual.stride
-        assert p.teacher is not None and p.teacher_hidden is not None and chunk.z_teacher is not None
+        assert p.teacher is not None and chunk.z_teacher is not None
         tokens = self.residual.tokens(torch.ones(at.numel(), dtype=torch.bool))
         y = p.token_ids[at][tokens]
 
-        def errors(all_hidden: Tensor, head: Head, z: Tensor, logsumexp: Tensor) -> tuple[Tensor, Tensor]:
-            hidden, scale = all_hidden[at][tokens].float(), head.logit_scale / p.spec.temperature
+        def errors(head: Head, z: Tensor, logsumexp: Tensor) -> tuple[Tensor, Tensor]:
+            hidden, scale = head.hidden[at][tokens].float(), head.logit_scale / p.options.temperature
             exact = hidden @ head.weight[: self.v : k].float().T
             # What was refined, the sampled token's logit too, is off by one number a token: of no effect.
             shift = z[tokens, y] - (hidden * head.weight[y].float()).sum(-1)
             off = (z[:, ::k][tokens] - exact - shift.unsqueeze(-1)) * scale
             return off, (exact * scale - logsumexp[tokens].float().unsqueeze(-1)).exp()
 
-        u, prob = errors(p.student_hidden, p.student, chunk.z_student, self.measured[:, 0])
-        v, target = errors(p.teacher_hidden, p.teacher, chunk.z_teacher, self.measured[:, 1])
+        u, prob = errors(p.student, chunk.z_student, self.measured[:, 0])
+        v, target = errors(p.teacher, chunk.z_teacher, self.measured[:, 1])
         rows = self.head[::k].float()
         mean = rows.mean(0)
         rows = rows - mean
@@ -119,7 +122,7 @@ class Quantized(Pairs):
 def at_most(problem: Problem, report: Tensor, mass: float) -> Tensor:
     """[n]: bounds the sum over a token's tail of p^2 times the variance of its logits. `report`: `backend.refine`'s."""
     assert problem.teacher is not None
-    student, teacher = (head.logit_scale / problem.spec.temperature for head in (problem.student, problem.teacher))
+    student, teacher = (head.logit_scale / problem.options.temperature for head in (problem.student, problem.teacher))
     return mass * torch.maximum(report[:, 2], report[:, 3]) * (report[:, 4] * student**2 + report[:, 5] * teacher**2)
 
 
@@ -151,17 +154,17 @@ def probe(problem: Problem, rows: Tensor) -> tuple[float, float]:
     of a chunk.
     """
     p, numbers = problem, calibration.FITTED.quantized
-    assert p.teacher is not None and p.teacher_hidden is not None
+    assert p.teacher is not None
     probed, stride = numbers.probed_rows, numbers.probed_stride
     at = rows[:: max(1, rows.numel() // probed)][:probed]
     columns = slice(0, p.vocabulary, stride)
 
-    def logits(hidden: Tensor, weight: Tensor, logit_scale: float) -> Tensor:
-        z = hidden[at].float() @ weight[columns].float().T
-        return torch.log_softmax(z * (logit_scale / p.spec.temperature), -1)
+    def logits(head: Head) -> Tensor:
+        z = head.hidden[at].float() @ head.weight[columns].float().T
+        return torch.log_softmax(z * (head.logit_scale / p.options.temperature), -1)
 
-    log_p = logits(p.student_hidden, p.student.weight, p.student.logit_scale)
-    log_q = logits(p.teacher_hidden, p.teacher.weight, p.teacher.logit_scale)
+    log_p = logits(p.student)
+    log_q = logits(p.teacher)
     # Restricted to a sixteenth of the columns a probability is sixteen times as large.
     mass = (torch.maximum(log_p, log_q) - torch.tensor(stride).log()).exp()
     kl = float((log_p.exp() * (log_p - log_q)).sum(-1).median())
@@ -173,9 +176,9 @@ def plain(problem: Problem) -> bool:
     p = problem
     return (
         p.teacher is not None
-        and p.teacher_hidden is not None
         and p.reference is None
-        and p.spec.estimator == "full"
+        and p.options.estimator == "full"
+        and p.divergence[0] in MEASURED
         and all(h.bias is None and h.softcap is None for h in (p.student, p.teacher))
     )
 
@@ -191,8 +194,7 @@ def quantized(
     if (
         not plain(p)
         or p.teacher is None
-        or p.teacher_hidden is None
-        or not backend.quantizes(p.student_hidden, p.student.weight, p.teacher_hidden, p.teacher.weight)
+        or not backend.quantizes(p.student.hidden, p.student.weight, p.teacher.hidden, p.teacher.weight)
         or rows.numel() == 0
     ):
         return []
@@ -201,7 +203,7 @@ def quantized(
     kl, share = probe(p, rows)
     if share >= calibration.FITTED.pairs.most:
         return []
-    room = kl * p.spec.budget**2
+    room = kl * p.budget**2
     both = Feedback(residual, p.teacher.weight[: p.vocabulary])
     first = next((i for i, s in enumerate(settings) if room > s.kl), len(settings))
     return [

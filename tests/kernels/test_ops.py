@@ -17,23 +17,17 @@ from sgopd_kernels.backends.cpu import CpuBackend
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_opcheck(kit: Any, reduction: str) -> None:
-    from sgopd_kernels.ops import TENSORS, fused_loss
-    from sgopd_kernels.problem import Spec
+    from sgopd_kernels import Head, Options
+    from sgopd_kernels.ops import fused_loss
+    from sgopd_kernels.problem import Problem, encode
 
     i = kit.make_inputs(n=7, v=33, hs=8, masked=0.0)
-    given: dict[str, Any] = dict.fromkeys(TENSORS)
-    given.update(
-        student_hidden=i.student_hidden.requires_grad_(),
-        student_weight=i.student_weight.requires_grad_(),
-        token_ids=i.token_ids,
-        verdict=i.verdict.float(),
-        teacher_hidden=i.teacher_hidden,
-        teacher_weight=i.teacher_weight,
-    )
-    words, numbers = Spec(reduction=reduction).encode()
+    student = Head(i.student_hidden.requires_grad_(), i.student_weight.requires_grad_())
+    teacher = Head(i.teacher_hidden, i.teacher_weight)
+    problem = Problem(Options(reduction=reduction), student, i.token_ids, i.verdict.float(), teacher)
     torch.library.opcheck(
         fused_loss,
-        (*given.values(), words, numbers, "cpu", "", [True, True, False]),
+        (student.hidden, student.weight, None, None, *encode(problem), "cpu", "", [True, True, False]),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
 

@@ -25,7 +25,8 @@ from triton.runtime import driver
 
 from sgopd_kernels.backends import triton as backend_module
 from sgopd_kernels.backends.triton import TritonBackend
-from sgopd_kernels.problem import Chunk, Head, Problem, Spec
+from sgopd_kernels.options import Head, Options
+from sgopd_kernels.problem import Chunk, Problem
 
 TARGETS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 # Registers a thread: 256 threads at 128 leave room for two programs a multiprocessor. Shared memory: bytes.
@@ -79,7 +80,7 @@ class Recorder(TritonBackend):
 def problem_of(options: dict[str, Any]) -> Problem:
     """A small problem with the row stride and the operands' kinds of a large one."""
     n, v, h = 16, 48, 16
-    spec = Spec(
+    choices = Options(
         estimator=options.get("estimator", "full"),
         divergence=options.get("divergence", "reverse-kl"),
         temperature=0.7,
@@ -87,22 +88,20 @@ def problem_of(options: dict[str, Any]) -> Problem:
     every = options.get("heads", False)
 
     def head() -> Head:
-        return Head(torch.empty(v, h), torch.empty(v) if every else None, 1.5 if every else 1.0, 9.0 if every else None)
+        bias = torch.empty(v) if every else None
+        return Head(torch.empty(n, h), torch.empty(v, h), bias, 1.5 if every else 1.0, 9.0 if every else None)
 
     def number(name: str) -> torch.Tensor | None:
         return torch.empty(n) if options.get(name) else None
 
     return Problem(
-        spec,
-        torch.empty(n, h),
+        choices,
         head(),
         torch.zeros(n, dtype=torch.int64),
         torch.ones(n),
-        teacher_hidden=None if options.get("teacher_logprob") else torch.empty(n, h),
         teacher=None if options.get("teacher_logprob") else head(),
         teacher_logprob=number("teacher_logprob"),
         behaviour_logprob=number("behaviour"),
-        reference_hidden=torch.empty(n, h) if options.get("reference") else None,
         reference=head() if options.get("reference") else None,
     )
 
@@ -112,7 +111,7 @@ USUAL: list[dict[str, Any]] = [
     {"narrow": True},
     {"gradient": False},
     {"divergence": "forward-kl"},
-    {"divergence": "jsd"},
+    {"divergence": ("jsd", 0.3)},
     {"estimator": "sampled"},
     {"estimator": "sampled", "teacher_logprob": True, "behaviour": True},
     {"reference": True, "heads": True, "narrow": True},
@@ -121,9 +120,9 @@ USUAL: list[dict[str, Any]] = [
 
 def every() -> list[dict[str, Any]]:
     kinds: list[dict[str, Any]] = [
-        *({"divergence": d} for d in ("reverse-kl", "forward-kl", "jsd")),
+        *({"divergence": d} for d in ("reverse-kl", "forward-kl", ("jsd", 0.3))),
         {"estimator": "sampled"},
-        *({"divergence": d, "reference": True} for d in ("reverse-kl", "forward-kl", "jsd")),
+        *({"divergence": d, "reference": True} for d in ("reverse-kl", "forward-kl", ("jsd", 0.3))),
         {"estimator": "sampled", "reference": True},
         {"estimator": "sampled", "teacher_logprob": True},
         {"estimator": "sampled", "teacher_logprob": True, "behaviour": True},
@@ -144,7 +143,7 @@ def launches(options: dict[str, Any]) -> list[Launch]:
     logits = [torch.empty(n, v) for _ in range(3)]
     chunk = Chunk(
         rows,
-        problem.student_hidden,
+        problem.student.hidden,
         logits[0],
         None if problem.teacher is None else logits[1],
         None if problem.reference is None else logits[2],

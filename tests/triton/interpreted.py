@@ -22,8 +22,9 @@ from torch import Tensor  # noqa: E402
 
 from sgopd_kernels import backends, gated_kl_loss, gated_logprob_loss, gated_topk_kl_loss  # noqa: E402
 from sgopd_kernels.backends.triton import TritonBackend  # noqa: E402
+from sgopd_kernels.options import Head, Options  # noqa: E402
 from sgopd_kernels.plans import calibration  # noqa: E402
-from sgopd_kernels.problem import Chunk, Head, Problem, Spec  # noqa: E402
+from sgopd_kernels.problem import Chunk, Problem  # noqa: E402
 
 
 def load(name: str, path: Path) -> Any:
@@ -289,17 +290,16 @@ def test_without_gradients_nothing_is_written() -> None:
     g = torch.Generator().manual_seed(0)
     z, t = torch.randn(4, 300, generator=g), torch.randn(4, 300, generator=g)
     problem = Problem(
-        Spec(),
-        torch.randn(4, 8),
-        Head(torch.randn(300, 8)),
+        Options(),
+        Head(torch.randn(4, 8), torch.randn(300, 8)),
         torch.arange(4),
         torch.ones(4),
-        teacher=Head(torch.ones(300, 8)),
+        teacher=Head(torch.ones(4, 8), torch.ones(300, 8)),
     )
     before = z.clone(), t.clone()
     backend = backends.get("triton")
     weights = torch.ones(3, 4, dtype=torch.float64)
-    chunk = Chunk(torch.arange(4), problem.student_hidden, z, t, None, weights, None, torch.ones(4))
+    chunk = Chunk(torch.arange(4), problem.student.hidden, z, t, None, weights, None, torch.ones(4))
     stats = backend.rows(problem, chunk, None)
     assert torch.equal(z, before[0]) and torch.equal(t, before[1])
     assert torch.equal(stats, backend.rows(problem, chunk, torch.float32)) and not torch.equal(z, before[0])

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sgopd_kernels import driver
+from sgopd_kernels import Gate, Options, driver
 from sgopd_kernels.backends.triton import TritonBackend
+from sgopd_kernels.options import Head
 from sgopd_kernels.plans.base import NeedsGrad
-from sgopd_kernels.plans.calibration import AUTO
-from sgopd_kernels.problem import Head, Problem, Spec
+from sgopd_kernels.problem import Problem
 
 pytest.importorskip("triton", reason="Triton is not installed (pip install triton)")
 
@@ -71,7 +71,7 @@ class Memory(TorchDispatchMode):
 
 
 def run(
-    spec: Spec, needs_grad: NeedsGrad, capture: bool = True, **heads: Any
+    options: Options, needs_grad: NeedsGrad, capture: bool = True, **heads: Any
 ) -> tuple[Recorder, Memory, driver.Result]:
     inputs: list[Tensor] = []
 
@@ -81,13 +81,11 @@ def run(
 
     backend = Recorder(capture)
     problem = Problem(
-        spec,
-        empty(N, HS),
-        Head(empty(V, HS)),
+        options,
+        Head(empty(N, HS), empty(V, HS)),
         empty(N, dtype=torch.int64),
         empty(N, dtype=torch.float32),
-        teacher_hidden=empty(N, HT),
-        teacher=Head(empty(V, HT)),
+        teacher=Head(empty(N, HT), empty(V, HT)),
     )
     scale = empty(N, dtype=torch.float64)
     with Memory(inputs) as memory:
@@ -99,7 +97,7 @@ BOTH = NeedsGrad(hidden=True, weight=True)
 
 
 def test_launches_and_memory_of_the_default() -> None:
-    backend, memory, result = run(Spec(budget=AUTO), BOTH)
+    backend, memory, result = run(Options(), BOTH)
     chunks = backend.launches.count("rows_kernel")
     assert chunks == 5  # of 1,664 tokens: few enough that accumulating dW does not decide
     assert backend.launches == ["product", "product", "rows_kernel", "product", "product"] * chunks
@@ -114,7 +112,7 @@ def test_launches_and_memory_of_the_default() -> None:
 
 
 def test_exact_splits_the_gradient() -> None:
-    backend, memory, _ = run(Spec(), BOTH)
+    backend, memory, _ = run(Options(precision="exact"), BOTH)
     tiles = -(-V // 8192)
     chunk = ["product", "product", "rows_kernel", *["product"] * (2 * 2 * tiles)]
     assert backend.launches == chunk * backend.launches.count("rows_kernel")
@@ -122,14 +120,14 @@ def test_exact_splits_the_gradient() -> None:
 
 
 def test_without_gradients() -> None:
-    backend, memory, _ = run(Spec(), NeedsGrad())
+    backend, memory, _ = run(Options(precision="exact"), NeedsGrad())
     assert backend.launches == ["product", "product", "rows_kernel"] * backend.launches.count("rows_kernel")
     assert memory.peak <= TritonBackend.default_workspace + 64 * N * 8
 
 
 @pytest.mark.parametrize("workspace", [512 * 2**20, 2**30, 4 * 2**30])
 def test_the_workspace_is_kept(workspace: int) -> None:
-    _, memory, _ = run(Spec(budget=AUTO, workspace=workspace), BOTH)
+    _, memory, _ = run(Options(workspace=workspace), BOTH)
     assert memory.peak - (4 + 2) * V * HS - 2 * N * HS <= workspace + 64 * N * 8
 
 
@@ -137,9 +135,9 @@ def test_the_loop_waits_only_where_rows_may_leave(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(
         Problem, "valid_rows", lambda self: torch.arange(self.token_ids.numel(), device=self.token_ids.device)
     )
-    run(Spec(), BOTH, capture=False)
+    run(Options(precision="exact"), BOTH, capture=False)
     with pytest.raises(Exception, match="meta"):  # opdvr: the count of rows that stay is read
-        run(Spec(conflict=(0.0, 0.0)), BOTH, capture=False)
+        run(Options(gate=Gate(1.8, 0.0), precision="exact"), BOTH, capture=False)
     with pytest.raises(Exception, match="meta"):  # the filtered plan: how many columns
-        run(Spec(budget=AUTO), BOTH, capture=False)
-    run(Spec(budget=AUTO, conflict=(0.0, 0.0)), BOTH, capture=True)
+        run(Options(), BOTH, capture=False)
+    run(Options(gate=Gate(1.8, 0.0)), BOTH, capture=True)
