@@ -120,10 +120,10 @@ inline void check(const RowsArgs& a) {
   need("weights", a.weights, true);
   need("stats", a.stats, true);
   need("row_scale", a.row_scale, a.gradient);
-  need("teacher_logprob", a.teacher_logprob, a.teacher == nullptr);
   if (a.divergence < 0 || a.divergence >= kDivergences) throw std::invalid_argument("rows: unknown divergence");
   if (a.teacher == nullptr && !a.sampled)
     throw std::invalid_argument("rows: without teacher logits only the sampled estimator is defined");
+  need("teacher_logprob", a.teacher_logprob, a.teacher == nullptr);
   if (a.reference != nullptr && a.teacher == nullptr)
     throw std::invalid_argument("rows: a reference needs teacher logits");
   if (!(a.inverse_temperature > 0) || !std::isfinite(a.inverse_temperature))

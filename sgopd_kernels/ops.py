@@ -209,3 +209,17 @@ def _is_one(grad: Tensor) -> bool:
 
 
 fused_loss.register_autograd(_backward, setup_context=_setup_context)
+
+
+@fused_loss.register_vmap
+def _(info: Any, dims: tuple[Any, ...], *arguments: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """One call after another."""
+
+    def at(value: Any, dim: Any, i: int) -> Any:
+        if isinstance(dim, (list, tuple)):
+            return [at(item, inner, i) for item, inner in zip(value, dim)]
+        return value if dim is None else value.select(dim, i)
+
+    calls = [fused_loss(*(at(x, dim, i) for x, dim in zip(arguments, dims))) for i in range(info.batch_size)]
+    outputs = tuple(torch.stack(parts) for parts in zip(*calls))
+    return outputs, (0,) * len(outputs)

@@ -140,7 +140,9 @@ def rows_case(rng: random.Random, wild: bool) -> Case:
     estimator = rng.choice(["full", "sampled"])
     alone = estimator == "sampled" and rng.random() < 0.4  # the teacher's word for the sampled token only
     extrapolates = not alone and rng.random() < 0.25
-    divergence = rng.choice(list(DIVERGENCES))
+    divergence = rng.choice(["reverse-kl", "forward-kl", "jsd"])
+    if divergence == "jsd" and (n + v) % 2:  # the seeds that found something stay what they were
+        divergence = ("skew-reverse-kl", "skew-forward-kl", "alpha")[(n + v) // 2 % 3]
     temperature = rng.choice([1.0, 1.0, 0.5, 2.0])
     z = values(rng, n, v, wild)
     near = rng.choice([None, None, 0.0, 1e-3, 0.1])
@@ -213,11 +215,12 @@ def rows_case(rng: random.Random, wild: bool) -> Case:
     )
     if n == 0 and not alone:  # an empty tensor's address is null, which says "no teacher" to this function
         arguments.update(teacher=64, teacher_stride=v)
+    chosen = divergence if DIVERGENCES[divergence] is None else (divergence, 0.3)
     problem = Problem(
         options=Options(
             gate=Gate(tolerance=tolerance),
             estimator=estimator,
-            divergence=divergence if DIVERGENCES[divergence] is None else (divergence, 0.3),
+            divergence="reverse-kl" if estimator == "sampled" else chosen,
             temperature=temperature,
             ratio_clip=clip,
         ),

@@ -139,6 +139,8 @@ def wrong(function: Callable[..., Any]) -> dict[str, list[Any]]:
             "teacher_logprob": [*not_logprob(given["teacher_logprob"]), torch.full((N,), -INF)],
             "clip": NOT_POSITIVE,
         }
+    not_weights = [*TEXTS, True, NAN, INF, torch.full((N,), NAN), torch.full((N,), -INF), torch.ones(2)]
+    table["token_weight"] = not_weights
     sides = ["student"] + ["teacher"] * (function is gated_kl_loss)
     for side in sides:
         table |= {
