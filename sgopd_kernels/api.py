@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import Unpack  # a dependency of torch
 
-from ._checks import FLOATS, positive, require, tensor
+from ._checks import FLOATS, positive, require, scale, tensor
 from .gate import Gate, cell_weights, choose, draw_agreement, resolve_gate
 from .loss import Operands, Stats, check_generator, gated_loss, per_rollout, uniform
 from .options import Head, Options, SampledTeacher, TopKTeacher
@@ -192,7 +192,9 @@ def gated_kl_loss(
         raise ValueError("reference_hidden and reference_weight come together: pass both or neither")
     if reference_hidden is not None and reference_weight is not None:
         reference = Head(reference_hidden, reference_weight, reference_bias, reference_logit_scale, reference_softcap)
-    elif reference_bias is not None or reference_logit_scale != 1.0 or reference_softcap is not None:
+    elif (
+        reference_bias is not None or scale("reference_logit_scale", reference_logit_scale) != 1.0 or reference_softcap
+    ):
         raise ValueError("reference_bias, reference_logit_scale, reference_softcap need reference_hidden and _weight")
     return gated_loss(
         Head(student_hidden, student_weight, student_bias, student_logit_scale, student_softcap),

@@ -58,8 +58,8 @@ class Stats:
 
     reduction="none" makes its gradients in the backward, by a plan of its own: until that has run, plan and
     error_estimate are those of the losses, and kept is NaN; from then on they cover both (plan the cheaper,
-    error_estimate the larger). Not where the call is compiled, or its backward batched (`is_grads_batched`,
-    `vectorize`): there they stay those of the losses.
+    error_estimate the larger). Not where the call is compiled: there they stay those of the losses. Its backward takes
+    one gradient at a time: `is_grads_batched` and `vectorize` are refused.
     """
 
     kl: Tensor

@@ -176,6 +176,12 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[An
     if grad_loss is None:
         return (None, None, None, *nothing)
     if ctx.per_token:
+        if torch._C._functorch.is_legacy_batchedtensor(grad_loss):
+            raise NotImplementedError(
+                "reduction='none' under is_grads_batched=True or vectorize=True: torch's batching of gradients has no "
+                "rule for the op. Call backward once for each gradient, use torch.func.vmap over the call, or "
+                "backend='reference'"
+            )
         hidden, weight, bias, *constants = (s if k is None else k for s, k in zip(ctx.saved_tensors, ctx.kept))
         settings = (ctx.numbers, ctx.form, ctx.backend, ctx.group, ctx.needs_grad)
         _, _, *gradients, report = fused_loss(hidden, weight, bias, grad_loss.contiguous(), constants, *settings)

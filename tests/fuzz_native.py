@@ -143,6 +143,8 @@ def rows_case(rng: random.Random, wild: bool) -> Case:
     divergence = rng.choice(["reverse-kl", "forward-kl", "jsd"])
     if divergence == "jsd" and (n + v) % 2:  # the seeds that found something stay what they were
         divergence = ("skew-reverse-kl", "skew-forward-kl", "alpha")[(n + v) // 2 % 3]
+    if estimator == "sampled":
+        divergence = "reverse-kl"
     temperature = rng.choice([1.0, 1.0, 0.5, 2.0])
     z = values(rng, n, v, wild)
     near = rng.choice([None, None, 0.0, 1e-3, 0.1])
@@ -220,7 +222,7 @@ def rows_case(rng: random.Random, wild: bool) -> Case:
         options=Options(
             gate=Gate(tolerance=tolerance),
             estimator=estimator,
-            divergence="reverse-kl" if estimator == "sampled" else chosen,
+            divergence=chosen,
             temperature=temperature,
             ratio_clip=clip,
         ),

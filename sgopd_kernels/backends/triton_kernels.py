@@ -274,8 +274,8 @@ def _divergence(
             p = tl.exp((z - max_p).to(tl.float64) - log_p)
             q = tl.exp((t - max_q).to(tl.float64) - log_q)
             u = tl.where(p_in, dlse - (z.to(tl.float64) - t), 0.0)
-            value, score = _columns(p_in, p, tl.where(q_in, q, 0.0), u, parameter, DIVERGENCE)
-            total += value
+            part, score = _columns(p_in, p, tl.where(q_in, q, 0.0), u, parameter, DIVERGENCE)
+            total += part
             scores += score
             mass += tl.where(p_in, p, 0.0)
         value = tl.sum(total, 0)
