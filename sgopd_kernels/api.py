@@ -193,7 +193,9 @@ def gated_kl_loss(
     if reference_hidden is not None and reference_weight is not None:
         reference = Head(reference_hidden, reference_weight, reference_bias, reference_logit_scale, reference_softcap)
     elif (
-        reference_bias is not None or scale("reference_logit_scale", reference_logit_scale) != 1.0 or reference_softcap
+        reference_bias is not None
+        or reference_softcap is not None
+        or scale("reference_logit_scale", reference_logit_scale) != 1.0
     ):
         raise ValueError("reference_bias, reference_logit_scale, reference_softcap need reference_hidden and _weight")
     return gated_loss(
