@@ -137,7 +137,9 @@ SHORT_OF_MEMORY = """
 @pytest.mark.skipif(sys.platform != "linux", reason="a limit on the address space")
 def test_no_memory_and_no_threads_are_an_exception_or_fewer_threads() -> None:
     """It ended the process once: an exception in a native thread, or no thread to be had while others ran."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    # The package under test first: another test may have put the checkout, which is not built, on this path.
+    path = os.pathsep.join([str(Path(sgopd_kernels.__file__).parents[1]), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", textwrap.dedent(SHORT_OF_MEMORY)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment, cwd="/")
     assert done.stdout.strip() == "['ran', 'refused']", (done.returncode, done.stderr[-2000:])
