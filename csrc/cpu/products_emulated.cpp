@@ -54,7 +54,11 @@ struct Machine {
   }
   static Wide line(const float* x, int64_t count) {
     Wide w{};
-    for (int64_t i = 0; i < smaller(2 * kTile, count); ++i) (i % 2 ? w.odd : w.even)[i / 2] = x[i];
+    for (int64_t i = 0; i < smaller(2 * kTile, count); ++i) {
+      float* half =
+          i % 2 ? w.odd : w.even;  // GCC 12's check of bounds reads a wrong index where this is one expression
+      half[i / 2] = x[i];
+    }
     return w;
   }
   static Whole line(const uint16_t* x, int64_t count) {
