@@ -136,8 +136,8 @@ def gated_kl_loss(
             weight, and `Stats.gate` shows the product. With a reference head, where the gate moves the target, it
             multiplies the token's loss. None: 1.
         estimator: "full" (sum over the vocabulary) or "sampled" (policy gradient on the sampled token).
-        divergence: "reverse-kl", "forward-kl", or ("jsd", beta) with TRL's and GKD's meaning: beta * KL(q || m) +
-            (1 - beta) * KL(p || m), m = beta q + (1 - beta) p, 0 < beta < 1. Of the full estimator.
+        divergence: "reverse-kl", "forward-kl", ("jsd", beta), ("skew-reverse-kl", alpha), ("skew-forward-kl", alpha) or
+            ("alpha", alpha): formulas and ranges are in `Options`. Of the full estimator.
         student_bias, teacher_bias: [V_S], [V_T].
         temperature: divides both models' logits (after softcap). 1e-6 to 1e6.
         student_logit_scale, teacher_logit_scale: multiply projection plus bias. 1e-6 to 1e6.

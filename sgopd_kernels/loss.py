@@ -182,8 +182,8 @@ def gated_loss(
             "outside the group makes no call"
         )
 
-    def tokens(name: str, given: Tensor | float | None, spread: Gate | None = None) -> Tensor | None:
-        return None if given is None else per_rollout(name, given, shape, device, spread, generator).reshape(-1)
+    def tokens(name: str, given: Tensor | float | None) -> Tensor | None:
+        return None if given is None else per_rollout(name, given, shape, device, None, None).reshape(-1)
 
     student = _head("student", student, shape, device, constant=False)
     problem = Problem(

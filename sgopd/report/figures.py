@@ -325,12 +325,14 @@ SECTIONS = (
             Figure(
                 "Plan of the loss",
                 "%",
-                "Share of tokens by how their loss was computed: every vocabulary column exactly, the few that matter "
-                "(filtered), or those that a cheaper pass found (screened).",
+                "Share of tokens by the plan of their loss: exact; filtered, where the gradient's products run over "
+                "the entries that matter; quantized, where the logits come from integers first; blocks, on tiles of "
+                "bf16 numbers.",
                 (
                     Series("plan/exact", "exact", "grey"),
                     Series("plan/filtered", "filtered"),
-                    Series("plan/screened", "screened", "green"),
+                    Series("plan/quantized", "quantized", "green"),
+                    Series("plan/blocks", "blocks", "purple"),
                 ),
                 stacked=True,
             ),

@@ -17,7 +17,9 @@ import pytest
 from sgopd.config import UserError
 from sgopd.report import write_report
 from sgopd.report.checks import checks
+from sgopd.report.figures import SECTIONS
 from sgopd.report.run import read_run
+from sgopd_kernels.plans.base import PLANS
 
 Record = dict[str, Any]
 
@@ -68,7 +70,8 @@ def healthy_run(updates: int = 200) -> list[Record]:
             "tokens_per_second": rng.uniform(4800, 5600),
             "plan/exact": 0.0,
             "plan/filtered": 1.0,
-            "plan/screened": 0.0,
+            "plan/quantized": 0.0,
+            "plan/blocks": 0.0,
             "plan/kept": rng.uniform(0.01, 0.02),
             "plan/error_estimate": 1e-5 * rng.uniform(0.5, 20),
             "verifier/timeout": 0.0,
@@ -463,3 +466,9 @@ def test_what_the_run_found_at_its_start_is_repeated(tmp_path: Path) -> None:
     page = report(write_run(tmp_path, [{"kind": "config", "step": 0, "findings": said}]))
     assert "Before the first rollout sequences end with [2]" in page.text
     assert "Student and teacher vocabulary: 17 tokens." in page.text
+
+
+def test_the_figure_of_plans_has_every_plan() -> None:
+    """By name, for a report needs no torch: a plan that is renamed or added must not leave the figure."""
+    (figure,) = (f for section in SECTIONS for f in section.figures if f.title == "Plan of the loss")
+    assert [series.key for series in figure.series] == [f"plan/{name}" for name in PLANS]
