@@ -14,7 +14,7 @@ import hashlib
 import json
 import pickle
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sgopd.config import UserError
 from sgopd.files import new_folder, remove_folder, remove_leftovers, writing
+from sgopd.lora import save_student
 from sgopd.phases import Phases
 from sgopd.processes import Processes
 
@@ -94,8 +95,7 @@ def save(
 
         def finish() -> None:
             with writing(target):
-                model.save_pretrained(path, state_dict=weights)
-                tokenizer.save_pretrained(path)
+                save_student(model, tokenizer, path, weights)
                 save_tensors(parts, path / OPTIMIZER)
                 save_tensors(random_states, path / RANDOM)
                 (path / STATE).write_text(json.dumps(state))
@@ -149,13 +149,13 @@ def digest(path: Path) -> str:
     return sha.hexdigest()
 
 
-def weights_digest(model: PreTrainedModel) -> str:
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
     """SHA-256 of the sums of every row's and column's bits: the same on every device, and fast where models are large.
 
     The bits are those of the weights in bfloat16, so that they do not depend on the dtype that the model is held in.
     """
     sha = hashlib.sha256()
-    for name, weight in sorted(model.state_dict().items()):
+    for name, weight in sorted(weights.items()):
         bits = torch.atleast_2d(weight.detach().bfloat16().view(torch.int16)).flatten(1)
         sha.update(repr((name, tuple(weight.shape))).encode())
         for dim in (0, 1):

@@ -211,8 +211,9 @@ def run(config: Config) -> int:
     console = display.console
     if rows := results(read_run(run_dir)):
         console.print(table(rows))
-    for name, what in (("", "run directory"), ("final", "trained model"), ("report.html", "report")):
-        console.print(f"{what:>13}  {run_dir / name}", soft_wrap=True, highlight=False)
+    trained = "trained adapter" if config.use_peft else "trained model"
+    for name, what in (("", "run directory"), ("final", trained), ("report.html", "report")):
+        console.print(f"{what:>{len(trained)}}  {run_dir / name}", soft_wrap=True, highlight=False)
     return 0
 
 

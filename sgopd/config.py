@@ -110,6 +110,15 @@ class Config:
     use_cpu: bool = free("run on the CPU even where there is a GPU", False)
     num_threads: int | None = free("CPU threads of torch; torch's own choice by default", None)
 
+    # --- adapters ---
+    use_peft: bool = fixed("train LoRA adapters (peft) and leave the student's own weights as they are", False)
+    lora_r: int = fixed("rank of the adapters", 16)
+    lora_alpha: int = fixed("the adapters' part is scaled by lora_alpha / lora_r", 32)
+    lora_target_modules: str | list[str] | None = fixed(
+        "names of the layers with adapters, a regular expression, or all-linear, without the head; null: peft's choice",
+        "all-linear",
+    )
+
     # --- data ---
     dataset_config: str | None = content("configuration of a `datasets` name", None)
     dataset_train_split: str = content("split the prompts come from", "train")
@@ -249,7 +258,8 @@ class Config:
             1: "dataset_size eval_dataset_size max_completion_length num_generations verifier_workers max_steps "
             "verifier_memory_mb per_device_train_batch_size gradient_accumulation_steps num_iterations eval_steps "
             "num_generations_eval eval_k per_device_eval_batch_size logging_steps save_steps save_total_limit "
-            "max_prompt_length generation_batch_size num_threads max_skipped_steps teacher_top_k teacher_connections",
+            "max_prompt_length generation_batch_size num_threads max_skipped_steps teacher_top_k teacher_connections "
+            "lora_r lora_alpha",
         }
         for least, names in at_least.items():
             for name in names.split():

@@ -13,6 +13,7 @@ from typing import Any
 
 from sgopd.config import Config, UserError
 from sgopd.data import Prompts, derive_seed, has_eval_data, load_prompts
+from sgopd.lora import load_student
 from sgopd.metrics import finite
 from sgopd.models import eos_ids_of, head_of, load_model, load_tokenizer, move
 from sgopd.processes import Processes
@@ -97,16 +98,15 @@ def evaluate_models(config: Config) -> list[dict[str, Any]]:
         if processes.main:  # standard output is for the records
             print(line, file=sys.stderr)
 
-    models = [("student", config.model_name_or_path, "model_name_or_path", config.dtype)]
+    models = [("student", config.model_name_or_path, "model_name_or_path")]
     if config.eval_teacher:
-        models.append(
-            ("teacher", config.teacher_model_name_or_path, "teacher_model_name_or_path", config.teacher_dtype)
-        )
+        models.append(("teacher", config.teacher_model_name_or_path, "teacher_model_name_or_path"))
     records = []
     with start_verifier(config) as pool:
-        for whose, path, setting, dtype in models:
+        for whose, path, setting in models:
             tokenizer = load_tokenizer(path, config, setting)
-            model, said = load_model(path, config, setting, dtype)
+            own = whose == "student"
+            model, said = load_student(path, config) if own else load_model(path, config, setting, config.teacher_dtype)
             model = move(model, processes.device).eval()
             questions = load_prompts(config, tokenizer, "eval")
             check_model(model, setting, questions, config)

@@ -125,10 +125,11 @@ def some(names: Sequence[str]) -> str:
 
 
 def adapter(path: str, setting: str) -> str:
+    going_on = "Set use_peft to train it further. Or put" if setting == "model_name_or_path" else "Put"
     return (
-        f"{setting}: {path!r} is an adapter (LoRA), expected a whole model. Put it into its base model and save that: "
-        "peft.AutoPeftModelForCausalLM.from_pretrained(…).merge_and_unload().save_pretrained(…), with the tokenizer "
-        "beside it; a folder with merged weights must have no adapter_config.json"
+        f"{setting}: {path!r} is an adapter (LoRA), expected a whole model. {going_on} it into its base model and save "
+        "that: peft.AutoPeftModelForCausalLM.from_pretrained(…).merge_and_unload().save_pretrained(…), with the "
+        "tokenizer beside it; a folder with merged weights must have no adapter_config.json"
     )
 
 

@@ -27,6 +27,7 @@ from sgopd import checkpoint
 from sgopd.config import Config, UserError
 from sgopd.data import Prompts, has_eval_data
 from sgopd.files import LOCK, FolderLock, make_folder
+from sgopd.lora import save_student
 from sgopd.metrics import lost_records
 from sgopd.models import (
     LOGIT_DIVISORS,
@@ -176,7 +177,7 @@ def compare_contents(now: dict[str, str | None], state: dict[str, Any], path: Pa
         UserError: they are the prompts, the teacher or the reference: then it would be another run.
     """
     before = state.get("contents", now)
-    others = [name for name in now if now[name] != before[name]]
+    others = [name for name in now if now[name] != before.get(name)]
     if refused := [CONTENTS[name] for name in others if name != "questions"]:
         raise UserError(
             f"resume_from_checkpoint: {'; '.join(refused)}: not what {path} was saved with (SHA-256). Put it back as "
@@ -194,6 +195,7 @@ CONTENTS = {
     "prompts": "the prompts (dataset_name and what is made of it: rows, their order, columns, template, tokens)",
     "teacher": "the weights of teacher_model_name_or_path",
     "reference": "the weights of reference_model_name_or_path",
+    "base": "the weights of the model that the adapters stand on (model_name_or_path, without its adapters)",
 }
 
 
@@ -333,8 +335,7 @@ def check_save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> No
     """Saves all of the student but its weights, so that nothing refuses to be saved at the first checkpoint."""
     with tempfile.TemporaryDirectory() as folder:
         try:
-            model.save_pretrained(folder, state_dict={})
-            tokenizer.save_pretrained(folder)
+            save_student(model, tokenizer, Path(folder), {})
         except Exception as error:  # each class validates in its own way
             raise UserError(
                 f"model_name_or_path: the student could not be saved at a checkpoint: {type(error).__name__}: {error}. "

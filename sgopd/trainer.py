@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from transformers import get_scheduler, set_seed
 
-from sgopd import __version__, checkpoint, startup
+from sgopd import __version__, checkpoint, lora, startup
 from sgopd.checkpoint import RunState
 from sgopd.completions import keep_token_stats, write_completions
 from sgopd.config import Config, UserError
@@ -47,7 +47,6 @@ from sgopd.models import (
     eos_ids_of,
     head_of,
     load_frozen,
-    load_model,
     load_tokenizer,
     recompute_activations,
 )
@@ -116,7 +115,7 @@ class Trainer:
         # --- models ---
         source = str(resume_from or config.model_name_or_path)
         self.tokenizer = load_tokenizer(source, config, "model_name_or_path")
-        self.student, self.findings = load_model(source, config, "model_name_or_path", config.dtype)
+        self.student, self.findings = lora.load_student(source, config)
         self.student.to(self.device).train()
         models = {"student": self.student}
         for whose in ("teacher", "reference"):
@@ -197,11 +196,13 @@ class Trainer:
     def digests(self) -> dict[str, str | None]:
         """Of data and models: what a resumed run must find as it was."""
         theirs = self.processes.on_main(self.teacher.digest)
+        base = lora.base_weights(self.student.state_dict()) if self.config.use_peft else None
         mine = {
             "prompts": self.prompts.digest(),
             "questions": self.questions.digest() if self.questions else None,
             "teacher": theirs if self.teacher.same(theirs) else self.teacher.digest(),
             "reference": self.reference.digest() if self.reference is not None else None,
+            "base": checkpoint.weights_digest(base) if base is not None else None,
         }
         everyones = self.processes.gather([mine])
         if others := sorted({name for one in everyones for name in one if one[name] != everyones[0][name]}):
@@ -632,8 +633,7 @@ class Trainer:
 
         def write() -> None:
             with new_folder(self.run_dir / "final") as path:
-                self.student.save_pretrained(path, state_dict=weights)
-                self.tokenizer.save_pretrained(path)
+                lora.save_student(self.student, self.tokenizer, path, weights)
 
         self.processes.on_main(write)
 

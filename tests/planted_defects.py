@@ -108,6 +108,7 @@ FILES = "sgopd/files.py"
 CHECKPOINT = "sgopd/checkpoint.py"
 METRICS = "sgopd/metrics.py"
 FSDP = "sgopd/engines/fsdp.py"
+LORA = "sgopd/lora.py"
 OPENAI = "sgopd/teachers/openai.py"
 REMOTE = "sgopd/teachers/remote.py"
 SERVE = "sgopd/teachers/serve.py"
@@ -137,6 +138,11 @@ DEFECTS += [
     Defect("shards: the gradient's mean over the processes in place of its sum", FSDP, "                group.set_gradient_divide_factor(1.0)\n", "", "fsdp"),
     Defect("shards: the optimiser begins anew", FSDP, "            dcp.load({\"state\": own[\"state\"]}, storage_reader=Reader(str(folder / SHARDS)))", "            pass", "fsdp"),
     Defect("shards: their list unpickled whole", FSDP, "if (module, name) not in Reader.ALLOWED:", "if False:", "fsdp"),
+    Defect("adapters: new ones on resuming", LORA, "    fill(model, weights, source)\n", "", "lora"),
+    Defect("adapters: on the head, too", LORA, "if module is model.get_output_embeddings():", "if False:", "lora"),
+    Defect("adapters: others on each process", LORA, "            torch.manual_seed(seed)\n", "", "fsdp"),
+    Defect("adapters: merged without their scale", LORA, "B @ A * module.scaling[NAME]", "B @ A", "lora"),
+    Defect("adapters: any weights below them on resuming", TRAINER, '"base": checkpoint.weights_digest(base) if base is not None else None', '"base": None', "lora"),
     Defect("served teacher: choices in the order in which they come", OPENAI, 'sorted(reply.json()["choices"], key=lambda choice: choice["index"])', 'list(reply.json()["choices"])', "teachers"),
     Defect("served teacher: scores one token late", OPENAI, "found.append((text[start:], entries[start:]))", "found.append((text[start:], entries[start - 1 :]))", "teachers"),
     Defect("served teacher: what is not finite accepted", OPENAI, 'if not all(finite(one["logprob"])', 'if not all(True or finite(one["logprob"])', "teachers"),

@@ -62,7 +62,7 @@ class LocalTeacher:
 
     @functools.cached_property
     def _digest(self) -> str:  # first asked for before the weights lie in shards
-        return checkpoint.weights_digest(self.model)
+        return checkpoint.weights_digest(self.model.state_dict())
 
     def same(self, digest: str) -> bool:
         return digest == self.digest()

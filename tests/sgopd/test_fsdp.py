@@ -131,6 +131,21 @@ def test_shards_train_as_one_process_does_and_go_on_with_another_number_of_them(
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
+def test_adapters_in_shards_train_as_in_one_process_and_go_on_with_the_same_bits(run, tmp_path):
+    pytest.importorskip("peft", reason="the extra `peft` is not installed")
+    changes = {"fixed": True, "use_peft": True, "lora_r": 4, "dtype": "bfloat16", "bf16": False}
+    one, several = run(1, "one", **changes), run(2, "shards", fsdp=True, **changes)
+    run(2, "cut", fsdp=True, **changes, max_steps=2)
+    resumed = run(2, "cut", fsdp=True, **changes, resume_from_checkpoint="auto")
+    file = "final/adapter_model.safetensors"
+    assert (resumed / file).read_bytes() == (several / file).read_bytes()
+    expected, found = load_file(one / file), load_file(several / file)
+    assert found.keys() == expected.keys() and all("lora_" in name for name in found)
+    assert max(weight.abs().max() for name, weight in found.items() if "lora_B" in name) > 1e-3
+    for name, weight in expected.items():
+        assert (found[name] - weight).abs().max() <= 1e-5, name
+
+
 def test_a_lost_process_ends_the_run_in_words_and_resuming_gives_the_same_bits(start, run, tiny, tmp_path):
     """With one question, so that a process evaluates none."""
     changes = {"fsdp": True, "eval_dataset_name": str(tiny.data), "eval_dataset_size": 1, "eval_on_start": True}
