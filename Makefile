@@ -5,6 +5,8 @@
 #   make docs         the documentation as a site, in build/site; a link that leads nowhere is an error
 #   make bench        loss, verifier, rollouts and update beside their peers, error beside time (half an hour);
 #                     a part: make bench ARGS="-k 'loss and bfloat16' --benchmark-json runs/bench.json"
+#   make evidence     the gates compared, for docs/evidence.md: models, runs, tables, figure (hours; goes on where it stood)
+#                     a part: make evidence ARGS="--parts main --arms opd half --minutes 30"; make evidence-smoke: a minute
 #   make long         the long checks, one after another (hours); some: make long ONLY="fuzz sanitize"
 #     browser         the report in a real Chromium: clicked, by keyboard, on a phone, 5,000 rollouts scrolled (minutes)
 #     chaos           training runs broken in every way, and whether they lose anything (an hour)
@@ -27,7 +29,7 @@ PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 # One virtual environment: pip must not work in it twice at once.
 .NOTPARALLEL:
 LONG := browser chaos soak fuzz sanitize hostile wheel-check versions hosts
-.PHONY: install quickstart test test-versions lint docs format bench long $(addprefix long-,$(LONG)) gpu-suite lock sbom clean
+.PHONY: install quickstart test test-versions lint docs format bench evidence evidence-smoke long $(addprefix long-,$(LONG)) gpu-suite lock sbom clean
 .DEFAULT_GOAL := quickstart
 
 SOURCES := $(shell find sgopd sgopd_kernels csrc -type f -not -name '*.pyc' -not -name '*.so' 2>/dev/null)
@@ -98,6 +100,14 @@ format: $(VENV)-lint/.installed
 bench: $(VENV)/.test
 	$(PIP) -r requirements/bench.txt
 	$(VENV)/bin/pytest bench $(ARGS)
+
+evidence: $(VENV)/.installed
+	$(VENV)/bin/python evidence/checkpoints.py --record evidence/models.jsonl
+	$(VENV)/bin/python evidence/run_study.py $(ARGS)
+	$(VENV)/bin/python evidence/study_page.py
+
+evidence-smoke: $(VENV)/.installed
+	$(VENV)/bin/python evidence/run_study.py --smoke runs/evidence-smoke
 
 gpu-suite: $(VENV)/.test
 	$(PIP) -r requirements/bench.txt

@@ -19,7 +19,11 @@ FROM_SOURCE = os.environ.get("SGOPD_TEST_SOURCE") == "1"
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
 if FROM_SOURCE:
     sys.path.insert(0, str(ROOT))
-sys.path += [str(ROOT / "tools"), str(ROOT / "bench")]  # what tests and benchmarks import by name
+sys.path += [
+    str(ROOT / "tools"),
+    str(ROOT / "bench"),
+    str(ROOT / "evidence"),
+]  # what tests and benchmarks import by name
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

@@ -1,0 +1,407 @@
+"""The study's tables and figure, from the results alone.
+
+    python evidence/study_page.py [--results evidence/results.jsonl] [--page docs/evidence.md]
+
+Everything is a difference between two arms of the same part, task, teacher, student and seed, in points. A comparison
+is the mean over tasks of the mean over seeds. Its variance is that between seeds within a task, pooled over tasks, so
+an interval is about these tasks and says nothing of others; its degrees of freedom are seeds less one, added up over
+tasks. Intervals are 95 %, simultaneous within a table (Bonferroni, Student's t); p-values are Holm's within the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from checkpoints import SAMPLES, STUDENTS
+from constructed import TASKS
+from study import BASELINE, CONTROLS, CORE, RATES, REST, Cell
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "tools"))
+import page as pages  # noqa: E402 (tools/page.py)
+
+TEACHERS = {"wrong": "systematically wrong teacher", "noisy": "noisy teacher", "right": "nearly perfect teacher"}
+NONE = "No runs yet."
+
+Line = dict[str, Any]
+Measure = Callable[[Line], float | None]
+
+
+def avg(line: Line) -> float:
+    return line["avg"]
+
+
+def passed(line: Line) -> float:
+    return line["pass"]
+
+
+def on(kind: str) -> Measure:
+    return lambda line: line["by_kind"][kind]["avg"]
+
+
+class Estimate(NamedTuple):
+    """A paired difference in points."""
+
+    mean: float
+    se: float  # NaN where no task has two seeds
+    freedom: int
+    by_task: dict[str, float]
+    runs: int
+
+    def p(self) -> float:
+        """Two-sided, of no difference; NaN without degrees of freedom."""
+        if not self.freedom:
+            return math.nan
+        if self.se == 0:
+            return 0.0 if self.mean else 1.0
+        return 2 * t_tail(abs(self.mean) / self.se, self.freedom)
+
+    def half_width(self, comparisons: int) -> float:
+        """Of the 95 % interval that holds for that many comparisons at once."""
+        return self.se * t_quantile(1 - 0.025 / comparisons, self.freedom) if self.freedom else math.nan
+
+
+# --- statistics ---
+
+
+def estimate(differences: dict[str, list[float]]) -> Estimate | None:
+    """From each task's paired differences, one a seed. None without any."""
+    tasks = {task: values for task, values in differences.items() if values}
+    if not tasks:
+        return None
+    means = {task: sum(values) / len(values) for task, values in tasks.items()}
+    freedom = sum(len(values) - 1 for values in tasks.values())
+    squares = sum((value - means[task]) ** 2 for task, values in tasks.items() for value in values)
+    variance = squares / freedom if freedom else math.nan
+    se = math.sqrt(variance * sum(1 / len(values) for values in tasks.values())) / len(tasks)
+    return Estimate(sum(means.values()) / len(means), se, freedom, means, sum(map(len, tasks.values())))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's adjusted p-values; a NaN stays one and counts as a comparison."""
+    order = sorted(range(len(p_values)), key=lambda i: (math.isnan(p_values[i]), p_values[i]))
+    adjusted, largest = [math.nan] * len(p_values), 0.0
+    for rank, i in enumerate(order):
+        if not math.isnan(p_values[i]):
+            largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+            adjusted[i] = largest
+    return adjusted
+
+
+def t_tail(t: float, freedom: int) -> float:
+    """P(T > t) of Student's t, t >= 0: half the incomplete beta I_x(f / 2, 1 / 2), x = f / (f + t²)."""
+    return 0.5 * incomplete_beta(freedom / 2, 0.5, freedom / (freedom + t * t))
+
+
+def t_quantile(probability: float, freedom: int) -> float:
+    """t with P(T <= t) = probability >= 0.5, by bisection."""
+    low, high = 0.0, 1.0
+    while t_tail(high, freedom) > 1 - probability:
+        high *= 2
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_tail(middle, freedom) > 1 - probability else (low, middle)
+    return high
+
+
+def incomplete_beta(a: float, b: float, x: float) -> float:
+    """I_x(a, b), by its continued fraction (Lentz's method), which converges fast for x < (a + 1) / (a + b + 2)."""
+    if x <= 0 or x >= 1:
+        return float(x >= 1)
+    if x > (a + 1) / (a + b + 2):
+        return 1 - incomplete_beta(b, a, 1 - x)
+    front = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)) / a
+    fraction, c, d = 1.0, 1.0, 0.0
+    for i in range(300):
+        m = i // 2
+        if i == 0:
+            numerator = 1.0
+        elif i % 2 == 0:
+            numerator = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
+        else:
+            numerator = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
+        d = 1 / (1 + numerator * d)
+        c = 1 + numerator / c
+        fraction *= c * d
+        if abs(1 - c * d) < 1e-12:
+            break
+    return front * (fraction - 1)
+
+
+# --- comparisons ---
+
+
+class Results:
+    """The lines of a results file, by what tells them apart."""
+
+    def __init__(self, lines: Sequence[Line]) -> None:
+        self.lines = {Cell(*(line[field] for field in Cell._fields)): line for line in lines}
+
+    def compare(
+        self, arm: str, base: str, teacher: str, student: str, part: str = "main", measure: Measure = avg
+    ) -> Estimate | None:
+        """`arm` less `base`, paired; None where no seed has both."""
+        differences: dict[str, list[float]] = {task: [] for task in TASKS}
+        for cell, line in self.lines.items():
+            if (cell.part, cell.teacher, cell.student, cell.arm) == (part, teacher, student, arm):
+                other = self.lines.get(cell._replace(arm=base))
+                if other is not None and (mine := measure(line)) is not None and (its := measure(other)) is not None:
+                    differences[cell.task].append(100 * (mine - its))
+        return estimate(differences)
+
+    def level(self, arm: str, teacher: str, student: str, part: str, measure: Measure) -> float | None:
+        """The mean over tasks of the mean over seeds, in percent."""
+        found = [
+            [
+                100 * value
+                for cell, line in self.lines.items()
+                if cell[:5] == (part, task, teacher, student, arm) and (value := measure(line)) is not None
+            ]
+            for task in TASKS
+        ]
+        means = [sum(values) / len(values) for values in found if values]
+        return sum(means) / len(means) if means else None
+
+
+Asked = tuple[str, str]  # arm, what it is compared with
+
+
+def table(
+    results: Results,
+    student: str,
+    asked: Sequence[Asked],
+    part: str = "main",
+    measure: Measure = avg,
+    label: Callable[[Asked], str] = lambda pair: f"`{pair[0]}`",
+) -> str:
+    """A row for each comparison of which there are runs, a column for each teacher."""
+    rows = []
+    for pair in asked:
+        found = [results.compare(*pair, teacher, student, part, measure) for teacher in TEACHERS]
+        if any(found):
+            rows.append((pair, found))
+    if not rows:
+        return NONE
+    every = [one for _, found in rows for one in found if one is not None]
+    adjusted = dict(zip(map(id, every), holm([one.p() for one in every])))
+    lines = [f"| {student} student | {' | '.join(TEACHERS.values())} | runs a cell |", "|---|---|---|---|---|"]
+    for pair, found in rows:
+        cells = [show(one, len(every), adjusted.get(id(one), math.nan)) for one in found]
+        runs = sorted({one.runs for one in found if one is not None})
+        lines.append(f"| {label(pair)} | {' | '.join(cells)} | {'–'.join(map(str, {runs[0]: 0, runs[-1]: 0}))} |")
+    return "\n".join(lines)
+
+
+def show(one: Estimate | None, comparisons: int, p: float) -> str:
+    if one is None:
+        return ""
+    if not one.freedom:
+        return signed(one.mean)
+    text = f"{signed(one.mean)} ± {one.half_width(comparisons):.1f}"
+    return f"**{text}**" if p < 0.05 else text
+
+
+def signed(points: float) -> str:
+    return f"{points:+.1f}".replace("-", "−")
+
+
+def against(arms: Sequence[str], base: str = BASELINE) -> list[Asked]:
+    return [(arm, base) for arm in arms if arm != base]
+
+
+# --- the page ---
+
+
+def settings_table(models: Sequence[Line]) -> str:
+    lines = [
+        "| task | model | parameters | avg@16 | pass@16 | questions it mostly gets wrong |",
+        "|---|---|---|---|---|---|",
+    ]
+    for one in models:
+        wrong = sum(int(count, 17) < SAMPLES / 2 for count in one["correct"]) / len(one["correct"])
+        whose = "student" if one["name"] in STUDENTS else "teacher"
+        lines.append(
+            f"| {one['task']} | {whose} `{one['name']}` | {one['parameters']:,} | {one['avg']:.1%} | {one['pass']:.1%} "
+            f"| {wrong:.0%} |"
+        )
+    return "\n".join(lines)
+
+
+def levels_table(results: Results) -> str:
+    """What `opd` itself came to."""
+    lines = [f"| `opd`: avg@16 (pass@16) | {' | '.join(TEACHERS.values())} |", "|---|---|---|---|"]
+    for part, student in dict.fromkeys((cell.part, cell.student) for cell in results.lines):
+        cells = []
+        for teacher in TEACHERS:
+            average, passing = (results.level(BASELINE, teacher, student, part, m) for m in (avg, passed))
+            cells.append("" if average is None or passing is None else f"{average:.1f} ({passing:.1f})")
+        lines.append(f"| {part}, {student} student | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def runs_table(results: Results) -> str:
+    """How much was run, of what code."""
+    lines = ["| part | student | arms | runs | seeds of `opd` a cell | seconds a run |", "|---|---|---|---|---|---|"]
+    for part, student in dict.fromkeys((cell.part, cell.student) for cell in results.lines):
+        those = {cell: line for cell, line in results.lines.items() if (cell.part, cell.student) == (part, student)}
+        seeds = [
+            sum(cell[1:5] == (task, teacher, student, BASELINE) for cell in those)
+            for task in TASKS
+            for teacher in TEACHERS
+        ]
+        seconds = sorted(line["seconds"] for line in those.values())[len(those) // 2]
+        lines.append(
+            f"| {part} | {student} | {len({cell.arm for cell in those})} | {len(those)} | {min(seeds)}–{max(seeds)} "
+            f"| {seconds:.0f} |"
+        )
+    commits = ", ".join(sorted({str(line["commit"]) for line in results.lines.values()}))
+    return "\n".join(lines) + f"\n\nCommits: {commits}."
+
+
+def task_table(results: Results, student: str, arms: Sequence[str]) -> str:
+    """Differences to `opd` a task: mean over seeds, without intervals."""
+    lines = [f"| {student} student | {' | '.join(TEACHERS.values())} |", "|---|---|---|---|"]
+    for arm in arms:
+        found = [results.compare(arm, BASELINE, teacher, student) for teacher in TEACHERS]
+        if any(found):
+            cells = [
+                ", ".join(f"{signed(one.by_task[task])}" if task in one.by_task else "–" for task in TASKS)
+                if one
+                else ""
+                for one in found
+            ]
+            lines.append(f"| `{arm}` | {' | '.join(cells)} |")
+    return "\n".join(lines) if len(lines) > 2 else NONE
+
+
+# The questions of the protocol: the arm, and what it has to beat.
+QUESTIONS: dict[Asked, str] = {
+    ("half", "opd"): "H1 `half` less `opd`",
+    ("half", "half, verdicts shuffled"): "H2 `half` less itself with other rollouts' verdicts",
+    ("half", "incorrect 0.5"): "H3 `half` less 0.5 on incorrect rollouts without `protect`",
+    ("half", "protect"): "H4 `half` less `protect`",
+    ("trust", "opd"): "H5 `trust` less `opd`",
+    ("trust", "half"): "H6 `trust` less `half`",
+    ("trust", "trust, r dealt"): "H7 `trust` less itself with other prompts' r",
+    ("half", "opd at its best rate"): "H8 `half` less `opd` at its best learning rate",
+    ("trust", "opd at its best rate"): "H9 `trust` less `opd` at its best learning rate",
+}
+
+
+def with_best_rate(results: Results) -> Results:
+    """With a further arm: `opd` at the learning rate that did best for this part, teacher and student, over tasks."""
+    added = []
+    for part, teacher, student in {(cell.part, cell.teacher, cell.student) for cell in results.lines}:
+        found = {arm: results.level(arm, teacher, student, part, avg) for arm in (BASELINE, *RATES)}
+        tried = {arm: value for arm, value in found.items() if value is not None}
+        if len(tried) < 2:
+            continue
+        best = max(tried, key=lambda arm: tried[arm])
+        for cell, line in results.lines.items():
+            if (cell.part, cell.teacher, cell.student, cell.arm) == (part, teacher, student, best):
+                added.append(line | {"arm": "opd at its best rate"})
+    return Results([*results.lines.values(), *added])
+
+
+def write(path: Path, page: Path, figure: Path) -> None:
+    """Puts everything between its marks on `page`, and draws `figure`."""
+    results = with_best_rate(Results(read(path)))
+    models = read(path.with_name("models.jsonl"))
+    students = [student for student in STUDENTS if any(cell.student == student for cell in results.lines)]
+
+    def for_students(make: Callable[[str], str]) -> str:
+        return "\n\n".join(text for text in map(make, students) if text != NONE) or NONE
+
+    others = (*CONTROLS, *RATES, *REST)
+    parts = {
+        "figure": f"![Differences to opd, an arm a line, a teacher a panel](images/{figure.name})"
+        if students
+        else NONE,
+        "models": settings_table(models),
+        "runs": runs_table(Results(read(path))),
+        "levels": levels_table(Results(read(path))),
+        "gates": for_students(lambda student: table(results, student, against(CORE))),
+        "gates pass": for_students(lambda student: table(results, student, against(CORE), measure=passed)),
+        "gates tasks": for_students(lambda student: task_table(results, student, CORE[1:])),
+        "questions": for_students(
+            lambda student: table(results, student, list(QUESTIONS), label=lambda pair: QUESTIONS[pair])
+        ),
+        "kinds": "\n\n".join(
+            f"Questions that the {kind[:7]} mostly gets {kind[8:]}:\n\n"
+            + for_students(lambda student, kind=kind: table(results, student, against(CORE), measure=on(kind)))
+            for kind in ("teacher right", "teacher wrong")
+        ),
+        "others": for_students(lambda student: table(results, student, against(others))),
+        "others pass": for_students(lambda student: table(results, student, against(others), measure=passed)),
+        "parts": "\n\n".join(
+            f"{title}:\n\n" + for_students(lambda student, part=part: table(results, student, against(CORE), part))
+            for part, title in (("phased", "With phased teacher sampling"), ("sampled", "The sampled-token estimator"))
+        ),
+    }
+    text = page.read_text(encoding="utf-8")
+    for name, content in parts.items():
+        text = pages.on_page(text, name, content)
+    page.write_text(text, encoding="utf-8")
+    if students:
+        draw(results, students, figure)
+
+
+def draw(results: Results, students: Sequence[str], path: Path) -> None:
+    """Differences to `opd` with their intervals: an arm a line, a teacher a panel, a student a colour."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    arms = [arm for arm in (*CORE[1:], *CONTROLS) if any(cell.arm == arm for cell in results.lines)]
+    with plt.rc_context({"svg.hashsalt": "evidence", "font.size": 9}):
+        figure, axes = plt.subplots(1, len(TEACHERS), figsize=(10, 0.32 * len(arms) + 1.2), sharey=True)
+        for axis, (teacher, title) in zip(axes, TEACHERS.items()):
+            axis.axvline(0, color="0.6", linewidth=1)
+            for number, student in enumerate(students):
+                found = [(row, results.compare(arm, BASELINE, teacher, student)) for row, arm in enumerate(arms)]
+                there = [(row, one) for row, one in found if one is not None]
+                comparisons = len(there) * len(TEACHERS)
+                widths = [one.half_width(comparisons) if one.freedom else 0.0 for _, one in there]
+                axis.errorbar(
+                    [one.mean for _, one in there],
+                    [row + 0.24 * number - 0.12 * (len(students) - 1) for row, _ in there],
+                    xerr=widths,
+                    fmt="os"[number],
+                    markersize=4,
+                    elinewidth=1,
+                    color=("#1f77b4", "#d95f02")[number],
+                    label=f"{student} student",
+                )
+            axis.set_title(title, fontsize=9)
+            axis.set_xlabel("avg@16 against opd, points")
+            axis.grid(axis="x", alpha=0.3)
+        axes[0].set_yticks(range(len(arms)), arms)
+        axes[0].invert_yaxis()
+        axes[-1].legend(fontsize=8, loc="best")
+        figure.tight_layout()
+        figure.savefig(path, metadata={"Date": None})
+        plt.close(figure)
+
+
+def read(path: Path) -> list[Line]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=ROOT / "evidence" / "results.jsonl")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "evidence.md")
+    parser.add_argument("--figure", type=Path, default=ROOT / "docs" / "images" / "evidence.svg")
+    arguments = parser.parse_args()
+    write(arguments.results, arguments.page, arguments.figure)
+
+
+if __name__ == "__main__":
+    main()

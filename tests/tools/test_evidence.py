@@ -1,0 +1,85 @@
+"""The study's machinery: tasks, statistics, runs that are stopped and go on, the page."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import study
+from constructed import MANNERS, MISPLACED, MISREAD, TASKS, questions
+from study_page import Results, estimate, holm, show, t_quantile, table
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_right_solution_is_right_and_the_splits_are_apart(task: str) -> None:
+    rng = random.Random(0)
+    asked = {split: questions(task, split, 300, seed=5) for split in ("train", "test")}
+    assert not {row["prompt"] for row in asked["train"]} & {row["prompt"] for row in asked["test"]}
+    share = {}
+    for manner in MANNERS:
+        solutions = [TASKS[task].solve(rng, row["prompt"], manner) for row in asked["train"]]
+        ends = [text.endswith(f"\\boxed{{{row['answer']}}}") for text, row in zip(solutions, asked["train"])]
+        share[manner] = sum(ends) / len(ends)
+        assert max(map(len, solutions)) - len("\\boxed") <= TASKS[task].max_completion_length
+    assert share["right"] == 1
+    assert 0.5 < share["wrong"] < 0.75 and 0.5 < share["noisy"] < 0.75 and 0.15 < share["weak"] < 0.5
+
+
+def test_the_wrong_teacher_is_wrong_where_its_misconception_is() -> None:
+    rng = random.Random(0)
+    for task, touched in (("sorting", MISPLACED), ("rewriting", MISREAD)):
+        for row in questions(task, "train", 200, seed=1):
+            solution = TASKS[task].solve(rng, row["prompt"], "wrong")
+            assert touched in row["prompt"] or solution.endswith(f"{{{row['answer']}}}")
+
+
+def test_statistics_against_tables_and_by_hand() -> None:
+    for probability, freedom, value in ((0.975, 2, 4.302653), (0.975, 10, 2.228139), (0.9995, 6, 5.958816)):
+        assert t_quantile(probability, freedom) == pytest.approx(value, abs=1e-5)
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([math.nan, 0.01])[1] == pytest.approx(0.02)
+    one = estimate({"a": [1.0, 3.0], "b": [4.0, 8.0], "c": []})
+    assert one is not None and one.mean == 4 and one.freedom == 2 and one.runs == 4
+    assert one.se == pytest.approx(math.sqrt((2 + 8) / 2 * (1 / 2 + 1 / 2)) / 2)
+    assert estimate({"a": []}) is None
+    single = estimate({"a": [2.0]})
+    assert single is not None and math.isnan(single.p()) and show(single, 1, math.nan) == "+2.0"
+
+
+def test_comparisons_are_paired_by_cell() -> None:
+    def line(arm: str, seed: int, avg: float, teacher: str = "wrong") -> dict[str, object]:
+        cell = {"part": "main", "task": "sums", "teacher": teacher, "student": "weak", "arm": arm, "seed": seed}
+        return cell | {"avg": avg, "pass": avg}
+
+    lines = [line("opd", 0, 0.5), line("opd", 1, 0.7), line("half", 0, 0.55), line("half", 1, 0.77)]
+    lines += [line("half", 2, 0.9), line("half", 0, 0.9, "noisy")]  # without an opd beside them
+    results = Results(lines)
+    one = results.compare("half", "opd", "wrong", "weak")
+    assert one is not None and one.mean == pytest.approx(6) and one.runs == 2
+    assert results.compare("half", "opd", "noisy", "weak") is None
+    assert "| `half` | +6.0 ± " in table(results, "weak", [("half", "opd"), ("protect", "opd")])
+
+
+def test_the_plan_runs_every_arm_once_with_its_baseline() -> None:
+    plan = study.plan()
+    assert len(plan) == len(set(plan))
+    cells = set(plan)
+    assert all(cell._replace(arm=study.BASELINE) in cells for cell in plan)
+    assert {cell.arm for cell in plan} == {arm.name for arm in study.ARMS.values() if arm.group != "tuning"}
+
+
+def test_smoke(root: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(root / "evidence" / "run_study.py"), "--smoke", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert len(lines) == len({tuple(line[field] for field in study.Cell._fields) for line in lines}) == 8
+    for line in lines:
+        assert len(line["correct"]) == 8 and line["settings"]["max_steps"] == 2 and line["skipped"] == 0
+    assert "| `half` |" in (tmp_path / "evidence.md").read_text()
+    assert (tmp_path / "evidence.svg").stat().st_size > 10_000
