@@ -2,7 +2,7 @@
 
 sgopd train CONFIG.yaml [--key value …]       one run: metrics.jsonl, checkpoints, the trained model, report.html
 sgopd quickstart [--key value …]              the shipped example, in about a minute on a CPU
-sgopd evaluate RUN_DIR|CONFIG.yaml [--key …]  avg@k and pass@k of a trained model
+sgopd evaluate RUN_DIR|CONFIG.yaml [--key …]  avg@k and pass@k of a trained model; --benchmarks aime24,math500
 sgopd watch RUN_DIR                           a run in this terminal: at work in another process, or finished
 sgopd report RUN_DIR                          report.html anew
 sgopd report RUN_DIR RUN_DIR … [--output FILE]  comparison.html: curves over each other, paired differences
@@ -78,6 +78,9 @@ def parse(arguments: Sequence[str] | None) -> tuple[str, Path | None, dict[str, 
         command = commands.add_parser(name, usage=usage, help=what, description=what, allow_abbrev=False)
         if path is not None:
             command.add_argument("path", type=Path, metavar=path, nargs="?" if name == "train" else None)
+        if name == "evaluate":
+            what = "on these in place of the configuration's questions: aime24,math500 or aime24=FILE (docs/start.md)"
+            command.add_argument("--benchmarks", metavar="NAMES", default=argparse.SUPPRESS, help=what)
         if name == "report":
             command.add_argument("others", type=Path, metavar="RUN_DIR", nargs="*", help="runs to compare it with")
             command.add_argument("--output", type=Path, metavar="FILE", help="of the comparison: comparison.html")
@@ -110,7 +113,8 @@ def parse(arguments: Sequence[str] | None) -> tuple[str, Path | None, dict[str, 
         values["name"] = values["name"] or str(path_given)
     if command_name in UNSET:
         return command_name, path_given, values
-    return command_name, path_given, {name: parse_flag(name, text) for name, text in values.items()}
+    benchmarks = {"benchmarks": values.pop("benchmarks")} if "benchmarks" in values else {}
+    return command_name, path_given, {name: parse_flag(name, text) for name, text in values.items()} | benchmarks
 
 
 def quickstart(overrides: dict[str, Any]) -> int:
@@ -139,6 +143,7 @@ def free_folders(path: Path) -> Iterator[Path]:
 def evaluate(path: Path, overrides: dict[str, Any]) -> int:
     """A run directory's final model, or a config's model."""
     quiet_libraries()
+    from sgopd.benchmarks import configs_of
     from sgopd.evaluate import evaluate_models
     from sgopd.report.run import is_run
 
@@ -157,11 +162,15 @@ def evaluate(path: Path, overrides: dict[str, Any]) -> int:
                 )
             overrides["model_name_or_path"] = str(path / "final")
         path = path / "config.yaml"
-    records = evaluate_models(Config.load(path, overrides))
+    names = overrides.pop("benchmarks", None)
+    benchmarks = None if names is None else configs_of(names, path, overrides)
+    records = evaluate_models(Config.load(path, overrides), benchmarks)
     if os.environ.get("RANK", "0") != "0":
         return 0
     if sys.stdout.isatty():
-        Console().print(table([(record["model"], record) for record in records]))
+        for name in dict.fromkeys(record.get("benchmark") for record in records):
+            rows = [(record["model"], record) for record in records if record.get("benchmark") == name]
+            Console().print(table(rows, name))
     else:
         for record in records:
             print(json.dumps(record))
@@ -230,12 +239,13 @@ def results(run: Run) -> list[tuple[str, Record]]:
     return [(name, record) for name, record in rows if record is not None]
 
 
-def table(rows: Sequence[tuple[str, Record]]) -> Table:
-    """avg@k and pass@k with standard errors over questions."""
+def table(rows: Sequence[tuple[str, Record]], name: str | None = None) -> Table:
+    """avg@k and pass@k with standard errors over questions; `name` is what they are of."""
     from sgopd.watch import score
 
     first = rows[0][1]
-    result = Table(title=f"{first['eval/questions']} questions, {first['eval/samples']} rollouts each")
+    what = f"{first['eval/questions']} questions, {first['eval/samples']} rollouts each"
+    result = Table(title=f"{name}: {what}" if name else what)
     result.add_column("")
     result.add_column(f"avg@{first['eval/samples']}", justify="right")
     result.add_column(f"pass@{first['eval/k']}", justify="right")

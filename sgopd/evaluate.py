@@ -88,9 +88,12 @@ def evaluate(
     }
 
 
-def evaluate_models(config: Config) -> list[dict[str, Any]]:
-    """Evaluates the student, and the teacher if eval_teacher is set, without training: one record a model."""
-    if not has_eval_data(config):
+def evaluate_models(config: Config, benchmarks: dict[str, Config] | None = None) -> list[dict[str, Any]]:
+    """Evaluates the student, and the teacher if eval_teacher is set, without training: one record a model.
+
+    With `benchmarks` (`sgopd.benchmarks.configs_of`) it is one a model and benchmark, on each one's questions.
+    """
+    if not benchmarks and not has_eval_data(config):
         raise UserError("there is nothing to evaluate on: set eval_dataset_name (and dataset_test_split)")
     processes = Processes(config)
 
@@ -101,22 +104,26 @@ def evaluate_models(config: Config) -> list[dict[str, Any]]:
     models = [("student", config.model_name_or_path, "model_name_or_path")]
     if config.eval_teacher:
         models.append(("teacher", config.teacher_model_name_or_path, "teacher_model_name_or_path"))
+    sets = benchmarks or {"": config}
     records = []
-    with start_verifier(config) as pool:
+    with start_verifier(next(iter(sets.values()))) as pool:
         for whose, path, setting in models:
             tokenizer = load_tokenizer(path, config, setting)
             own = whose == "student"
             model, said = load_student(path, config) if own else load_model(path, config, setting, config.teacher_dtype)
             model = move(model, processes.device).eval()
-            questions = load_prompts(config, tokenizer, "eval")
-            check_model(model, setting, questions, config)
             eos_ids, vocabulary = eos_ids_of(model, tokenizer), head_of(model).weight.shape[0]
-            said += processes.on_main(functools.partial(check_golds, pool, None, questions))
-            for line in [*questions.remarks, *check_prompt_ends(questions, tokenizer, eos_ids), *said]:
-                warn(line)
             sampler = PlainSampler(functools.partial(contextlib.nullcontext, model), tokenizer)
-            result = evaluate(
-                sampler, questions, pool, config, processes, eos_ids=eos_ids, vocabulary=vocabulary, say=warn
-            )
-            records.append({"kind": "eval", "model": whose, "path": path, **finite(result)})
+            for name, of in sets.items():
+                questions = load_prompts(of, tokenizer, "eval")
+                check_model(model, setting, questions, of)
+                said += processes.on_main(functools.partial(check_golds, pool, None, questions))
+                for line in [*questions.remarks, *check_prompt_ends(questions, tokenizer, eos_ids), *said]:
+                    warn(line)
+                said = []
+                result = evaluate(
+                    sampler, questions, pool, of, processes, eos_ids=eos_ids, vocabulary=vocabulary, say=warn
+                )
+                which = {"benchmark": name} if name else {}
+                records.append({"kind": "eval", "model": whose, "path": path, **which, **finite(result)})
     return records
