@@ -159,7 +159,11 @@ class Config:
     )
 
     # --- loss (sgopd_kernels.gated_kl_loss) ---
-    gate: str = free("sg-opd, opd, opdvr, protect, inverse, verified-only, failure-only, random, shuffled", "sg-opd")
+    gate: str = free(
+        "sg-opd, opd, opdvr, protect, half, trust, q-protect, exopd, inverse, verified-only, failure-only, random, "
+        "shuffled (docs/gates.md)",
+        "sg-opd",
+    )
     gate_agree: float | list[float] | None = free(
         "weight where teacher and verdict agree; a pair is (in correct, in incorrect rollouts); the preset's", None
     )
@@ -190,6 +194,17 @@ class Config:
         "all, or only incorrect rollouts",
         "off",
     )
+    teacher_reliability_source: Literal["teacher", "student", "dealt"] = free(
+        "whose share of correct rollouts that is: the teacher's; the student's own; or, as a control, the teacher's on "
+        "another prompt of the batch",
+        "teacher",
+    )
+    teacher_reliability_prior: float | None = free(
+        "the share over all prompts counts as so many rollouts more on each; 1 with gate trust, else 0, by default",
+        None,
+    )
+    teacher_reliability_power: float = free("exponent on that share", 1.0)
+    teacher_reliability_threshold: float | None = free("the share counts as 1 from here on, as 0 below", None)
     teacher_probes: int = free("teacher rollouts drawn for every prompt at least, to measure reliability", 0)
 
     # --- optimisation ---
@@ -264,6 +279,9 @@ class Config:
         for least, names in at_least.items():
             for name in names.split():
                 self._expect(name, getattr(self, name) is None or getattr(self, name) >= least, f">= {least}")
+        prior, power = self.teacher_reliability_prior, self.teacher_reliability_power
+        self._expect("teacher_reliability_prior", prior is None or prior >= 0, ">= 0")
+        self._expect("teacher_reliability_power", power > 0, "> 0")
         for name in ("temperature", "learning_rate", "verifier_timeout", "teacher_timeout"):
             self._expect(name, getattr(self, name) > 0, "> 0")
         self._expect("adam_epsilon", self.adam_epsilon > 0, "> 0: a weight without a gradient would become 0 / 0")

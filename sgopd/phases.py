@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,14 +16,41 @@ import torch
 from sgopd.config import Config
 
 
+class PassRates(dict[int, list[int]]):
+    """Of somebody's rollouts on each example so far: [rollouts, how many passed]."""
+
+    tried = passed = 0  # over all examples
+
+    def see(self, example: int, passed: bool) -> None:
+        counts = self.setdefault(example, [0, 0])
+        self[example] = [counts[0] + 1, counts[1] + passed]
+        self.tried, self.passed = self.tried + 1, self.passed + passed
+
+    def rate(self, example: int, prior: float, unknown: float) -> float:
+        """(passed + prior * g) / (rollouts + prior), with g the share that passed on all examples: the example's share,
+        shrunk to g as by `prior` more rollouts. g where that is 0 / 0; `unknown` in place of g before the first."""
+        tried, passed = self.get(example, (0, 0))
+        mean = self.passed / self.tried if self.tried else unknown
+        return (passed + prior * mean) / (tried + prior) if tried + prior else mean
+
+    def to_json(self) -> dict[str, list[int]]:
+        return {str(example): counts for example, counts in self.items()}
+
+    def restore(self, state: dict[str, list[int]]) -> None:
+        self.clear()
+        self.update({int(example): list(counts) for example, counts in state.items()})
+        self.tried, self.passed = (sum(column) for column in zip([0, 0], *self.values()))
+
+
 class Phases:
     """The schedule, and what the verifier said about the teacher so far. Its state belongs to the checkpoint."""
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    def __init__(self, config: Config, whole: bool = False) -> None:
+        self.config, self.whole = config, whole  # whether r weighs whole rollouts (Gate.reliability)
         self.proposed = 0  # teacher rollouts that asked for a slot
         self.endorsed = 0  # … and got it
-        self.probes: dict[int, list[int]] = defaultdict(lambda: [0, 0])  # example -> [teacher rollouts, endorsed]
+        self.probes = PassRates()  # the teacher's, endorsed
+        self.attempts = PassRates()  # the student's, correct; kept where a setting asks for them
 
     def share(self, step: int) -> float:
         """rho: the share of slots offered to the teacher in the update after `step` updates."""
@@ -54,22 +80,37 @@ class Phases:
     def record(self, outcomes: Iterable[tuple[int, bool, bool]]) -> None:
         """Verified teacher rollouts: (example index, endorsed, whether it asked for a slot)."""
         for example, endorsed, proposed in outcomes:
-            self.probes[example][0] += 1
-            self.probes[example][1] += endorsed
+            self.probes.see(example, endorsed)
             self.proposed += proposed
             self.endorsed += proposed and endorsed
 
+    def attempt(self, outcomes: Iterable[tuple[int, bool]]) -> None:
+        """The student's verified rollouts: (example index, correct)."""
+        for example, correct in outcomes:
+            self.attempts.see(example, correct)
+
     def reliability(self, example: int) -> float:
-        """Endorsed share of the teacher's rollouts on this example so far; 0 (the gate as it stands) without any."""
-        tried, endorsed = self.probes.get(example, (0, 0))
-        return endorsed / tried if tried else 0.0
+        """r: how far the teacher is trusted on this example, in [0, 1], by the config's `teacher_reliability_…`.
+
+        On an example without a rollout it is 0 where r is a trust in conflicts (the gate as it stands), and the mean
+        over examples where r weighs whole rollouts.
+        """
+        config = self.config
+        rates = self.attempts if config.teacher_reliability_source == "student" else self.probes
+        prior = float(self.whole) if config.teacher_reliability_prior is None else config.teacher_reliability_prior
+        if not (self.whole or prior or example in rates):
+            return 0.0
+        rate = rates.rate(example, prior, unknown=float(self.whole))
+        if config.teacher_reliability_threshold is not None:
+            return float(rate >= config.teacher_reliability_threshold)
+        return rate**config.teacher_reliability_power
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        probes = {str(example): counts for example, counts in self.probes.items()}
-        return {"proposed": self.proposed, "endorsed": self.endorsed, "probes": probes}
+        rates = {"probes": self.probes.to_json(), "attempts": self.attempts.to_json()}
+        return {"proposed": self.proposed, "endorsed": self.endorsed, **rates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.proposed, self.endorsed = state["proposed"], state["endorsed"]
-        self.probes.clear()
-        self.probes.update({int(example): list(counts) for example, counts in state["probes"].items()})
+        self.probes.restore(state["probes"])
+        self.attempts.restore(state.get("attempts", {}))  # checkpoints of earlier versions have none

@@ -14,6 +14,7 @@ from sgopd.config import Config
 from sgopd.models import Head, head_arguments, head_of, hidden_states
 from sgopd.rollout import Batch
 from sgopd.teachers import Hidden, Targets, TopK
+from sgopd.weights import Rule, weigh
 from sgopd_kernels import Gate, Stats, gated_kl_loss, gated_logprob_loss, gated_topk_kl_loss
 
 
@@ -31,11 +32,15 @@ class StudentLoss(nn.Module):
 
     Args:
         vocabulary: tokens that can be sampled.
+        rule: of a gate that needs whole rollouts.
     """
 
-    def __init__(self, student: PreTrainedModel, config: Config, gate: Gate, vocabulary: int) -> None:
+    def __init__(
+        self, student: PreTrainedModel, config: Config, gate: Gate, vocabulary: int, rule: Rule | None = None
+    ) -> None:
         super().__init__()
-        self.student, self.config, self.vocabulary = student, config, vocabulary
+        self.student, self.config, self.vocabulary, self.rule = student, config, vocabulary, rule
+        self.takes_reliability = gate.needs_reliability or config.teacher_reliability != "off"
         self.settings: dict[str, Any] = {
             # Verdicts are shuffled over the rollouts of the whole batch, before they come here.
             "gate": dataclasses.replace(gate, control=None) if gate.control == "shuffled" else gate,
@@ -62,12 +67,18 @@ class StudentLoss(nn.Module):
         verdict = verdict[rows]
 
         def gated(part: Tensor, **choices: Any) -> tuple[Tensor, Stats]:
-            if config.teacher_reliability != "off":
+            if self.takes_reliability:
                 choices["reliability"] = reliability[part]
-            choices |= {"num_items": num_items, "generator": generator}
             theirs = None if reference is None else reference.part(part)
-            tokens = batch.token_ids[part], verdict[part]
-            return self.gated(hidden_NH[part], targets.part(part), theirs, *tokens, **choices)
+            given = hidden_NH[part], targets.part(part), theirs, batch.token_ids[part], verdict[part]
+            if self.rule is not None:
+                asked: dict[str, Any] = {"gate": "opd"}
+                if isinstance(targets, Hidden):
+                    asked["estimator"] = "full"  # the other refuses an infinite d, which the rule may weigh 0
+                with torch.no_grad():
+                    _, stats = self.gated(*given, **asked)
+                choices[self.rule.argument] = weigh(self.rule, stats, rows[part], verdict[part], config)
+            return self.gated(*given, **(choices | {"num_items": num_items, "generator": generator}))
 
         own, theirs = (~from_teacher).nonzero().squeeze(-1), from_teacher.nonzero().squeeze(-1)
         loss, stats = gated(own)

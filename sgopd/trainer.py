@@ -29,7 +29,7 @@ from transformers import get_scheduler, set_seed
 from sgopd import __version__, checkpoint, lora, startup
 from sgopd.checkpoint import RunState
 from sgopd.completions import keep_token_stats, write_completions
-from sgopd.config import Config, UserError
+from sgopd.config import Config, UserError, unknown
 from sgopd.data import derive_seed, has_eval_data, load_prompts, take
 from sgopd.engines import Engine, fsdp
 from sgopd.engines.ddp import DataParallel
@@ -63,7 +63,8 @@ from sgopd.teachers import Hidden, Teacher
 from sgopd.teachers.local import LocalTeacher
 from sgopd.verdicts import VerdictWatch, verifying
 from sgopd.verifier import Verdict
-from sgopd_kernels import CORRECT, Gate, resolve_gate
+from sgopd.weights import RULES, Rule
+from sgopd_kernels import CORRECT, INCORRECT, PRESETS, UNKNOWN, Gate, resolve_gate
 
 Record = dict[str, Any]
 
@@ -88,7 +89,7 @@ class Trainer:
         on_record: Callable[[Record], None] = lambda record: None,
     ) -> None:
         self.config = config
-        self.gate = gate_of(config)
+        self.gate, self.rule = gate_of(config)
         self.processes = processes = Processes(config)
         self.device = processes.device
         self.say = say if processes.main else lambda text: None
@@ -151,7 +152,7 @@ class Trainer:
         self.findings += self.teacher.check(self.prompts, self.questions, self.tokenizer)
         others = [self.teacher] if self.reference is None else [self.teacher, self.reference]
         self.vocabulary = min(head_of(self.student).weight.shape[0], *(one.vocabulary for one in others))
-        self.loss = StudentLoss(self.student, config, self.gate, self.vocabulary)
+        self.loss = StudentLoss(self.student, config, self.gate, self.vocabulary, self.rule)
         self.check_loss()
         self.contents = self.digests()
         self.watch = VerdictWatch(processes, self.say)
@@ -181,7 +182,7 @@ class Trainer:
             num_training_steps=config.max_steps,
         )
 
-        self.state = RunState(Phases(config))
+        self.state = RunState(Phases(config, whole=self.gate.needs_reliability))
         self.stopped_by: int | None = None  # the signal that ended `train` early
         if resume_from is not None:
             self.restore(resume_from)
@@ -303,11 +304,8 @@ class Trainer:
         self.watch.see(verdicts)
         add_verifier_metrics(sums, [verdict.reason for verdict in verdicts])
 
-        if config.teacher_reliability != "off":
-            for rollout in rollouts:
-                if config.teacher_reliability == "all" or rollout.verdict != CORRECT:
-                    rollout.reliability = self.state.phases.reliability(rollout.example)
-                sums.add("phase/reliability", rollout.reliability, 1)
+        if self.loss.takes_reliability:
+            self.trust(rollouts, sums)
         add_rollout_metrics(sums, rollouts)
         sums.count("phase/teacher_proposed", sum(offered))
         sums.count("phase/teacher_endorsed", sum(filled))
@@ -316,6 +314,26 @@ class Trainer:
         if not record.get("rollout/correct") and not record.get("rollout/incorrect"):
             record.pop("rollout/accuracy", None)  # no verdict is no accuracy of 0
         return rollouts, record
+
+    def trust(self, rollouts: list[Rollout], sums: Sums) -> None:
+        """Gives the rollouts that the gate weighs by it their reliability."""
+        config, phases = self.config, self.state.phases
+        if config.teacher_reliability_source == "student":
+            own = [one for one in rollouts if one.source == "student" and one.verdict != UNKNOWN]
+            phases.attempt(self.processes.gather([(one.example, one.verdict == CORRECT) for one in own]))
+        if self.gate.needs_reliability:
+            asking = [one for one in rollouts if one.verdict == INCORRECT]
+        else:
+            asking = [one for one in rollouts if config.teacher_reliability == "all" or one.verdict != CORRECT]
+        examples = list(dict.fromkeys(one.example for one in asking))
+        of = dict(zip(examples, examples))
+        if config.teacher_reliability_source == "dealt":  # control: another prompt's, once round a random circle
+            seed = derive_seed(config.seed, "reliability", self.state.step, self.processes.rank)
+            order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
+            of = {examples[a]: examples[b] for a, b in zip(order, order[1:] + order[:1])}
+        for one in asking:
+            one.reliability = phases.reliability(of[one.example])
+            sums.add("phase/reliability", one.reliability, 1)
 
     def roll_out(self, source: str, slots: list[tuple[int, bool]], sums: Sums, heard: list[Verdict]) -> list[Rollout]:
         """A verified rollout of the student or the teacher for each (example, whether the slot is the teacher's).
@@ -447,11 +465,12 @@ class Trainer:
         """One token through the loss: what it refuses (a backend, a precision), it refuses at the start."""
         weight = head_of(self.student).weight
         token = torch.zeros(1, dtype=torch.long, device=self.device)
+        choices = {"reliability": 1.0} if self.loss.takes_reliability else {}
         reference = self.reference.specimen() if self.reference is not None else None
         try:
             with torch.no_grad():
                 hidden_1H = weight.new_zeros(1, weight.shape[1])
-                self.loss.gated(hidden_1H, self.teacher.specimen(), reference, token, token)
+                self.loss.gated(hidden_1H, self.teacher.specimen(), reference, token, token, **choices)
         except (ValueError, TypeError, RuntimeError) as error:
             raise UserError(f"the loss refuses these settings: {error}") from error
 
@@ -638,13 +657,35 @@ class Trainer:
         self.processes.on_main(write)
 
 
-def gate_of(config: Config) -> Gate:
-    """The preset with the config's numbers in place of its own."""
+def gate_of(config: Config) -> tuple[Gate, Rule | None]:
+    """The preset, or the rule's gate, with the config's numbers in place of its own; and the rule, if it is one."""
     numbers = {name: getattr(config, f"gate_{name}") for name in ("agree", "conflict", "neutral", "tolerance")}
+    rule = RULES.get(config.gate)
     try:
-        return dataclasses.replace(resolve_gate(config.gate), **{k: v for k, v in numbers.items() if v is not None})
+        if rule is None and config.gate not in PRESETS:
+            raise ValueError(unknown("gate", config.gate, [*PRESETS, *RULES]))
+        preset = rule.gate if rule else resolve_gate(config.gate)
+        gate = dataclasses.replace(preset, **{k: v for k, v in numbers.items() if v is not None})
     except ValueError as error:
         raise UserError(str(error)) from error
+    if rule is not None and rule.argument == "reliability" and config.teacher_reliability != "off":
+        raise UserError(
+            f"teacher_reliability: got {config.teacher_reliability!r}, expected off with gate {config.gate}, which has"
+            " one of its own"
+        )
+    measured = config.teacher_probes > 0 or config.cold_start_steps * config.teacher_share > 0
+    if gate.needs_reliability and config.teacher_reliability_source != "student" and not measured:
+        raise UserError(
+            f"gate: {config.gate} weighs an incorrect rollout by the teacher's pass rate on the prompt, and nothing "
+            "would measure it: set teacher_probes to 1 or more, or cold_start_steps (or teacher_reliability_source to "
+            "student, for the student's own)"
+        )
+    if config.gate == "exopd" and config.reference_model_name_or_path is None:
+        raise UserError(
+            "gate: exopd extrapolates from a reference to the teacher, and without one it is opd with a larger loss: "
+            "set reference_model_name_or_path (the teacher before its reinforcement learning, or the student)"
+        )
+    return gate, rule
 
 
 def due(step: int, every: int | None) -> bool:

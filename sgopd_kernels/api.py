@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import Unpack  # a dependency of torch
 
 from ._checks import FLOATS, positive, require, scale, tensor
-from .gate import Gate, cell_weights, choose, draw_agreement, resolve_gate
+from .gate import Gate, cell_weights, check_reliability, choose, draw_agreement, resolve_gate
 from .loss import Operands, Stats, check_generator, gated_loss, per_rollout, uniform
 from .options import Head, Options, SampledTeacher, TopKTeacher
 from .values import check_logprob
@@ -129,8 +129,9 @@ def gated_kl_loss(
         verdict: the verifier's word on each rollout: 1 correct, -1 incorrect, 0 unknown. A number, or a tensor
             with as many dimensions as token_ids that broadcasts to it ([B, 1] for [B, T]).
         gate: a preset's name (`sgopd_kernels.PRESETS`) or a `Gate`.
-        reliability: in [0, 1], shaped like `verdict`: how far the teacher is trusted in conflicts; the conflict
-            weight becomes r + (1 - r) * conflict. None: 0.
+        reliability: in [0, 1], shaped like `verdict`: how far the teacher is trusted; the conflict weight becomes
+            r + (1 - r) * conflict. `Gate.reliability` has other ways, which the preset "trust" takes. None: 0, and
+            refused by these.
         token_weight: a finite factor for each token, from wherever it comes (importance, position, a pass rate), a
             constant for the gradient. A number, or a tensor that broadcasts like `verdict`. It multiplies the gate's
             weight, and `Stats.gate` shows the product. With a reference head, where the gate moves the target, it
@@ -440,6 +441,7 @@ def gated_advantage(
             f"teacher_logprob is on {teacher_logprob.device}, student_logprob on {student_logprob.device}: move one"
         )
     check_generator(generator)
+    check_reliability(chosen, reliability)
     if student_logprob.shape != teacher_logprob.shape:
         raise ValueError(
             f"teacher_logprob must have student_logprob's shape {tuple(student_logprob.shape)}, "

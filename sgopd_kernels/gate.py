@@ -39,6 +39,9 @@ class Gate:
         control: None; "random": agreement is drawn at random with the rate measured in the batch; "shuffled":
             verdicts are permuted along the first dimension of the batch. Both are experimental controls and
             take their randomness from the loss's `generator`.
+        reliability: how a rollout's `reliability` r, an argument of the loss, enters. "conflict": the conflict weight
+            becomes r + (1 - r) * conflict. "scale": in incorrect rollouts every weight is multiplied by r. "cap": there
+            no weight is above r. The last two need the argument.
     """
 
     agree: float | ByVerdict = 1.8
@@ -47,6 +50,7 @@ class Gate:
     tolerance: float = 0.0
     keep: Literal["all", "correct", "incorrect"] = "all"
     control: Literal["random", "shuffled"] | None = None
+    reliability: Literal["conflict", "scale", "cap"] = "conflict"
 
     def __post_init__(self) -> None:
         for name in ("agree", "conflict"):
@@ -66,6 +70,7 @@ class Gate:
         one_of("Gate.keep", self.keep, ("all", "correct", "incorrect"))
         if self.control is not None:
             one_of("Gate.control (if not None)", self.control, ("random", "shuffled"))
+        one_of("Gate.reliability", self.reliability, ("conflict", "scale", "cap"))
 
     @property
     def agree_pair(self) -> ByVerdict:
@@ -78,7 +83,14 @@ class Gate:
     @property
     def may_be_0(self) -> bool:
         """Whether a weight can be 0, which takes tokens out of the backward."""
-        return self.keep != "all" or 0 in (*self.agree_pair, *self.conflict_pair, self.neutral)
+        return (
+            self.needs_reliability or self.keep != "all" or 0 in (*self.agree_pair, *self.conflict_pair, self.neutral)
+        )
+
+    @property
+    def needs_reliability(self) -> bool:
+        """Whether the gate is none without the loss's `reliability`."""
+        return self.reliability != "conflict"
 
 
 PRESETS: dict[str, Gate] = {
@@ -86,6 +98,9 @@ PRESETS: dict[str, Gate] = {
     "sg-opd": Gate(1.8, 1.0),  # arXiv 2606.09304, with the values of arXiv 2608.24696, App. B.2
     "opdvr": Gate(1.0, 0.0),  # arXiv 2608.24696: conflict tokens dropped
     "protect": Gate(1.0, (0.0, 1.0)),  # a token of a verified-correct rollout is never pushed down
+    "half": Gate((1.0, 0.5), (0.0, 0.5)),  # this project's: protect, and incorrect rollouts count half
+    "trust": Gate(1.0, (0.0, 1.0), reliability="scale"),  # this project's: … as much as the teacher is right there
+    "exopd": Gate(1.25, 1.25, 1.25),  # G-OPD's lambda, arXiv 2602.12125: with a reference, else a mere factor
     "inverse": Gate(0.0, 1.0),  # ablation: the wrong way round
     "verified-only": Gate(1.0, 1.0, keep="correct"),  # ablation
     "failure-only": Gate(1.0, 1.0, keep="incorrect"),  # ablation
@@ -110,16 +125,30 @@ def resolve_gate(gate: str | Gate) -> Gate:
 def cell_weights(verdict: Tensor, reliability: Tensor | None, gate: Gate) -> Tensor:
     """The weights a token can take, by its rollout alone: [3, N] float64 (agree, conflict, neutral).
 
-    `verdict` [N], `reliability` [N] in [0, 1] or None. With reliability r, the conflict weight becomes
-    r + (1 - r) * conflict: a teacher known to be right on this prompt is trusted in conflicts too.
+    `verdict` [N], `reliability` r [N] in [0, 1] or None. By `gate.reliability`, a teacher known to be right on this
+    prompt is trusted in conflicts too (r + (1 - r) * conflict), or one that is wrong itself teaches less of what an
+    incorrect rollout holds (r * weight, or min(r, weight)).
     """
     correct, agree, conflict = (verdict > 0).double(), gate.agree_pair, gate.conflict_pair
     kept = {"all": torch.ones_like(correct), "correct": correct, "incorrect": (verdict < 0).double()}[gate.keep]
     agree_N = agree[0] * correct + agree[1] * (1 - correct)
     conflict_N = conflict[0] * correct + conflict[1] * (1 - correct)
-    if reliability is not None:
+    if reliability is not None and not gate.needs_reliability:
         conflict_N = reliability + (1 - reliability) * conflict_N
-    return torch.stack([agree_N, conflict_N, torch.full_like(agree_N, gate.neutral)]) * kept
+    weights = torch.stack([agree_N, conflict_N, torch.full_like(agree_N, gate.neutral)]) * kept
+    if gate.needs_reliability:
+        assert reliability is not None
+        limited = weights * reliability if gate.reliability == "scale" else weights.minimum(reliability.double())
+        weights = torch.where(verdict < 0, limited, weights)
+    return weights
+
+
+def check_reliability(gate: Gate, given: object) -> None:
+    if gate.needs_reliability and given is None:
+        raise ValueError(
+            f"reliability: the gate weighs an incorrect rollout by it (reliability={gate.reliability!r}, as the preset "
+            "'trust' has it), got None: pass the teacher's pass rate on each prompt, in [0, 1], shaped like verdict"
+        )
 
 
 def choose(

@@ -13,7 +13,7 @@ from typing_extensions import Unpack  # a dependency of torch
 
 from . import backends
 from ._checks import FLOATS, INTEGERS, constant, number, positive, scale, tensor
-from .gate import Gate
+from .gate import Gate, check_reliability
 from .ops import fused_loss, refuse_transforms, scale_of
 from .options import Head, Options, SampledTeacher, TopKTeacher
 from .oracle import STATS, token_values
@@ -176,6 +176,7 @@ def gated_loss(
     if not isinstance(return_stats, bool):
         raise TypeError(f"return_stats must be True or False, got {return_stats!r}")
     check_generator(generator)
+    check_reliability(gate, reliability)
     if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
         raise TypeError(
             f"process_group must be a torch.distributed.ProcessGroup, got {type(process_group).__name__}; a rank "

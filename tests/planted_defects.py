@@ -49,6 +49,8 @@ DEFECTS = [
     Defect("gate: the sign test turned round", "sgopd_kernels/gate.py", "signed > tolerance, signed <", "signed < tolerance, signed >"),
     Defect("gate: pair's sides swapped", "sgopd_kernels/gate.py", "conflict[0] * correct + conflict[1]", "conflict[1] * correct + conflict[0]"),
     Defect("gate: reliability's complement", "sgopd_kernels/gate.py", "reliability + (1 - reliability) *", "(1 - reliability) + reliability *"),
+    Defect("gate: a whole rollout's reliability on correct ones", "sgopd_kernels/gate.py", "torch.where(verdict < 0, limited, weights)", "torch.where(verdict > 0, limited, weights)"),
+    Defect("gate: a ceiling that multiplies", "sgopd_kernels/gate.py", "weights.minimum(reliability.double())", "weights * reliability"),
     Defect("gate: rejected rollouts kept", "sgopd_kernels/gate.py", "neutral)]) * kept", "neutral)])"),
     Defect("mean over all tokens, ignored ones too", "sgopd_kernels/ops.py", "(problem.token_ids != problem.options.ignore_index).sum()", "(problem.token_ids == problem.token_ids).sum()"),
     Defect("num_items ignored", "sgopd_kernels/ops.py", "    if denominator is None:", "    if True:"),
@@ -115,8 +117,16 @@ SERVE = "sgopd/teachers/serve.py"
 STARTUP = "sgopd/startup.py"
 TRAINER = "sgopd/trainer.py"
 VERIFIER = "sgopd/verifier.py"
+PHASES = "sgopd/phases.py"
+WEIGHTS = "sgopd/weights.py"
 WORKER = "sgopd/verifier_worker.py"
 DEFECTS += [
+    Defect("trust: r not shrunk to the mean over prompts", PHASES, "(passed + prior * mean) / (tried + prior)", "passed / (tried or 1)", "weights"),
+    Defect("trust: what was counted of all prompts lost on resume", PHASES, "zip([0, 0], *self.values())", "zip([0, 0])", "weights"),
+    Defect("trust: the control deals each prompt its own r", TRAINER, "order[1:] + order[:1]", "order", "weights"),
+    Defect("trust: r of rollouts without a verdict", TRAINER, 'one.source == "student" and one.verdict != UNKNOWN', 'one.source == "student"', "weights"),
+    Defect("q-protect: in correct rollouts too", WEIGHTS, "r if told.verdict < 0 else", "r if told.verdict else", "weights"),
+    Defect("rules: tokens taken for another rollout's", WEIGHTS, "return_counts=True)[1].tolist()", "return_counts=True)[1].flip(0).tolist()", "weights"),
     Defect("a folder gets its name before it is on the disk", FILES, "                sync(path)\n            if target", "                pass\n            if target", "chaos::test_what_is_replaced_is_whole_wherever_the_power_is_cut"),
     Defect("a file gets its name before it is on the disk", FILES, "            sync(temporary)\n", "", "chaos::test_what_is_replaced_is_whole_wherever_the_power_is_cut"),
     Defect("a folder is replaced by way of none", FILES, "if swap and swap(", "if False and swap(", "files"),
@@ -177,7 +187,7 @@ DEFECTS += [
     Defect("prompts: no room in a table of positions", STARTUP, "if has_position_table(model, room):", "if False:", "startup numbers"),
     Defect("phases: a teacher rollout of unknown verdict enters", TRAINER, "if rollout.in_teacher_slot and rollout.verdict == CORRECT:", "if rollout.in_teacher_slot and rollout.verdict >= 0:", "trainer"),
     Defect("phases: an unknown verdict counts as an endorsement", TRAINER, "(rollout.example, rollout.verdict == CORRECT,", "(rollout.example, rollout.verdict >= 0,", "trainer"),
-    Defect("phases: reliability not kept over a resume", "sgopd/phases.py", "for example, counts in state[\"probes\"].items()})", "for example, counts in ()})", "phases"),
+    Defect("phases: reliability not kept over a resume", PHASES, "for example, counts in state.items()})", "for example, counts in ()})", "phases"),
     Defect("verifier: no deadline", VERIFIER, "if worker.deadline <= time.monotonic()]:", "if False]:", "verifier::test_what_reaches_sympy_is_killed_at_the_deadline"),
     Defect("verifier: twice the memory", WORKER, "int(memory_mb) * 2**20", "int(memory_mb) * 2**21", "verifier::test_a_worker_is_limited_and_goes_before_the_trainer"),
     Defect("verifier: what a worker detached lives on", WORKER, "and _has_children():", "and False:", "verifier::test_what_a_verifier_detached_ends_with_its_worker"),

@@ -73,7 +73,7 @@ def test_logit_gradient_sums_to_zero(kit: Any, inputs: Any, estimator: str, back
 @pytest.mark.parametrize("preset", [p for p in PRESETS if p not in ("random", "shuffled")])
 def test_presets_weigh_the_four_cells(kit: Any, inputs: Any, preset: str, backend: str) -> None:
     gate = PRESETS[preset]
-    *_, stats = kit.call(inputs, gate=preset, backend=backend)
+    *_, stats = kit.call(inputs, gate=preset, reliability=1.0 if gate.needs_reliability else None, backend=backend)
     valid = inputs.token_ids != -100
     d, v = stats.logratio, inputs.verdict
     for i in torch.nonzero(valid).flatten().tolist():
@@ -99,6 +99,54 @@ def test_tolerance_and_reliability(kit: Any, inputs: Any, backend: str) -> None:
     assert torch.equal(trusted[1], plain[1])
     *_, half = kit.call(inputs, gate=Gate(1.0, 0.0), reliability=0.25, backend=backend)
     assert set(half.gate[inputs.token_ids != -100].tolist()) == {0.25, 1.0}
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize("estimator", ["full", "sampled"])
+@pytest.mark.parametrize(("way", "ceiling"), [("scale", 1.0), ("scale", 0.5), ("cap", 1.0), ("cap", 0.5)])
+def test_an_incorrect_rollout_weighs_its_reliability(
+    kit: Any, inputs: Any, way: str, ceiling: float, estimator: str, backend: str
+) -> None:
+    """r, c r or min(c, r) on every token of it, ties too; correct and unknown ones as the gate has them."""
+    n = len(inputs.token_ids)
+    r = torch.rand(n, generator=torch.Generator().manual_seed(1)).round(decimals=1)  # 0 and 1 among them
+    gate = Gate((1.0, ceiling), (0.0, ceiling), neutral=0.9, tolerance=0.2, reliability=way)
+    d = kit.call(inputs, backend="reference")[3].logratio
+    v = inputs.verdict.tolist()
+    expected = torch.zeros(n)
+    for i in torch.nonzero(inputs.token_ids != -100).flatten().tolist():
+        signed = float(d[i]) * v[i]
+        cell = "neutral" if v[i] == 0 or abs(signed) <= 0.2 else "agree" if signed > 0 else "conflict"
+        if v[i] < 0:
+            base = 0.9 if cell == "neutral" else ceiling
+            expected[i] = base * r[i] if way == "scale" else min(base, float(r[i]))
+        else:
+            expected[i] = {"neutral": 0.9, "agree": 1.0, "conflict": 0.0}[cell]
+    exact = inputs.to(torch.float64)
+    if backend == "reference":
+        inputs = exact
+    got = kit.call(inputs, gate=gate, reliability=r, estimator=estimator, backend=backend)
+    weight = got[3].gate
+    assert float((weight - expected).abs().max()) < 1e-6
+    for a, b in zip(got[:3], kit.call(exact, gate="opd", token_weight=expected, estimator=estimator)[:3]):
+        assert kit.relative(a, b) <= 1e-5
+    ours = gated_advantage(got[3].student_logprob, got[3].teacher_logprob, inputs.verdict, gate=gate, reliability=r)
+    kept = inputs.token_ids != -100
+    assert torch.equal(ours[1][kept], weight[kept]) and torch.allclose(ours[0][kept], (weight * d)[kept], atol=1e-5)
+
+
+def test_a_gate_that_weighs_by_reliability_asks_for_it(kit: Any, inputs: Any) -> None:
+    for backend in ("reference", *BACKENDS):
+        with pytest.raises(ValueError, match=r"reliability: the gate weighs .*'scale', .* got None: pass"):
+            kit.call(inputs, gate="trust", backend=backend)
+    with pytest.raises(ValueError, match="reliability: the gate weighs"):
+        gated_advantage(torch.zeros(1), torch.zeros(1), 1, gate="trust")
+    with pytest.raises(ValueError, match=r"Gate\.reliability"):
+        Gate(reliability="always")  # type: ignore[arg-type]
+
+
+def test_half_is_protect_with_incorrect_rollouts_at_half() -> None:
+    assert PRESETS["half"] == Gate((1.0, 0.5), (0.0, 0.5)) and PRESETS["protect"].conflict == (0.0, 1.0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -324,7 +324,9 @@ def test_evaluation_questions_need_room_too(trainer):
 # --- verdicts that are all the same ---
 
 
-@pytest.mark.parametrize("gate", ["sg-opd", "opdvr", "protect", "inverse", "verified-only", "failure-only", "shuffled"])
+@pytest.mark.parametrize(
+    "gate", ["sg-opd", "opdvr", "protect", "half", "inverse", "verified-only", "failure-only", "shuffled"]
+)
 def test_batches_of_one_verdict(trainer, tmp_path, gate):
     """Unknown verdicts give plain distillation, or nothing; correct and incorrect ones what the gate's table says."""
     plain = trainer(gate="opd", output_dir=str(tmp_path / "plain"), max_grad_norm=0.0)

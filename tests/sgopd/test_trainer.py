@@ -257,7 +257,7 @@ def read(path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"gate": "sg_opd"}, "no preset 'sg_opd'; did you mean 'sg-opd'"),
+        ({"gate": "sg_opd"}, "unknown gate 'sg_opd'; did you mean 'sg-opd'"),
         ({"gate_conflict": [1.0, 2.0, 3.0]}, "pair"),
         ({"backend": "gpu"}, "the loss refuses these settings: backend must be one of"),
         ({"precision": "rough"}, "the loss refuses these settings: precision"),

@@ -1,0 +1,219 @@
+"""Weights that a token alone does not tell, against plain Python over full logits, one rollout at a time."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+
+from sgopd.config import Config, UserError
+from sgopd.phases import Phases
+from sgopd.trainer import Trainer
+
+
+def read_slowly(trainer, rollouts, weigh, sampled=False):
+    """Loss and gradients with `weigh(d, log_q, verdict, rollout)` -> a weight for each token, in float64."""
+    student, temperature = copy.deepcopy(trainer.student).double(), trainer.config.temperature
+    teacher = copy.deepcopy(trainer.teacher.model).double()
+    student.zero_grad()
+    total, tokens = torch.zeros(()), 0
+    for rollout in rollouts:
+        ids = torch.tensor([rollout.prompt_ids + rollout.completion.ids.tolist()])
+        start, y = len(rollout.prompt_ids), rollout.completion.ids[:, None]
+        log_p = torch.log_softmax(student(ids).logits[0, start - 1 : -1] / temperature, -1)
+        with torch.no_grad():
+            log_q = torch.log_softmax(teacher(ids).logits[0, start - 1 : -1] / temperature, -1)
+        p_y, q_y = log_p.gather(-1, y).squeeze(-1), log_q.gather(-1, y).squeeze(-1)
+        d = (q_y - p_y).detach()
+        weights = torch.tensor(weigh(d.tolist(), q_y.tolist(), rollout.verdict, rollout), dtype=torch.float64)
+        losses = -d * p_y if sampled else (log_p.exp() * (log_p - log_q)).sum(-1)
+        total, tokens = total + (weights * losses).sum(), tokens + len(y)
+    (total / tokens).backward()
+    return (total / tokens).item(), {name: parameter.grad for name, parameter in student.named_parameters()}
+
+
+def assert_update(trainer, rollouts, weigh, value=True):
+    """An update of the trainer has the slow reading's gradient, and loss if `value`."""
+    captured = []
+    trainer.optimizer.step = lambda: captured.append(
+        {name: parameter.grad.clone() for name, parameter in trainer.student.named_parameters()}
+    )
+    loss, expected = read_slowly(trainer, rollouts, weigh, trainer.config.estimator == "sampled")
+    record = trainer.update(rollouts, fresh=True)
+    assert not value or record["loss"] == pytest.approx(loss, rel=1e-5)
+    for name, gradient in expected.items():
+        assert (captured[0][name] - gradient).norm() <= 1e-4 * gradient.norm().clamp(min=1e-3), name
+    return record
+
+
+def q_protect(d, log_q, verdict, rollout):
+    q = math.exp(sum(log_q))
+    conflict = {1: 0.0, 0: 1.0, -1: 1.0 - q}[verdict]
+    return [conflict if one * verdict < 0 else 1.0 for one in d]
+
+
+def trust(d, log_q, verdict, rollout):
+    if verdict == -1:
+        return [rollout.reliability] * len(d)
+    return [0.0 if one * verdict < 0 else 1.0 for one in d]
+
+
+MICRO = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 4}
+SHAPES = {
+    "full": {"max_completion_length": 4},
+    "sampled": {"max_completion_length": 4, "estimator": "sampled", "temperature": 0.8},
+    "micro-batches, teacher rollouts": {
+        "max_completion_length": 4,
+        "cold_start_steps": 9,
+        "teacher_share": 0.5,
+        **MICRO,
+    },
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("gate", "weigh"), [("q-protect", q_protect)])
+def test_a_rule_is_its_formula(trainer, gate, weigh, shape):
+    one = trainer(gate=gate, max_grad_norm=0.0, **SHAPES[shape])
+    rollouts, _ = one.make_batch()
+    for i, one_of in enumerate(rollouts):  # one token and more: short enough that pi_T of a whole rollout is no 0
+        one_of.completion.ids, one_of.completion.logprobs = (
+            part[: 1 + i % 4] for part in (one_of.completion.ids, one_of.completion.logprobs)
+        )
+    assert ("teacher" in {r.source for r in rollouts}) == ("teacher" in shape)
+    for words in ((1, -1, 0, -1), (1,), (-1,), (0,)):  # mixed, and groups of one kind
+        for i, rollout in enumerate(r for r in rollouts if r.source == "student"):
+            rollout.verdict = words[i % len(words)]
+        assert_update(one, rollouts, weigh)
+
+
+# --- r: the teacher's pass rate on a prompt, in place of an incorrect rollout's weight ---
+
+
+def test_trust_weighs_incorrect_rollouts_by_the_teachers_pass_rate(trainer, tmp_path):
+    changes = {"gate": "trust", "teacher_probes": 2, "max_grad_norm": 0.0, "num_generations": 2}
+    changes["per_device_train_batch_size"] = 20
+    one = trainer(**changes)
+    rollouts, record = one.make_batch()
+    probes = one.state.phases.probes
+    g = sum(passed for _, passed in probes.values()) / sum(tried for tried, _ in probes.values())
+    incorrect = [r for r in rollouts if r.verdict == -1]
+    for r in incorrect:
+        assert probes[r.example][0] == 2
+        assert r.reliability == pytest.approx((probes[r.example][1] + g) / (2 + 1))
+    assert len({r.reliability for r in incorrect}) > 1
+    assert record["phase/reliability"] == pytest.approx(sum(r.reliability for r in incorrect) / len(incorrect))
+    assert_update(one, rollouts, trust)
+    for name, ceiling, way in (("c r", 0.5, lambda r: 0.5 * r), ("r", 1.0, lambda r: r)):
+        gate = {"gate_agree": [1.0, ceiling], "gate_conflict": [0.0, ceiling]}
+        two = trainer(**changes, **gate, output_dir=str(tmp_path / name))
+
+        def expected(d, log_q, verdict, rollout, way=way):
+            return [way(rollout.reliability)] * len(d) if verdict == -1 else trust(d, log_q, verdict, rollout)
+
+        assert_update(two, rollouts, expected)
+
+
+def test_trust_from_the_cold_start_alone(trainer):
+    one = trainer(gate="trust", cold_start_steps=2, teacher_share=0.5, teacher_reliability_prior=2.0, max_steps=3)
+    one.train()
+    probes = one.state.phases.probes
+    tried, passed = (sum(counts[i] for counts in probes.values()) for i in (0, 1))
+    unseen = next(example for example in range(100) if example not in probes)
+    assert 0 < tried < 24 and one.state.phases.reliability(unseen) == pytest.approx(passed / tried)
+
+
+@pytest.mark.parametrize(("prior", "power", "threshold", "expected"), [
+    (None, 1.0, None, [(1 + 0.5) / 3, (2 + 0.5) / 3, 0.5]),
+    (0.0, 1.0, None, [0.5, 1.0, 0.5]),
+    (4.0, 1.0, None, [(1 + 2) / 6, (2 + 2) / 6, 0.5]),
+    (0.0, 2.0, None, [0.25, 1.0, 0.25]),
+    (0.0, 1.0, 2 / 3, [0.0, 1.0, 0.0]),
+    (0.0, 1.0, 0.5, [1.0, 1.0, 1.0]),
+])  # fmt: skip
+def test_reliability_is_shrunk_to_the_mean_over_prompts(settings, prior, power, threshold, expected):
+    changes = {"teacher_reliability_power": power, "teacher_reliability_threshold": threshold}
+    phases = Phases(Config.load(None, settings(teacher_reliability_prior=prior, **changes)), whole=True)
+    assert phases.reliability(7) == 1.0, "of a teacher of whom nothing is known"
+    phases.record([(0, True, False), (0, False, False), (1, True, False), (1, True, False)])
+    phases.record([(2, False, False), (2, False, False)])
+    assert [phases.reliability(example) for example in (0, 1, 9)] == pytest.approx(expected)
+    again = Phases(phases.config, whole=True)
+    again.load_state_dict(json.loads(json.dumps(phases.state_dict())))
+    assert [again.reliability(example) for example in (0, 1, 9)] == pytest.approx(expected)
+    again.record([(0, True, False)])  # the totals came along
+    assert again.probes.tried == 7 and again.probes.passed == 4
+
+
+def test_the_control_deals_reliability_to_other_prompts(trainer, tmp_path):
+    changes = {"gate": "trust", "teacher_probes": 3, "per_device_train_batch_size": 16}
+    one = trainer(**changes)
+    two = trainer(**changes, teacher_reliability_source="dealt", output_dir=str(tmp_path / "b"))
+    ours, theirs = one.make_batch()[0], two.make_batch()[0]
+    incorrect = [i for i, r in enumerate(ours) if r.verdict == -1]
+    right, dealt = ([batch[i].reliability for i in incorrect] for batch in (ours, theirs))
+    assert [r.completion.text for r in ours] == [r.completion.text for r in theirs]
+    assert sorted(right) == sorted(dealt) and right != dealt and len(set(right)) > 1
+
+
+def test_the_students_own_pass_rate_in_place_of_the_teachers(trainer):
+    changes = {"gate": "trust", "teacher_reliability_source": "student", "teacher_reliability_prior": 0.0}
+    three_words = (True, False, None)
+    one = trainer(lambda text: three_words[sum(map(ord, text)) % 3], num_generations=4, **changes)
+    rollouts, _ = one.make_batch()
+    assert {r.verdict for r in rollouts} == {1, -1, 0}
+    for r in rollouts:
+        known = [other.verdict == 1 for other in rollouts if other.example == r.example and other.verdict != 0]
+        assert r.verdict != -1 or r.reliability == pytest.approx(sum(known) / len(known))
+    assert not one.state.phases.probes and one.state.phases.attempts
+    record = one.update(rollouts, fresh=True)
+    assert record["optim/skipped"] == 0 and record["loss"] > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"gate": "trust"}, "gate: trust weighs an incorrect rollout by the teacher's pass rate .* set teacher_probes"),
+        ({"gate": "exopd"}, "gate: exopd extrapolates from a reference .* set reference_model_name_or_path"),
+        ({"gate": "q-protect", "teacher_reliability": "all"}, "expected off with gate q-protect"),
+        ({"teacher_reliability_prior": -1.0}, "teacher_reliability_prior: got -1.0, expected >= 0"),
+        ({"teacher_reliability_power": 0.0}, "teacher_reliability_power: got 0.0, expected > 0"),
+        ({"gate": "q_protect"}, "did you mean 'q-protect'"),
+    ],
+)
+def test_what_cannot_work_is_refused(trainer, changes, said):
+    with pytest.raises(UserError, match=said):
+        trainer(**changes)
+
+
+def test_exopd_is_its_lambda_towards_the_reference(trainer, tiny, tmp_path):
+    """log pi* = 1.25 log pi_T - 0.25 log pi_R, renormalised, on every token, whatever the verdict."""
+    one = trainer(gate="exopd", reference_model_name_or_path=str(tiny.student), max_grad_norm=0.0)
+    rollouts, _ = one.make_batch()
+    # from a reference equal to the student, that is a weight, in the gradient (docs/method.md)
+    record = assert_update(one, rollouts, lambda d, log_q, verdict, rollout: [1.25] * len(d), value=False)
+    assert record["gate/mean"] == pytest.approx(1.25)
+
+
+# --- a run that stops and goes on ---
+
+
+@pytest.mark.parametrize("changes", [
+    {"gate": "trust", "teacher_probes": 1, "teacher_reliability_source": "dealt"},
+    {"gate": "trust", "teacher_reliability_source": "student"},
+    {"gate": "q-protect", "cold_start_steps": 2},
+], ids=str)  # fmt: skip
+def test_a_resumed_run_ends_with_the_same_bits(settings, tmp_path, changes):
+    def run(name, **more):
+        made = settings(output_dir=str(tmp_path / name), max_completion_length=4, dataset_size=8, **changes, **more)
+        one = Trainer(Config.load(None, made), say=lambda line: None)
+        one.train()
+        return one.run_dir
+
+    whole = run("whole", save_steps=2, save_total_limit=None)
+    branch = run("branch", resume_from_checkpoint=str(whole / "checkpoints" / "step-000002"))
+    ours, theirs = ((folder / "final" / "model.safetensors").read_bytes() for folder in (branch, whole))
+    assert ours == theirs
