@@ -16,6 +16,7 @@
 #     hostile         the verifier under attack, and its accuracy beside plain math-verify (minutes)
 #     wheel-check     sdist and wheel built twice: the same bytes? and tested in a clean environment (minutes)
 #     versions        the tests with the oldest and the newest transformers, accelerate and datasets (minutes)
+#     vllm            real vLLM servers on this CPU beside models in the process; only by name (it installs a vLLM)
 #     hosts           a run on two hosts, which are network namespaces: needs root (minutes)
 #   make gpu-suite    on a machine with a GPU: device tests, our plans beside the peers, sweeps (docs/gpu.md)
 PYTHON ?= python3
