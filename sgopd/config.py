@@ -160,8 +160,8 @@ class Config:
 
     # --- loss (sgopd_kernels.gated_kl_loss) ---
     gate: str = free(
-        "sg-opd, opd, opdvr, protect, half, trust, q-protect, exopd, inverse, verified-only, failure-only, random, "
-        "shuffled (docs/gates.md)",
+        "sg-opd, opd, opdvr, protect, half, trust, q-protect, exopd, rg-opd, r2-opd, inverse, verified-only, "
+        "failure-only, random, shuffled (docs/gates.md)",
         "sg-opd",
     )
     gate_agree: float | list[float] | None = free(
@@ -172,6 +172,10 @@ class Config:
     )
     gate_neutral: float | None = free("weight where neither: d within the tolerance, or no verdict; the preset's", None)
     gate_tolerance: float | None = free("nats around d = 0 that count as neither; the preset's", None)
+    gate_margin: float = free(
+        "of gate rg-opd: nats a whole rollout between teacher and student that count as neither", 0.0
+    )
+    gate_sharpness: float = free("of gate r2-opd: its beta; 0 is plain distillation, a large one drops conflicts", 1e-3)
     estimator: Literal["full", "sampled"] = free("exact KL over the vocabulary, or the sampled token only", "full")
     divergence: Literal["reverse-kl", "forward-kl", "jsd"] = free("what is minimised", "reverse-kl")
     jsd_beta: float = free("of divergence jsd, in (0, 1); 0.5 is the symmetric one", 0.5)
@@ -282,6 +286,8 @@ class Config:
         prior, power = self.teacher_reliability_prior, self.teacher_reliability_power
         self._expect("teacher_reliability_prior", prior is None or prior >= 0, ">= 0")
         self._expect("teacher_reliability_power", power > 0, "> 0")
+        for name in ("gate_margin", "gate_sharpness"):
+            self._expect(name, getattr(self, name) >= 0, ">= 0")
         for name in ("temperature", "learning_rate", "verifier_timeout", "teacher_timeout"):
             self._expect(name, getattr(self, name) > 0, "> 0")
         self._expect("adam_epsilon", self.adam_epsilon > 0, "> 0: a weight without a gradient would become 0 / 0")

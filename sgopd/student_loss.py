@@ -77,7 +77,7 @@ class StudentLoss(nn.Module):
                     asked["estimator"] = "full"  # the other refuses an infinite d, which the rule may weigh 0
                 with torch.no_grad():
                     _, stats = self.gated(*given, **asked)
-                choices[self.rule.argument] = weigh(self.rule, stats, rows[part], verdict[part], config)
+                choices[self.rule.argument] = weigh(self.rule, stats, rows[part], verdict[part], batch.rollouts, config)
             return self.gated(*given, **(choices | {"num_items": num_items, "generator": generator}))
 
         own, theirs = (~from_teacher).nonzero().squeeze(-1), from_teacher.nonzero().squeeze(-1)

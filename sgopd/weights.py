@@ -8,13 +8,14 @@ is the second call's `reliability` or `token_weight`. All of it is a constant fo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sgopd.config import Config
+from sgopd.rollout import Rollout
 from sgopd_kernels import Gate, Stats
 
 
@@ -24,6 +25,13 @@ class Told(NamedTuple):
     student_logprob: Tensor  # [T] log pi_S of the sampled tokens
     teacher_logprob: Tensor  # [T]; -inf in a column that it masks
     verdict: int  # as the gate is told: 1, -1, 0
+    truncated: bool = False  # it ran out of tokens
+
+    @property
+    def logratio(self) -> Tensor:
+        """d [T]; 0, no word, where both models mask the token."""
+        d = self.teacher_logprob - self.student_logprob
+        return d.masked_fill(d.isnan(), 0.0)
 
 
 class Rule(NamedTuple):
@@ -40,21 +48,54 @@ def q_protect(told: Told, config: Config) -> Tensor:
     return (r if told.verdict < 0 else torch.zeros_like(r)).expand_as(told.teacher_logprob)
 
 
+def rg_opd(told: Told, config: Config) -> Tensor:
+    """RG-OPD (arXiv 2607.04037, Eq. 2): 1 on every token of a correct rollout that the teacher finds likelier than the
+    student does by more than delta nats, log pi_T(y) > log pi_S(y) + delta, and of an incorrect one that it finds less
+    likely; else 0. Summed over tokens, delta is `gate_margin`. An unknown verdict, which the paper has not, is 1."""
+    kept = told.verdict == 0 or float(told.verdict * told.logratio.sum()) > config.gate_margin
+    return torch.full_like(told.logratio, float(kept))
+
+
+def r2_opd(told: Told, config: Config) -> Tensor:
+    """R2-OPD (arXiv 2609.35517, Eqs. 13 to 16): w = Z g, g = sigmoid(beta v d / nu), nu the rollout's median |d| (1e-8
+    at least), Z such that sum |w d| = sum |d|. beta is `gate_sharpness`; 0 is plain distillation.
+
+    A truncated rollout and one without a verdict weigh 1, the first as in the paper. What is infinite in d takes part
+    in neither nu nor Z. Under the full estimator w weighs a token's divergence, which the paper has not.
+    """
+    d = told.logratio
+    size = d.abs()
+    finite = size.isfinite()
+    if told.verdict == 0 or told.truncated or not finite.any():
+        return torch.ones_like(d)
+    typical = size[finite].quantile(0.5).clamp(min=1e-8)
+    gate = torch.sigmoid(config.gate_sharpness * told.verdict * d / typical)
+    kept = (gate * size)[finite].sum()
+    return gate * (size[finite].sum() / kept if kept > 0 else 2.0)  # all d are 0: every g is 1/2
+
+
 RULES: dict[str, Rule] = {
     "q-protect": Rule(Gate(1.0, 0.0), "reliability", q_protect),
+    "rg-opd": Rule(Gate(1.0, 1.0), "token_weight", rg_opd),
+    "r2-opd": Rule(Gate(1.0, 1.0), "token_weight", r2_opd),
 }
 
 
-def weigh(rule: Rule, stats: Stats, rows: Tensor, verdict: Tensor, config: Config) -> Tensor:
+def weigh(
+    rule: Rule, stats: Stats, rows: Tensor, verdict: Tensor, rollouts: Sequence[Rollout], config: Config
+) -> Tensor:
     """The rule's number for each of n tokens, [n] float32.
 
     Args:
         stats: the first call's, each [n].
-        rows: [n] the rollout that a token belongs to; a rollout's tokens stand together.
+        rows: [n] the place in `rollouts` of a token's; a rollout's tokens stand together.
         verdict: [n] as the gate is told.
     """
-    lengths = rows.unique_consecutive(return_counts=True)[1].tolist()
+    found, counts = rows.unique_consecutive(return_counts=True)
     columns = stats.student_logprob.double(), stats.teacher_logprob.double(), verdict
-    parts = zip(*(column.split(lengths) for column in columns))
-    rollouts = [Told(student, teacher, int(words[0])) for student, teacher, words in parts]
-    return torch.cat([rule.weigh(told, config) for told in rollouts]).float() if rollouts else verdict.float()
+    parts = zip(found.tolist(), *(column.split(counts.tolist()) for column in columns))
+    told = [
+        Told(student, teacher, int(words[0]), rollouts[row].completion.truncated)
+        for row, student, teacher, words in parts
+    ]
+    return torch.cat([rule.weigh(one, config) for one in told]).float() if told else verdict.float()

@@ -77,7 +77,9 @@ RUNS = {
     },
     "sampled": {
         "estimator": "sampled",
-        "gate": "random",
+        "gate": "r2-opd",
+        "gate_sharpness": 0.5,
+        "gate_margin": 0.5,
         "dtype": "bfloat16",
         "teacher_dtype": "bfloat16",
         "lr_scheduler_type": "constant_with_warmup",

@@ -151,10 +151,14 @@ def updates(trainer):
     return [record for record in records if record["kind"] == "train"], weights
 
 
-@pytest.mark.parametrize(("estimator", "k"), [("full", 32), ("sampled", 5)])
-def test_a_served_teacher_trains_as_the_one_in_the_process(served, trainer, tiny, stub, estimator, k):
+@pytest.mark.parametrize(
+    ("estimator", "k", "gate"),
+    [("full", 32, "sg-opd"), ("sampled", 5, "sg-opd"), ("full", 32, "r2-opd"), ("sampled", 5, "rg-opd")],
+)
+def test_a_served_teacher_trains_as_the_one_in_the_process(served, trainer, tiny, stub, estimator, k, gate):
     """With all of the vocabulary for its top k, the loss is the exact one; requests fail and are slow on the way."""
     changes = {"estimator": estimator, "precision": "exact", "num_iterations": 2 if estimator == "full" else 1}
+    changes |= {"gate": gate, "gate_sharpness": 0.3}
     expected, weights = updates(trainer(**changes))
     one = served(
         teacher_top_k=k,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import statistics
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ import torch
 from sgopd.config import Config, UserError
 from sgopd.phases import Phases
 from sgopd.trainer import Trainer
+from sgopd.weights import RULES as WEIGHTS
+from sgopd.weights import Told
 
 
 def read_slowly(trainer, rollouts, weigh, sampled=False):
@@ -61,6 +64,23 @@ def trust(d, log_q, verdict, rollout):
     return [0.0 if one * verdict < 0 else 1.0 for one in d]
 
 
+def rg_opd(d, log_q, verdict, rollout):
+    total = sum(d)
+    kept = verdict == 0 or (verdict == 1 and total > MARGIN) or (verdict == -1 and total < -MARGIN)
+    return [float(kept)] * len(d)
+
+
+def r2_opd(d, log_q, verdict, rollout):
+    if verdict == 0 or rollout.completion.truncated:
+        return [1.0] * len(d)
+    nu = statistics.median(map(abs, d))
+    g = [1 / (1 + math.exp(-BETA * verdict * one / nu)) for one in d]
+    z = sum(map(abs, d)) / sum(one * abs(two) for one, two in zip(g, d))
+    return [z * one for one in g]
+
+
+MARGIN, BETA = 1.5, 0.8
+RULES = {"q-protect": q_protect, "rg-opd": rg_opd, "r2-opd": r2_opd}
 MICRO = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 4}
 SHAPES = {
     "full": {"max_completion_length": 4},
@@ -75,19 +95,63 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("gate", "weigh"), [("q-protect", q_protect)])
-def test_a_rule_is_its_formula(trainer, gate, weigh, shape):
-    one = trainer(gate=gate, max_grad_norm=0.0, **SHAPES[shape])
+@pytest.mark.parametrize("gate", RULES)
+def test_a_rule_is_its_formula(trainer, gate, shape):
+    one = trainer(gate=gate, gate_margin=MARGIN, gate_sharpness=BETA, max_grad_norm=0.0, **SHAPES[shape])
     rollouts, _ = one.make_batch()
     for i, one_of in enumerate(rollouts):  # one token and more: short enough that pi_T of a whole rollout is no 0
         one_of.completion.ids, one_of.completion.logprobs = (
             part[: 1 + i % 4] for part in (one_of.completion.ids, one_of.completion.logprobs)
         )
+        one_of.completion.truncated = i % 5 == 0
     assert ("teacher" in {r.source for r in rollouts}) == ("teacher" in shape)
     for words in ((1, -1, 0, -1), (1,), (-1,), (0,)):  # mixed, and groups of one kind
         for i, rollout in enumerate(r for r in rollouts if r.source == "student"):
             rollout.verdict = words[i % len(words)]
-        assert_update(one, rollouts, weigh)
+        assert_update(one, rollouts, RULES[gate])
+
+
+INF, NAN = math.inf, math.nan
+
+
+r2 = WEIGHTS["r2-opd"].weigh
+
+
+def q_of(told, config):
+    [q] = set(WEIGHTS["q-protect"].weigh(told, config).tolist())
+    return q
+
+
+def told(ours, theirs, verdict, truncated=False):
+    return Told(torch.tensor(ours).double(), torch.tensor(theirs).double(), verdict, truncated)
+
+
+def test_what_is_infinite_in_a_rollout_weighs_a_finite_number(settings):
+    """-inf where a model masks the sampled token: d is -inf, +inf, or no word at all."""
+    config = Config.load(None, settings(gate_sharpness=1.0))
+    masked = [-1.0, -2.0, -INF, -INF, -1.0], [-2.0, -INF, -1.0, -INF, -1.5]  # d = -1, -inf, inf, none, -0.5
+    for verdict in (1, -1, 0):
+        for rule in WEIGHTS.values():
+            assert all(math.isfinite(w) and w >= 0 for w in rule.weigh(told(*masked, verdict), config).tolist())
+    assert q_of(told(*masked, -1), config) == 1.0, "a rollout that the teacher cannot write is no conflict of its own"
+    # the finite |d| are 1, 0, 0.5: nu = 0.5
+    a, b = 1 / (1 + math.exp(2)), 1 / (1 + math.exp(1))
+    z = 1.5 / (a + 0.5 * b)
+    assert r2(told(*masked, 1), config).tolist() == pytest.approx([z * a, 0, z, z / 2, z * b])
+    nothing = told([-1.0, -1.0], [-1.0, -1.0], 1)  # equal models: nu and the sum are 0
+    assert r2(nothing, config).tolist() == [1.0, 1.0]
+    assert r2(told([-1.0], [-INF], 1), config).tolist() == [1.0]
+    assert r2(told([-1.0, -2.0], [-1.5, -1.0], -1), config)[0] > 1 > r2(told([-1.0, -2.0], [-1.5, -1.0], 1), config)[0]
+
+
+def test_r2_opd_keeps_a_rollouts_sum_and_goes_from_opd_to_dropped_conflicts(settings):
+    d = torch.randn(50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    one = Told(torch.zeros_like(d), d, -1)
+    for beta in (0.0, 1e-3, 1.0, 1e6):
+        w = r2(one, Config.load(None, settings(gate_sharpness=beta)))
+        assert float((w * d).abs().sum()) == pytest.approx(float(d.abs().sum()))
+        assert beta or w.tolist() == [1.0] * 50
+    assert (w[d > 0] < 1e-9).all() and (w[d < 0] > 1).all()
 
 
 # --- r: the teacher's pass rate on a prompt, in place of an incorrect rollout's weight ---
@@ -181,6 +245,7 @@ def test_the_students_own_pass_rate_in_place_of_the_teachers(trainer):
         ({"gate": "q-protect", "teacher_reliability": "all"}, "expected off with gate q-protect"),
         ({"teacher_reliability_prior": -1.0}, "teacher_reliability_prior: got -1.0, expected >= 0"),
         ({"teacher_reliability_power": 0.0}, "teacher_reliability_power: got 0.0, expected > 0"),
+        ({"gate_margin": -1.0}, "gate_margin: got -1.0, expected >= 0"),
         ({"gate": "q_protect"}, "did you mean 'q-protect'"),
     ],
 )
