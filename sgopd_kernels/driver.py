@@ -13,13 +13,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .backends.cpu import CpuBackend
-from .backends.torch import TorchBackend, VocabularySlice
+from .backends.torch import TorchBackend, VocabularySlice, device_guard, without_autocast
 from .gate import draw_agreement
 from .oracle import STATS
 from .plans import calibration
 from .plans.base import Gradients, NeedsGrad, Plan, Report
 from .plans.blocks import blocks
-from .plans.columns import Columns
 from .plans.directions import Residual
 from .plans.exact import Exact
 from .plans.pairs import Pairs
@@ -57,6 +56,18 @@ def run(
     With `group` the plan is exact: each rank holds a slice of every head and the same hidden states; statistics and
     `hidden` are equal on all ranks, `weight` and `bias` are the slice's.
     """
+    device = problem.token_ids.device
+    with device_guard(device), without_autocast(device):
+        return _run(problem, backend, row_scale, needs_grad, group)
+
+
+def _run(
+    problem: Problem,
+    backend: TorchBackend,
+    row_scale: Tensor,
+    needs_grad: NeedsGrad,
+    group: dist.ProcessGroup | None,
+) -> Result:
     shard = None
     if group is not None:
         problem, shard = same_everywhere(problem, group), shard_of(problem, group)
@@ -111,10 +122,12 @@ class Call:
         )
         if needs_grad.weight:
             rounds = self.backend.rounds_sums(self.problem)
-            out.weight = self.backend.zeros(v_all, h, device, torch.bfloat16 if rounds else torch.float32)
+            out.weight = self.backend.accumulator(v_all, h, device, torch.bfloat16 if rounds else torch.float32)
             if rounds and size < self.positions.numel():
-                out.rest = self.backend.zeros(v_all, h, device, torch.int8)
+                out.rest = self.backend.accumulator(v_all, h, device, torch.int8)
         report = self.walk(ladder, size, forced, needs_grad, stats, out)
+        if out.weight is not None:  # what no chunk has written
+            out.weight[0 if out.empty else self.problem.vocabulary :].zero_()
         return Result(
             stats,
             out.hidden,
@@ -130,7 +143,7 @@ class Call:
         budget, v, width = problem.budget, problem.vocabulary, problem.student.hidden.shape[1]
         narrow = (
             budget >= calibration.AUTO
-            and problem.student.hidden.numel() * v >= numbers.columns.narrow_worthwhile
+            and problem.student.hidden.numel() * v >= numbers.devices.narrow_worthwhile
             and backend.narrows(problem.student.hidden, problem.student.weight)
         )
         exact = Exact(problem, backend, needs_grad, vocabulary=vocabulary, narrow=narrow)
@@ -148,8 +161,6 @@ class Call:
                 *quantized(problem, backend, needs_grad, residual, self.positions),
                 Pairs(problem, backend, needs_grad, residual),
             ]
-        if backend.filters_columns and self.valid is None and work >= numbers.columns.worthwhile:
-            return [Columns(problem, backend, needs_grad), exact]
         return [exact]
 
     def chunk_rows(self, plan: Plan) -> int:

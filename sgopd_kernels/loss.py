@@ -353,7 +353,8 @@ def _num_items(value: Tensor | float, device: torch.device) -> Tensor:
     """The denominator, float64 []; a tensor's value is checked where the loss reads it (ops.scale_of)."""
     expected = "a finite number > 0 of valid tokens"
     if not isinstance(value, Tensor):
-        return torch.tensor(number("num_items", value, expected, 0.0), dtype=torch.float64, device=device)
+        # Filled in on the device: a copy from the host would make it wait, and can't be captured.
+        return torch.full((), number("num_items", value, expected, 0.0), dtype=torch.float64, device=device)
     value = constant("num_items", value, FLOATS + INTEGERS, device)
     if value.numel() != 1:
         raise ValueError(f"num_items must be {expected}, got a tensor of shape {tuple(value.shape)}: pass its sum")

@@ -128,7 +128,7 @@ def at_any_size() -> None:
     """Plans that only large calls take are taken by small ones."""
     everywhere = {"worthwhile": 0.0}
     calibration.FITTED = calibration.FITTED.changed(
-        pairs=everywhere, blocks=everywhere, columns={**everywhere, "narrow_worthwhile": 0.0}
+        pairs=everywhere, blocks=everywhere, devices={"narrow_worthwhile": 0.0}
     )
 
 

@@ -33,15 +33,17 @@ class Defect(NamedTuple):
     before: str
     after: str
     tests: str = ""  # of the trainer's: files of tests/sgopd that should notice; of the long ones, one test each
+    device: bool = False  # of what runs on devices: noticed by tests/triton
 
     @property
     def group(self) -> str:
-        return "trainer" if self.tests else "triton" if self.file == TRITON else "loss"
+        return "trainer" if self.tests else "triton" if self.device or self.file == TRITON else "loss"
 
 
 ROWS = "csrc/cpu/rows.cpp"
 TORCH = "sgopd_kernels/backends/torch.py"
 TRITON = "sgopd_kernels/backends/triton_kernels.py"
+TENSOR_CORES = "sgopd_kernels/backends/tensor_cores.py"
 ROWS_OF_DATA = "sgopd/rows.py"
 CHAT = "sgopd/chat.py"
 # fmt: off
@@ -64,7 +66,12 @@ DEFECTS = [
     Defect("a chunk's first weight gradient lost", "sgopd_kernels/plans/exact.py", "if out.weight is None:", "if out.weight is None or not out.weight.any():"),
     Defect("compacted rows not moved", TORCH, "            z[a].copy_(z[b])", "            pass"),
     Defect("teacher's logits from the student's chunk", "sgopd_kernels/plans/exact.py", "p.teacher.hidden[at], p.teacher.weight", "p.teacher.hidden[: at.numel()], p.teacher.weight"),
-    Defect("fp32 products left to the global setting", TORCH, 'torch.set_float32_matmul_precision("highest")', "pass"),
+    Defect("fp32 products left to the global setting", TORCH, '                settings.fp32_precision = "ieee"', "                pass"),
+    Defect("fp32 products: a setting that was inherited is pinned", TORCH, '            settings.fp32_precision = "none"  # what', "            pass  # what"),
+    Defect("autocast reaches into the loss", "sgopd_kernels/driver.py", "with device_guard(device), without_autocast(device):", "with device_guard(device):"),
+    Defect("the head's gradient: rows that no chunk has written", "sgopd_kernels/driver.py", "out.weight[0 if out.empty else self.problem.vocabulary :].zero_()", "pass"),
+    Defect("the head's gradient: the first chunk adds to what was there", "sgopd_kernels/plans/exact.py", "weight, add=not out.empty)", "weight)"),
+    Defect("compacted rows: gaps filled from the front", "sgopd_kernels/plans/exact.py", "active & (order >= count)", "active & (order < count)"),
     Defect("torch: KL not subtracted in the gradient", TORCH, "p * (ratio - value.unsqueeze(-1))", "p * ratio"),
     Defect("torch: temperature missing in the gradient", TORCH, "(head.logit_scale / temperature)", "(head.logit_scale)"),
     Defect("torch: softcap's slope missing", TORCH, "dense = (dense * slope)", "dense = (dense * 1)"),
@@ -95,6 +102,13 @@ DEFECTS = [
     Defect("blocks: what rounding costs not estimated", "sgopd_kernels/plans/blocks.py", "factors * numbers.rounding**2 * left", "0 * numbers.rounding**2 * left"),
     Defect("blocks: the noise of fp32 logits not estimated", "sgopd_kernels/plans/blocks.py", "self.numbers.coherence * noise)", "0.0 * noise)"),
     Defect("blocks: rows that weigh nothing take another's place", "sgopd_kernels/plans/blocks.py", "chunk.positions[self.rows]", "chunk.positions[: self.rows.numel()]"),
+    Defect("device: launched while another one is current", "sgopd_kernels/driver.py", "with device_guard(device), without_autocast(device):", "with without_autocast(device):", device=True),
+    Defect("device: the host waits twice a chunk", "sgopd_kernels/plans/exact.py", "torch.stack([count, late.sum()]).tolist()", "(int(count), int(late.sum()))", device=True),
+    Defect("device: num_items is copied from the host", "sgopd_kernels/loss.py", 'torch.full((), number("num_items", value, expected, 0.0)', 'torch.tensor(number("num_items", value, expected, 0.0)', device=True),
+    Defect("device: a value is looked at on the host", "sgopd_kernels/_checks.py", 'ok.device.type in ("cuda", "meta")', 'ok.device.type in ("cuda",)', device=True),
+    Defect("duplicates of a top k not looked for", "sgopd_kernels/values.py", "        require(\n            distinct,", "        require(\n            distinct | True,"),
+    Defect("device: dW is filled, and then added to", "sgopd_kernels/plans/exact.py", "weight, add=not out.empty)", "weight.zero_() if out.empty else weight)", device=True),
+    Defect("device: a torch that can't add in place is not asked", TENSOR_CORES, "        elif adds_in_place(a.device):", "        elif True:", device=True),
     Defect("triton: the sign test turned round", TRITON, "    signed = d *", "    signed = -d *"),
     Defect("triton: columns beyond the row not masked", TRITON, 'tl.where(inside, z * inverse_temperature, float("-inf"))', "z * inverse_temperature"),
     Defect("triton: last column lost where it begins a block", TRITON, "for first in range(0, V, BLOCK):", "for first in range(0, V - 1, BLOCK):"),
@@ -229,7 +243,7 @@ KERNEL_TESTS = [
     f"tests/kernels/test_{name}.py"
     for name in ("products", "blocks", "parity", "api", "ops", "options", "sparse", "fuzz_native", "door")
 ]
-INTERPRETED = ["tests/triton/interpreted.py"]
+INTERPRETED = ["tests/triton/test_plan.py", "tests/triton/interpreted.py"]
 
 
 def build(checkout: Path) -> None:

@@ -342,7 +342,7 @@ def git_commit() -> str:
         return "not a checkout"
 
 
-def ceilings(meter: Meter, side: int, copied: int) -> Iterator[tuple[str, float | str]]:
+def ceilings(meter: Meter, side: int, copied: int) -> Iterator[tuple[str, float]]:
     """FLOP/s and bytes/s, medians of ten, on random data: a product of zeros is faster than any real one."""
     import torch
 
@@ -356,14 +356,6 @@ def ceilings(meter: Meter, side: int, copied: int) -> Iterator[tuple[str, float 
 
     yield "bf16 FLOP/s", 2 * side**3 / median(lambda: torch.mm(a, b, out=out))
     yield "copy bytes/s", 2 * copied / median(lambda: target.copy_(source))
-    try:
-        if meter.cuda:
-            one = torch.ones((), device=meter.device)
-            x, y = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).T
-            took = median(lambda: torch._scaled_mm(x, y, one, one, out_dtype=torch.bfloat16))
-            yield "fp8 FLOP/s", 2 * side**3 / took
-    except (RuntimeError, AttributeError) as error:
-        yield "fp8 FLOP/s", f"not available: {str(error).splitlines()[0][:120]}"
 
 
 def compare(
@@ -529,10 +521,10 @@ def markdown(data: Record) -> str:
 
 def device_of(env: Record) -> roofline.Device | None:
     """The roofline's device, with the rates that were read here."""
-    bf16, copy, fp8 = (env.get(k) for k in ("bf16 FLOP/s", "copy bytes/s", "fp8 FLOP/s"))
+    bf16, copy = (env.get(k) for k in ("bf16 FLOP/s", "copy bytes/s"))
     if not isinstance(bf16, float) or not isinstance(copy, float):
         return None
-    return roofline.Device("this", bf16, fp8 if isinstance(fp8, float) else None, copy, "read here")
+    return roofline.Device("this", bf16, copy, "read here")
 
 
 def _table(head: list[str], rows: Any) -> list[str]:
@@ -562,9 +554,7 @@ def _rows(table: Record, device: roofline.Device | None) -> list[str]:
         if r.get("plan") and "chunk" in r and device is not None:
             sizes = (shape[k] for k in ("tokens", "vocabulary", "student", "teacher"))
             ran = roofline.Shape(*sizes, chunk=r["chunk"])
-            filtered = r["ran"].endswith("filtered")
-            cost = roofline.filtered(ran, r["kept"]) if filtered else roofline.PLANS[r["plan"]](ran)
-            model = f"{1e3 * cost.seconds(device):.2f}"
+            model = f"{1e3 * roofline.PLANS[r['plan']](ran).seconds(device):.2f}"
         return [
             name,
             f"{r['ms']:.2f}" if timed else "–",

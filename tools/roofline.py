@@ -14,7 +14,6 @@ launches that wait for the host. `tools/gpu_suite.py` puts its measurements besi
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,8 +21,8 @@ from pathlib import Path
 import page
 
 # Kernels launched for one chunk. Exact: four products and the row pass, which tests/triton count, and eight small ones
-# (indexing of hidden states and statistics, a cast). Sparse plans: assumed.
-LAUNCHES_EXACT, LAUNCHES_FORWARD, LAUNCHES_SPARSE = 13, 8, 40
+# (indexing of hidden states and statistics, a cast).
+LAUNCHES_EXACT, LAUNCHES_FORWARD = 13, 8
 LAUNCH_GAP = 2e-6  # seconds between two kernels of a stream whose queue is never empty; assumed
 
 
@@ -33,25 +32,23 @@ class Device:
 
     name: str
     bf16: float  # FLOP/s, dense, fp32 accumulation
-    fp8: float | None  # None: no such units
     bandwidth: float  # bytes/s, read and written together
     source: str
 
 
 # A large bf16 product reaches 0.81 of the H100's datasheet rate and a large copy 0.90 of its bandwidth: what is assumed
-# for cards that gave us no such reading, and for fp8.
+# for cards that gave us no such reading.
 _PRODUCT, _COPY = 798 / 989, 3.0 / 3.35
 DEVICES = (
     Device(
         "H100",
         798e12,
-        1979e12 * _PRODUCT,
         3.0e12,
         "SXM5 80 GB: an 8,192³ bf16 product and a device-to-device copy, read on such a card outside this project",
     ),
-    Device("H200", 788e12, 1979e12 * _PRODUCT, 4.3e12, "SXM 141 GB: likewise"),
-    Device("A100", 312e12 * _PRODUCT, None, 2.04e12 * _COPY, "SXM4 80 GB: datasheet × the H100's shares"),
-    Device("B200", 2250e12 * _PRODUCT, 4500e12 * _PRODUCT, 8.0e12 * _COPY, "SXM: datasheet × the H100's shares"),
+    Device("H200", 788e12, 4.3e12, "SXM 141 GB: likewise"),
+    Device("A100", 312e12 * _PRODUCT, 2.04e12 * _COPY, "SXM4 80 GB: datasheet × the H100's shares"),
+    Device("B200", 2250e12 * _PRODUCT, 8.0e12 * _COPY, "SXM: datasheet × the H100's shares"),
 )
 
 
@@ -63,7 +60,7 @@ class Shape:
     vocabulary: int = 151_936
     student: int = 2048  # width Hs
     teacher: int = 4096  # width Ht
-    chunk: int = 1664  # tokens a chunk, at the most: what the triton backend's default workspace holds at the target
+    chunk: int = 2048  # tokens a chunk, at the most: what the triton backend's default workspace holds at the target
 
     @property
     def chunks(self) -> int:
@@ -96,13 +93,9 @@ class Stage:
     name: str
     flop: float = 0.0
     traffic: float = 0.0  # bytes
-    fp8: bool = False
 
     def seconds(self, device: Device) -> float:
-        rate = device.fp8 if self.fp8 else device.bf16
-        if rate is None:
-            return math.inf
-        return max(self.flop / rate, self.traffic / device.bandwidth)
+        return max(self.flop / device.bf16, self.traffic / device.bandwidth)
 
 
 @dataclass(frozen=True)
@@ -120,17 +113,17 @@ class Cost:
 
     def arithmetic(self, device: Device) -> float:
         """Seconds of the products alone, were memory free."""
-        return sum(Stage(s.name, s.flop, 0.0, s.fp8).seconds(device) for s in self.stages)
+        return self.flop / device.bf16
 
     def seconds(self, device: Device) -> float:
-        """The lower bound; infinite where the device lacks what the plan needs."""
+        """The lower bound."""
         return sum(s.seconds(device) for s in self.stages) + self.launches * LAUNCH_GAP
 
 
-def product(name: str, shape: Shape, width: int, head: int, hidden: int, result: float, fp8: bool = False) -> Stage:
+def product(name: str, shape: Shape, width: int, head: int, hidden: int, result: float) -> Stage:
     """A projection of all chunks: the head is read again for each. `head`, `hidden`, `result`: bytes an element."""
     traffic = shape.chunks * shape.vocabulary * width * head + shape.tokens * width * hidden + shape.logits * result
-    return Stage(name, 2.0 * shape.logits * width, traffic, fp8)
+    return Stage(name, 2.0 * shape.logits * width, traffic)
 
 
 def forward(shape: Shape, store: Storage) -> tuple[Stage, ...]:
@@ -140,11 +133,11 @@ def forward(shape: Shape, store: Storage) -> tuple[Stage, ...]:
     )
 
 
-def gradients(shape: Shape, store: Storage, rows: float = 1.0, columns: float = 1.0) -> tuple[Stage, ...]:
-    """dH and dW over a share of the tokens and a share of the vocabulary's columns, each chunk's own."""
+def gradients(shape: Shape, store: Storage, rows: float = 1.0) -> tuple[Stage, ...]:
+    """dH and dW over a share of the tokens."""
     v, hs = shape.vocabulary, shape.student
-    g = rows * columns * shape.logits
-    head = shape.chunks * columns * v * hs
+    g = rows * shape.logits
+    head = shape.chunks * v * hs
     hidden = rows * shape.tokens * hs
     # A split reads G and writes its parts, for each of the two products; an operand of its own is read once a part.
     split = g * (store.gradient + store.parts * 2) if store.parts > 1 else 0.0
@@ -152,7 +145,7 @@ def gradients(shape: Shape, store: Storage, rows: float = 1.0, columns: float = 
     flop = 2.0 * g * hs * store.parts
     d_hidden = Stage("dH", flop, split + operand + store.parts * (head + hidden) * store.operand)
     # The first chunk writes the accumulator, the others read and write it; then it is read once and rounded.
-    passes = store.parts * (2 * shape.chunks - 1) * columns * v * hs * store.accumulator if shape.chunks else 0
+    passes = store.parts * (2 * shape.chunks - 1) * v * hs * store.accumulator if shape.chunks else 0
     rounding = v * hs * (store.accumulator + store.operand)
     d_weight = Stage("dW", flop, split + operand + store.parts * hidden * store.operand + passes + rounding)
     return d_hidden, d_weight
@@ -182,50 +175,6 @@ def statistics(shape: Shape, store: Storage = Storage()) -> Cost:
     return Cost((*forward(shape, store), row_pass(shape, store, gradient=False)), shape.chunks * LAUNCHES_FORWARD)
 
 
-def _compact(shape: Shape, store: Storage, share: float) -> tuple[Stage, ...]:
-    """Column choice and what it saves: the chunk's columns of the head gathered, small products, rows added back."""
-    rows_of_head = shape.chunks * share * shape.vocabulary * shape.student
-    g = share * shape.logits
-    choice = shape.logits * 2 * store.logit  # the largest |g| of every column, from both logits
-    compact = g * (2 * store.logit + store.gradient)
-    gather = 2 * rows_of_head * store.operand
-    scatter = 2 * rows_of_head * store.accumulator  # the small product's result, written and read once more
-    return (
-        Stage("column choice", 0.0, choice),
-        Stage("gather", 0.0, compact + gather),
-        *gradients(shape, store, columns=share),
-        Stage("scatter", 0.0, scatter),
-    )
-
-
-def filtered(shape: Shape, share: float, store: Storage = Storage()) -> Cost:
-    """`share`: columns kept by a chunk."""
-    stages = (*forward(shape, store), row_pass(shape, store, gradient=False), *_compact(shape, store, share))
-    return Cost(stages, shape.chunks * LAUNCHES_SPARSE)
-
-
-def quantized(shape: Shape, share: float, refined: float = 0.25, store: Storage = Storage()) -> Cost:
-    """fp8 logits, then a share `refined` of a chunk's columns again from bf16 operands; the rest as filtered."""
-    widths = (("student", shape.student), ("teacher", shape.teacher))
-    quantized_products = tuple(product(f"{who} quantized", shape, w, 1, 1, store.logit, fp8=True) for who, w in widths)
-    again = []
-    for who, w in widths:
-        head = shape.chunks * refined * shape.vocabulary * w * store.operand
-        logits = refined * shape.logits
-        # gathered (read, written), multiplied (read), put in place of the quantized values (written, read, written)
-        traffic = 3 * head + shape.tokens * w * store.operand + 3 * logits * store.logit
-        again.append(Stage(f"{who} refinement", 2.0 * logits * w, traffic))
-    carry = Stage("columns that carry mass", 0.0, shape.logits * 2 * store.logit)
-    stages = (
-        *quantized_products,
-        carry,
-        *again,
-        row_pass(shape, store, gradient=False),
-        *_compact(shape, store, share),
-    )
-    return Cost(stages, shape.chunks * 2 * LAUNCHES_SPARSE)
-
-
 def recomputed(shape: Shape, store: Storage = Storage()) -> Cost:
     """For scale: logits never stored, both projections again in the backward (TRL, cut-cross-entropy)."""
     seen = replace(store, logit=0, gradient=0)
@@ -238,10 +187,6 @@ PLANS: dict[str, Callable[[Shape], Cost]] = {
     "exact, G in bf16": exact,
     "exact, G in two bf16 parts": lambda s: exact(s, SPLIT),
     "exact, G in bf16, gate density ½": lambda s: exact(s, density=0.5),
-    "filtered, s = 0.1": lambda s: filtered(s, 0.1),
-    "filtered, s = 0.3": lambda s: filtered(s, 0.3),
-    "filtered, s = 0.5": lambda s: filtered(s, 0.5),
-    "quantized + filtered, s = 0.1": lambda s: quantized(s, 0.1),
     "statistics, no gradient": statistics,
     "everything recomputed (peers)": recomputed,
 }
@@ -256,7 +201,7 @@ def workspace(shape: Shape, store: Storage = Storage()) -> int:
 
 
 def _milliseconds(seconds: float) -> str:
-    return "–" if math.isinf(seconds) else f"{1e3 * seconds:.1f}"
+    return f"{1e3 * seconds:.1f}"
 
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
@@ -288,7 +233,7 @@ def markdown(shape: Shape, chunks: Iterable[int]) -> str:
     lines += _table(["plan", "TFLOP", "GB moved", "launches", "arithmetic alone, H100", *names], rows)
     lines += ["", "Where two of them spend, by stage:", ""]
     rows = []
-    for name in ("exact, G in bf16", "filtered, s = 0.1"):
+    for name in ("exact, G in bf16", "exact, G in two bf16 parts"):
         for s in PLANS[name](shape).stages:
             if s.flop or s.traffic:
                 took = [_milliseconds(s.seconds(d)) for d in DEVICES]
@@ -298,8 +243,6 @@ def markdown(shape: Shape, chunks: Iterable[int]) -> str:
     shown = [
         "exact, G in bf16",
         "exact, G in two bf16 parts",
-        "filtered, s = 0.1",
-        "quantized + filtered, s = 0.1",
         "statistics, no gradient",
     ]
     rows = []
@@ -313,17 +256,13 @@ def markdown(shape: Shape, chunks: Iterable[int]) -> str:
         [
             d.name,
             f"{d.bf16 / 1e12:.0f}",
-            "–" if d.fp8 is None else f"{d.fp8 / 1e12:.0f}",
             f"{d.bandwidth / 1e12:.2f}",
             d.source,
         ]
         for d in DEVICES
     ]
-    lines += _table(["device", "bf16 TFLOP/s", "fp8 TFLOP/s", "TB/s", "from"], rows)
-    lines += [
-        "",
-        f"fp8: the datasheet's × {_PRODUCT:.2f} everywhere, the bf16 share. {LAUNCH_GAP * 1e6:.0f} µs a launch.",
-    ]
+    lines += _table(["device", "bf16 TFLOP/s", "TB/s", "from"], rows)
+    lines += ["", f"{LAUNCH_GAP * 1e6:.0f} µs a launch."]
     return "\n".join(lines) + "\n"
 
 

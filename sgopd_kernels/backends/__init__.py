@@ -1,9 +1,9 @@
 """Backends: the primitives a plan is made of, on one kind of device. No policy lives here (see plans/).
 
 project(hidden, weight, out)             out [n, V] fp32 = hidden @ weight.T, accurate to fp32
-rows(problem, rows, z_s, z_t, z_r, ...)  statistics [n, 8] fp64; gradient in place of z_s
-add_hidden_gradient(g, weight, out)      out [n, H] fp32 += g @ weight
-add_weight_gradient(g, hidden, out)      out [V, H] fp32 += g.T @ hidden
+rows(problem, chunk, form)               statistics [n, 8] fp64; gradient in place of the student's logits
+add_hidden_gradient(g, weight, out, add) out [n, H] fp32 (+)= g @ weight
+add_weight_gradient(g, hidden, out, add) out [V, H] fp32 (+)= g.T @ hidden
 """
 
 from __future__ import annotations

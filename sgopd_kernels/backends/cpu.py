@@ -75,11 +75,11 @@ class CpuBackend(NativeBackend):
             self.module.advise_huge_pages(out.data_ptr(), 4 * rows * LINE * lines)
         return out
 
-    def zeros(self, rows: int, columns: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Fresh pages are zero as they come: what is added to them first need not be preceded by a pass of its own."""
+    def accumulator(self, rows: int, columns: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Zeros, which pairs are added to; fresh pages are zero as they come, without a pass of their own."""
         nbytes = dtype.itemsize * rows * columns
         if nbytes < HUGE or not hasattr(mmap, "MAP_ANONYMOUS"):
-            return super().zeros(rows, columns, device, dtype)
+            return torch.zeros(rows, columns, dtype=dtype, device=device)
         pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with contextlib.suppress(OSError):  # a kernel built without them
@@ -109,18 +109,18 @@ class CpuBackend(NativeBackend):
             **self.launch(),
         )
 
-    def add_hidden_gradient(self, gradient: Tensor, weight: Tensor, out: Tensor) -> None:
+    def add_hidden_gradient(self, gradient: Tensor, weight: Tensor, out: Tensor, add: bool = True) -> None:
         """A bf16 head on tiles: the gradient as two bf16 numbers, its 16 leading bits."""
         if weight.dtype == torch.bfloat16 and self.has_tiles(weight):
-            self.add_hidden_gradient_tiles(gradient, None, weight, out)
+            self.add_hidden_gradient_tiles(gradient, None, weight, out if add else out.zero_())
         else:
-            super().add_hidden_gradient(gradient, weight, out)
+            super().add_hidden_gradient(gradient, weight, out, add)
 
-    def add_weight_gradient(self, gradient: Tensor, hidden: Tensor, out: Tensor) -> None:
+    def add_weight_gradient(self, gradient: Tensor, hidden: Tensor, out: Tensor, add: bool = True) -> None:
         if hidden.dtype == torch.bfloat16 and self.has_tiles(hidden):
-            self.add_weight_gradient_tiles(gradient, None, hidden, out)
+            self.add_weight_gradient_tiles(gradient, None, hidden, out, first=not add)
         else:
-            super().add_weight_gradient(gradient, hidden, out)
+            super().add_weight_gradient(gradient, hidden, out, add)
 
     # --- products on tiles of bf16 numbers (csrc/cpu/tiles.h) ---
 

@@ -20,18 +20,38 @@ from ..problem import Chunk, Problem
 TILE_BYTES = 16 * 2**20
 
 
+def device_guard(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Makes a CUDA device the current one: launches, streams and captures mean the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Products take their operands as they are: under autocast torch would round fp32 ones first."""
+    if not torch.amp.is_autocast_available(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
 @contextlib.contextmanager
 def ieee_matmul() -> Iterator[None]:
-    """fp32 products mean fp32: neither TF32 nor bf16, whatever the process-wide setting."""
-    before = torch.get_float32_matmul_precision()
-    if before == "highest":
-        yield
-        return
-    torch.set_float32_matmul_precision("highest")
+    """fp32 products mean fp32: neither TF32 nor bf16, whatever the process-wide settings.
+
+    By the settings of CUDA and of the CPU: `set_float32_matmul_precision` sets both, and asking it what it is raises
+    where a user has set one of them.
+    """
+    changed = []
     try:
+        for settings in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
+            before = settings.fp32_precision
+            if before not in ("none", "ieee"):
+                changed.append((settings, before))
+                settings.fp32_precision = "ieee"
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        for settings, before in changed:
+            settings.fp32_precision = "none"  # what was inherited from a wider setting is inherited again
+            if settings.fp32_precision != before:
+                settings.fp32_precision = before
 
 
 def vocabulary_tiles(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -102,7 +122,6 @@ class TorchBackend:
     default_workspace = 256 * 2**20  # bytes, where the caller names none
     row_multiple = 16  # tokens a chunk
     waits = False  # whether the host waits for the device where a plan reads a value
-    filters_columns = False  # whether dense products are so fast that filtering by columns may pay
 
     def held_bytes(self, problem: Problem, narrow: bool) -> tuple[int, int]:
         """(bytes, bytes a token of the chunk) that `rows` and the products hold beside logits, for the plan's count."""
@@ -138,9 +157,9 @@ class TorchBackend:
         """Whether the head's gradient is summed in bf16 and a byte beside each element, where fp32 would be."""
         return False
 
-    def zeros(self, rows: int, columns: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-        """[rows, columns], for the head's gradient."""
-        return torch.zeros(rows, columns, dtype=dtype, device=device)
+    def accumulator(self, rows: int, columns: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[rows, columns], for the head's gradient. The first chunk writes all of it, whatever it holds."""
+        return torch.empty(rows, columns, dtype=dtype, device=device)
 
     def project(self, hidden: Tensor, weight: Tensor, out: Tensor) -> None:
         with ieee_matmul():
@@ -148,14 +167,15 @@ class TorchBackend:
             for columns, tile in vocabulary_tiles(weight):
                 torch.mm(hidden, tile.T, out=out[:, columns])
 
-    def add_hidden_gradient(self, gradient: Tensor, weight: Tensor, out: Tensor) -> None:
+    def add_hidden_gradient(self, gradient: Tensor, weight: Tensor, out: Tensor, add: bool = True) -> None:
         with ieee_matmul():
             for columns, tile in vocabulary_tiles(weight):
-                out.addmm_(gradient[:, columns], tile)
+                out.addmm_(gradient[:, columns], tile, beta=int(add))
+                add = True
 
-    def add_weight_gradient(self, gradient: Tensor, hidden: Tensor, out: Tensor) -> None:
+    def add_weight_gradient(self, gradient: Tensor, hidden: Tensor, out: Tensor, add: bool = True) -> None:
         with ieee_matmul():
-            out.addmm_(gradient.T, hidden.float())
+            out.addmm_(gradient.T, hidden.float(), beta=int(add))
 
     def rows(
         self, problem: Problem, chunk: Chunk, gradient: torch.dtype | None, vocabulary: Vocabulary | None = None

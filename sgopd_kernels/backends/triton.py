@@ -13,7 +13,6 @@ fp32 and fp16 heads, and heads whose hidden states have another dtype, go throug
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,12 +20,12 @@ from torch import Tensor
 
 from ..options import DIVERGENCES
 from ..problem import Chunk, Problem
-from .torch import TorchBackend, Vocabulary
+from .tensor_cores import TensorCoreBackend
+from .torch import Vocabulary
 
 # Columns a program holds at once, and its warps. Fewer where a divergence takes float64, or a third model is there.
 BLOCK, BLOCK_SMALL, WARPS = 2048, 1024, 8
 MOVE_BLOCK = 4096
-SPLIT_COLUMNS = 8192  # of G that are split at once
 
 
 def _kernels() -> Any:
@@ -36,14 +35,8 @@ def _kernels() -> Any:
     return triton_kernels
 
 
-class TritonBackend(TorchBackend):
+class TritonBackend(TensorCoreBackend):
     name = "triton"
-    # 1,700 tokens of two models with 152 thousand columns. Below a thousand tokens a chunk, reading the heads and
-    # accumulating the weight's gradient decide.
-    default_workspace = 2 * 2**30
-    row_multiple = 128  # tokens a chunk: whole tiles of a product
-    waits = True
-    filters_columns = True
 
     def available(self) -> bool:
         if importlib.util.find_spec("triton") is None:
@@ -60,70 +53,18 @@ class TritonBackend(TorchBackend):
         return not isinstance(_kernels().rows_kernel, triton.runtime.JITFunction)
 
     def launch(self, kernel: Any, grid: tuple[int, ...], /, **arguments: Any) -> None:
-        """Every kernel starts here, on the current stream of the operands' device."""
+        """Every kernel starts here, on the current stream of the current device, the operands' (driver.run)."""
         kernel[grid](**arguments)
 
     def logits(self, rows: int, columns: int, device: torch.device) -> Tensor:
         return super().logits(rows, -(-columns // 16) * 16, device)[:, :columns]  # aligned rows
 
-    def held_bytes(self, problem: Problem, narrow: bool) -> tuple[int, int]:
-        if not self.narrows(problem.student.hidden, problem.student.weight):
-            return self.cast_bytes(problem), 0
-        return 0, 0 if narrow else 8 * SPLIT_COLUMNS  # a tile in bf16 twice, and a difference in fp32
-
-    # products
-
     def narrows(self, *operands: Tensor) -> bool:
-        return all(t.dtype == torch.bfloat16 for t in operands) and torch.version.hip is None
-
-    def multiply(self, a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
-        """out [fp32] = (out +) a @ b for 16-bit operands, with an fp32 accumulator throughout."""
-        if a.device.type == "cpu":  # interpreted: torch has no such product on the CPU
-            wide = a.float() @ b.float()
-            out.add_(wide) if add else out.copy_(wide)
-        elif add:
-            torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
-        else:
-            torch.mm(a, b, out_dtype=torch.float32, out=out)
-
-    def project(self, hidden: Tensor, weight: Tensor, out: Tensor) -> None:
-        same = hidden.dtype == weight.dtype and hidden.dtype in (torch.bfloat16, torch.float16)
-        if same and torch.version.hip is None:
-            self.multiply(hidden, weight.T, out, add=False)
-        else:
-            super().project(hidden, weight, out)
+        return self.takes(*operands)
 
     def gradient_of(self, z_student: Tensor, narrow: bool) -> Tensor:
         """Where `rows` leaves the gradient: over the logits, row by row; a narrow one over each row's first half."""
         return z_student.view(torch.bfloat16)[:, : z_student.shape[1]] if narrow else z_student
-
-    def _parts(self, gradient: Tensor) -> Iterator[tuple[slice, list[Tensor]]]:
-        """(columns, the bf16 tensors whose sum the gradient is there)."""
-        if gradient.dtype == torch.bfloat16:
-            yield slice(None), [gradient]
-            return
-        for first in range(0, gradient.shape[1], SPLIT_COLUMNS):
-            columns = slice(first, first + SPLIT_COLUMNS)
-            high = gradient[:, columns].bfloat16()
-            yield columns, [high, (gradient[:, columns] - high).bfloat16()]
-
-    def add_hidden_gradient(self, gradient: Tensor, weight: Tensor, out: Tensor) -> None:
-        if not self.narrows(weight):
-            super().add_hidden_gradient(gradient, weight, out)
-            return
-        for columns, parts in self._parts(gradient):
-            for part in parts:
-                self.multiply(part, weight[columns], out, add=True)
-
-    def add_weight_gradient(self, gradient: Tensor, hidden: Tensor, out: Tensor) -> None:
-        if not self.narrows(hidden):
-            super().add_weight_gradient(gradient, hidden, out)
-            return
-        for columns, parts in self._parts(gradient):
-            for part in parts:
-                self.multiply(part.T, hidden, out[columns], add=True)
-
-    # rows
 
     def rows(
         self, problem: Problem, chunk: Chunk, gradient: torch.dtype | None, vocabulary: Vocabulary | None = None

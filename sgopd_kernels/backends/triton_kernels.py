@@ -327,7 +327,12 @@ def _divergence(
     return value, mean_score, mean
 
 
-@triton.jit
+# A stride that is the call's count of tokens: no kernel of its own for counts that 16 divides. Per-token numbers are
+# read one by one: none for addresses that 16 divides.
+@triton.jit(
+    do_not_specialize=["weights_stride"],
+    do_not_specialize_on_alignment=["rows", "weights", "forced", "row_scale", "stats"],
+)
 def rows_kernel(
     student,
     student_stride,

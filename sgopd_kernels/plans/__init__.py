@@ -1,7 +1,7 @@
 """Plans: in which way a chunk of tokens gets its statistics and gradients.
 
     exact      all logits in fp32, dense gradient products (exact.py)
-    filtered   gradient products over the (token, column) pairs that matter (pairs.py), or the columns (columns.py)
+    filtered   gradient products over the (token, column) pairs that matter (pairs.py)
     quantized   logits in 16-bit integers, those that carry probability again in fp32; then as filtered (quantized.py)
 
 A plan knows the primitives of a backend and an error budget. The driver walks a ladder of them: it knows which plans a

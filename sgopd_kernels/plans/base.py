@@ -35,7 +35,7 @@ class Gradients:
     weight: Tensor | None  # [V, Hs] fp32, or bf16 where the backend sums in it (`CpuBackend.rounds_sums`)
     bias: Tensor | None  # [V] fp32
     rest: Tensor | None = None  # [V, Hs] int8, beside a bf16 sum over several chunks
-    empty: bool = True  # nothing was added to `weight` yet
+    empty: bool = True  # nothing was added to `weight` yet: the first chunk writes it, whatever it holds
 
 
 class Plan(Protocol):

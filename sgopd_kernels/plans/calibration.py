@@ -106,16 +106,10 @@ class BlockNumbers:
 
 
 @dataclass(frozen=True)
-class ColumnNumbers:
-    """Gradient products over columns, on devices (columns.py). By arithmetic: no device has measured them."""
+class DeviceNumbers:
+    """Dense products of 16-bit numbers, on devices. By arithmetic: no device has measured them."""
 
-    # Share of columns above which dense products of a gradient rounded to bf16 cost less: 2 (Hs + Ht) + 8 s Hs of
-    # split products, a gather and a scatter, against 6 Hs + 2 Ht.
-    most: float = 0.35
-    share: float = 0.3  # of the budget: what dropped columns may weigh, before the estimate's factors
-    worthwhile: float = 2.0**33  # multiply-adds of one projection from which columns are filtered …
-    narrow_worthwhile: float = 2.0**33  # … and from which G may be rounded to bf16
-    tile: int = 8192  # columns whose head and gradient are gathered at once
+    narrow_worthwhile: float = 2.0**33  # tuned: multiply-adds of one projection from which G may be rounded
 
 
 @dataclass(frozen=True)
@@ -126,7 +120,7 @@ class Calibration:
     residual: ResidualNumbers = field(default_factory=ResidualNumbers)
     pairs: PairNumbers = field(default_factory=PairNumbers)
     quantized: QuantizedNumbers = field(default_factory=QuantizedNumbers)
-    columns: ColumnNumbers = field(default_factory=ColumnNumbers)
+    devices: DeviceNumbers = field(default_factory=DeviceNumbers)
     blocks: BlockNumbers = field(default_factory=BlockNumbers)
 
     def __post_init__(self) -> None:

@@ -74,8 +74,8 @@ class Exact:
         if order.numel() < at.numel():
             h, at = h[order], at[order]
         if out.hidden is not None:
-            g_h = torch.zeros(at.numel(), h.shape[1], dtype=torch.float32, device=h.device)
-            self.backend.add_hidden_gradient(g, self.head, g_h)
+            g_h = torch.empty(at.numel(), h.shape[1], dtype=torch.float32, device=h.device)
+            self.backend.add_hidden_gradient(g, self.head, g_h, add=False)
             if self.vocabulary is not None:
                 dist.all_reduce(g_h, group=self.vocabulary.group)
             out.hidden[at] = g_h.to(out.hidden.dtype)
@@ -88,7 +88,7 @@ class Exact:
             return
         weight = out.weight[: self.v]
         if weight.dtype == torch.float32:
-            self.backend.add_weight_gradient(g, h, weight)
+            self.backend.add_weight_gradient(g, h, weight, add=not out.empty)
         else:
             assert isinstance(self.backend, CpuBackend)
             self.backend.add_weight_gradient_tiles(g, None, h, weight, out.rest, out.empty)
@@ -113,10 +113,13 @@ def compact(backend: TorchBackend, g: Tensor, active: Tensor) -> Tensor:
 
     Rows from the end fill the gaps: the fewest moves, and no row is written that is still to be read.
     """
-    order = torch.arange(int(active.sum()), device=g.device)
-    gaps = torch.nonzero(~active[: order.numel()]).squeeze(-1)
-    last = torch.nonzero(active[order.numel() :]).squeeze(-1) + order.numel()
+    order = torch.arange(active.numel(), device=g.device)
+    count = active.sum()
+    gap, late = ~active & (order < count), active & (order >= count)
+    stay, moved = torch.stack([count, late.sum()]).tolist()  # where the host waits, it waits here alone
+    gaps, last = (where.to(torch.int8).argsort(descending=True, stable=True)[:moved] for where in (gap, late))
     backend.move_rows(g, gaps, last)
+    order = order[:stay]
     order[gaps] = last
     return order
 

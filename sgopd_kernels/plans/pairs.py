@@ -100,6 +100,7 @@ class Pairs(Exact):
                 self.backend.add_pairs_weight(pairs, hidden, out.weight)
             if out.bias is not None:
                 self.backend.add_pairs_bias(pairs, out.bias)
+        out.empty = False
         if out.bias is not None:
             out.bias[: self.v] += residual.sum(0)
 

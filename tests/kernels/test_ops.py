@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from sgopd_kernels import gated_kl_loss
+from sgopd_kernels import Gate, backends, gated_kl_loss
 from sgopd_kernels.backends.cpu import CpuBackend
 
 
@@ -60,6 +60,45 @@ def test_autocast_keeps_exact_logits(kit: Any) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mixed = gated_kl_loss(half, *inputs.args()[1:])
     assert torch.equal(exact, mixed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_autocast_moves_no_bit(
+    kit: Any, calibrate: Any, monkeypatch: pytest.MonkeyPatch, backend: str, dtype: torch.dtype
+) -> None:
+    """Nor of what the plans multiply in torch: a probe, the residual along the head's directions."""
+    calibrate(pairs={"worthwhile": 0.0})
+    # Pairs, whose plans do that, in place of tiles.
+    monkeypatch.setattr(CpuBackend, "isa", next(i for i in CpuBackend().instruction_sets() if "amx" not in i))
+    inputs = kit.make_inputs(n=48, v=2500, hs=64, peak=12.0, near=0.3, seed=5, dtype=dtype)
+    plain = kit.call(inputs, backend=backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = kit.call(inputs, backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(plain[:3], mixed[:3]))
+    assert mixed[3].error_estimate == plain[3].error_estimate
+    assert mixed[3].plan in (("exact",) if backend == "torch" else ("quantized", "filtered"))
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_the_first_chunk_writes_the_heads_gradient(kit: Any, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    """Whatever its memory held: NaN here. Also where no chunk came, and in rows beyond the shared vocabulary."""
+
+    def soiled(self: Any, rows: int, columns: int, device: Any, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.full((rows, columns), torch.nan, dtype=dtype)
+
+    monkeypatch.setattr(type(backends.get("torch")), "accumulator", soiled)
+    if backend == "cpu":
+        monkeypatch.setattr(type(backends.get("cpu")), "accumulator", soiled)
+    inputs = kit.make_inputs(n=40, v=300, v_teacher=280, seed=2)
+    truth = kit.oracle(inputs)
+    for workspace in (None, 40_000 + (0 if backend == "cpu" else 48 * 2**20)):  # one chunk; several
+        got = kit.call(inputs, backend=backend, precision="exact", workspace=workspace)[2]
+        assert kit.relative(got, truth.d_weight) <= 1e-5 and not got[280:].any()
+    inputs.token_ids[:] = -100
+    assert not kit.call(inputs, backend=backend)[2].any()
+    inputs.token_ids[:] = 3
+    assert not kit.call(inputs, backend=backend, gate=Gate(0.0, 0.0, 0.0))[2].any()
 
 
 def test_second_derivatives_and_second_backwards_are_refused(kit: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -140,23 +142,55 @@ def test_chunking_and_threads_change_nothing(kit: Any, backend: str) -> None:
     assert torch.equal(single[3].kl, whole[3].kl) or kit.relative(single[3].kl, whole[3].kl) <= 1e-6
 
 
+ALL, CUDA, CPU = torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+
+
+def precisions() -> list[str]:
+    return [s.fp32_precision for s in (ALL, CUDA, CPU)]
+
+
+@pytest.fixture
+def untouched() -> Iterator[None]:
+    """Settings of fp32 products as a process begins with them, and afterwards as they were."""
+    legacy, before = torch.get_float32_matmul_precision(), precisions()
+    for setting in (ALL, CUDA, CPU):
+        setting.fp32_precision = "none"
+    yield
+    ALL.fp32_precision = "none"
+    torch.set_float32_matmul_precision(legacy)
+    for setting, value in zip((ALL, CUDA, CPU), before):
+        setting.fp32_precision = value
+
+
+# How a user asks for rounded fp32 products.
+SETTINGS: dict[str, Callable[[], None]] = {
+    "legacy": partial(torch.set_float32_matmul_precision, "medium"),
+    "cuda": partial(setattr, CUDA, "fp32_precision", "tf32"),
+    "cpu": partial(setattr, CPU, "fp32_precision", "bf16"),
+    "all": partial(setattr, ALL, "fp32_precision", "tf32"),
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_low_precision_matmul_settings_are_ignored(kit: Any, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`torch.set_float32_matmul_precision('medium')` lets fp32 products round to bf16, on processors that can."""
-    seen, mm = [], torch.mm
+def test_low_precision_matmul_settings_are_ignored(
+    kit: Any, untouched: None, backend: str, setting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TF32 or bf16 is what they ask for; after the call they are as they were."""
+    seen, mm = set(), torch.mm
 
     def spy(*args: Any, **kwargs: Any) -> torch.Tensor:
-        seen.append(torch.get_float32_matmul_precision())
+        seen.update(precisions()[1:])
         return mm(*args, **kwargs)
 
     monkeypatch.setattr(torch, "mm", spy)
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        kit.call(kit.make_inputs(seed=9), backend=backend)
-        assert set(seen) == {"highest"} and torch.get_float32_matmul_precision() == "medium"
-    finally:
-        torch.set_float32_matmul_precision(before)
+    SETTINGS[setting]()
+    asked = precisions()
+    assert asked != ["none"] * 3
+    kit.call(kit.make_inputs(seed=9), backend=backend)
+    assert seen and seen <= {"ieee", "none"} and precisions() == asked
+    ALL.fp32_precision = "none"
+    assert setting != "all" or precisions() == ["none"] * 3, "what was inherited is pinned"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

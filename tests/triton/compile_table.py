@@ -3,6 +3,7 @@
     python tests/triton/compile_table.py            # the table; exit status 1 where a ceiling is broken
     python tests/triton/compile_table.py --plant    # with a planted regression, which must break one
     python tests/triton/compile_table.py --all      # all options, not only the usual ones (minutes)
+    python tests/triton/compile_table.py --tokens   # how many kernels calls of any number of tokens need
 
 A driver that only names its target stands in for the device's; the launches are the backend's own, recorded. Registers
 and spills are ptxas's word, from Triton's own copy of it. Nothing runs: these are no timings.
@@ -181,14 +182,34 @@ def compiled(launch: Launch, capability: int) -> Any:
     return launch.kernel.warmup(grid=(1,), **launch.arguments)
 
 
+def kernels_for_any_number_of_tokens() -> int:
+    """One: the count is no constant of the kernel, nor is where a chunk's tokens begin in the call's."""
+    driver.set_active(Driver(90))
+    seen = set()
+    for tokens, first in itertools.product((1, 2, 16, 24, 4096, 4097), (0, 1, 128)):
+        [launch] = launches({"divergence": "forward-kl"})
+        problem = {k: launch.arguments[k] for k in ("rows", "weights", "row_scale")}
+        for name, tensor in problem.items():
+            launch.arguments[name] = torch.cat([tensor.reshape(-1)] * 20)[first:]
+        launch.arguments["weights_stride"] = tokens
+        launch.kernel.device_caches.clear()
+        result = launch.kernel.warmup(grid=(1,), **launch.arguments)
+        seen.add(result.hash)
+    return len(seen)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--all", action="store_true", help="every combination of options")
     parser.add_argument("--plant", action="store_true", help="a regression: a block too large for its registers")
+    parser.add_argument("--tokens", action="store_true", help="kernels that calls of any number of tokens need")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     chosen = parser.parse_args()
     if chosen.plant:
         backend_module.BLOCK = 16384
+    if chosen.tokens:
+        print(count := kernels_for_any_number_of_tokens())
+        return int(count != 1)
     broken = 0
     print("| kernel | options | target | registers | spills, bytes | shared, bytes | |\n|---|---|---|---|---|---|---|")
     for options in [USUAL[0]] if chosen.plant else every() if chosen.all else USUAL:

@@ -66,6 +66,14 @@ def test_a_planted_regression_breaks_a_ceiling() -> None:
 
 
 @needs_triton
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton carries ptxas on Linux only")
+def test_no_number_of_tokens_needs_a_kernel_of_its_own() -> None:
+    """A compilation takes 2 to 3 seconds, in the middle of a run."""
+    done = run(str(HERE / "compile_table.py"), "--tokens")
+    assert (done.returncode, done.stdout.strip()) == (0, "1"), done.stdout + done.stderr[-3000:]
+
+
+@needs_triton
 def test_cpu_tensors_are_refused_without_the_interpreter() -> None:
     operands = torch.randn(4, 8), torch.randn(20, 8), torch.randn(4, 8), torch.randn(20, 8)
     with pytest.raises(ValueError, match=r"backend='triton' needs tensors on cuda, got cpu.*TRITON_INTERPRET"):
