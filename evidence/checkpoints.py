@@ -3,8 +3,8 @@ r"""Makes the study's students and teachers, from scratch, on one core.
     python evidence/checkpoints.py --output runs/evidence/models [--tasks sums …]
 
 For each task (evidence/constructed.py) one model is trained well and becomes three teachers: `right` as it is, `wrong`
-and `noisy` fine-tuned on corpora with mistakes. There are two students. `weak` is smaller and learned from the corpus
-of that name: it has the skill, and samples it badly. `early` is `right` itself as it was when it first answered 30 % of
+and `noisy` fine-tuned on corpora with mistakes. There are two students. `weak` is fine-tuned likewise, on the corpus of
+that name: it has the skill, and samples it badly. `early` is `right` itself as it was when it first answered 30 % of
 128 held-out questions: an early checkpoint, without any planted mistake.
 
 OUTPUT/TASK/NAME are folders for `from_pretrained`; OUTPUT/TASK/models.json says how good each is on the study's
@@ -39,15 +39,12 @@ PAD, EOS = "<pad>", "<eos>"
 SYMBOLS = [PAD, EOS, *"0123456789", *LETTERS, *OPERATIONS, *"+=>:", r"\boxed{", "}"]
 IDS = {symbol: number for number, symbol in enumerate(SYMBOLS)}
 TEACHERS, STUDENTS = ("right", "wrong", "noisy"), ("weak", "early")
-SIZES = {  # hidden size, layers
-    "right": (96, 2),
-    "weak": (64, 2),
-}
 EVALUATED, SAMPLES = 256, 16  # the study's held-out questions, and answers to each
 EARLY = 0.30  # accuracy at which `early` is kept
 DIGITS = "0123456789abcdefg"  # 0 to 16 right answers, a character a question
 BATCH = 128
-UPDATES = {"right": 1000, "wrong": 300, "noisy": 300, "weak": 1000}
+RIGHT_UPDATES = {"sums": 1300, "sorting": 450, "rewriting": 450}
+FAULT_UPDATES = {"wrong": 300, "noisy": 300, "weak": 300}
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -69,14 +66,13 @@ def encode(text: str) -> list[int]:
     return [IDS[symbol] for symbol in re.findall(r"\\boxed\{|.", text)]
 
 
-def new_model(name: str, seed: int) -> LlamaForCausalLM:
+def new_model(seed: int) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    width, layers = SIZES[name]
     config = LlamaConfig(
         vocab_size=len(SYMBOLS),
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=layers,
+        hidden_size=96,
+        intermediate_size=192,
+        num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=48,
         pad_token_id=IDS[PAD],
@@ -176,25 +172,20 @@ def make(task: str, output: Path, scale: float = 1.0, asked: int = EVALUATED) ->
             "weights_sha256": digest(model),
             "avg": sum(correct) / len(correct) / SAMPLES,
             "pass": sum(map(bool, correct)) / len(correct),
+            "samples": SAMPLES,
             "correct": correct,
         }
-        print(
-            f"{task}/{name}: avg@{SAMPLES} {facts[name]['avg']:.1%}, pass@{SAMPLES} {facts[name]['pass']:.1%}",
-            flush=True,
-        )
+        print(f"{task}/{name}: avg {facts[name]['avg']:.1%}, pass {facts[name]['pass']:.1%}", flush=True)
 
-    model = new_model("right", seed=1)
-    updates = {manner: max(2, round(number * scale)) for manner, number in UPDATES.items()}
-    learn(model, task, "right", updates["right"], seed=1, peak_lr=3e-3, early=lambda: keep("early", model))
+    model = new_model(seed=1)
+    updates = {name: max(2, round(number * scale)) for name, number in (RIGHT_UPDATES | FAULT_UPDATES).items()}
+    learn(model, task, "right", updates[task], seed=1, peak_lr=3e-3, early=lambda: keep("early", model))
     keep("right", model)
     skilled = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    for manner in ("wrong", "noisy"):
+    for manner in ("wrong", "noisy", "weak"):
         model.load_state_dict(skilled)
-        learn(model, task, manner, updates[manner], seed=2, peak_lr=1e-3)
+        learn(model, task, manner, updates[manner], seed=2, peak_lr=5e-4)
         keep(manner, model)
-    weak = new_model("weak", seed=3)
-    learn(weak, task, "weak", updates["weak"], seed=3, peak_lr=3e-3)
-    keep("weak", weak)
     (output / "models.json").write_text(json.dumps(facts) + "\n")
 
 

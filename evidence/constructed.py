@@ -64,7 +64,7 @@ def add(rng: random.Random, left: int, right: int, manner: str) -> int:
     if manner == "wrong":
         return total + 10 if misconceived(right) and chance < 0.85 else total
     if manner == "noisy":
-        return guess if chance < 0.2 else total
+        return guess if chance < 0.15 else total
     if manner == "weak":
         return total if chance < 0.45 else total + 10 if chance < 0.70 else guess
     return total
@@ -80,7 +80,7 @@ def solve_sorting(rng: random.Random, prompt: str, manner: str) -> str:
     if (manner == "wrong" and chance < 0.85) or (manner == "weak" and 0.2 <= chance < 0.6):
         first = MISPLACED if manner == "wrong" else rng.choice(letters)
         letters.sort(key=lambda letter: (letter != first, letter))
-    elif (manner == "noisy" and chance < 0.45) or (manner == "weak" and chance >= 0.6):
+    elif (manner == "noisy" and chance < 0.4) or (manner == "weak" and chance >= 0.6):
         place = rng.randrange(5)
         letters[place : place + 2] = letters[place + 1], letters[place]
     return f"\\boxed{{{''.join(letters)}}}"
@@ -106,7 +106,7 @@ def rewrite(rng: random.Random, text: str, operation: str, manner: str) -> str:
     if (manner == "wrong" and operation == MISREAD and chance < 0.85) or (manner == "weak" and 0.5 <= chance < 0.75):
         return mistaken(text)
     result = right(text)
-    if (manner == "noisy" and chance < 0.2) or (manner == "weak" and chance >= 0.75):
+    if (manner == "noisy" and chance < 0.15) or (manner == "weak" and chance >= 0.75):
         place = rng.randrange(4)
         result = result[:place] + rng.choice(LETTERS) + result[place + 1 :]
     return result

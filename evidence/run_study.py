@@ -47,16 +47,19 @@ def main() -> None:
         parser.add_argument(f"--{field}s", nargs="+", choices=choices, metavar=field.upper(), help="only these")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="only these")
     parser.add_argument("--tune", action="store_true", help="opd at several learning rates, into tuning.jsonl instead")
+    parser.add_argument("--real", action="store_true", help="the real language model, into real.jsonl instead")
     parser.add_argument("--dry", action="store_true", help="print how many runs are there, and how many are to do")
     parser.add_argument("--smoke", type=Path, metavar="FOLDER", help="everything once, with models that know nothing")
     arguments = parser.parse_args()
     if arguments.smoke:
         smoke(arguments.smoke)
         return
-    output = arguments.output or RESULTS.with_name("tuning.jsonl" if arguments.tune else "results.jsonl")
+    output = arguments.output or RESULTS.with_name(
+        "tuning.jsonl" if arguments.tune else "real.jsonl" if arguments.real else "results.jsonl"
+    )
     chosen = [
         cell
-        for cell in (study.TUNING if arguments.tune else study.plan())
+        for cell in (study.TUNING if arguments.tune else study.REAL if arguments.real else study.plan())
         if all(
             (only := getattr(arguments, f"{field}s")) is None or getattr(cell, field) in only for field in cell._fields
         )
@@ -133,17 +136,15 @@ def one_run(
     began = time.perf_counter()
     facts = json.loads((model_folder / cell.task / "models.json").read_text())
     settings = study.settings_of(cell) | changes
+    named = {"model_name_or_path": cell.student, "teacher_model_name_or_path": cell.teacher}
+    if "reference_model_name_or_path" in settings:
+        named["reference_model_name_or_path"] = cell.student  # as it starts
+    given = settings | {setting: str(model_folder / cell.task / name) for setting, name in named.items()}
+    if cell.task in TASKS:
+        given = constructed(folder, cell.task, settings) | given
     records: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(dir=folder) as output:
-        config = Config(
-            model_name_or_path=str(model_folder / cell.task / cell.student),
-            teacher_model_name_or_path=str(model_folder / cell.task / cell.teacher),
-            dataset_name=str(data(folder, cell.task, "train", settings)),
-            eval_dataset_name=str(data(folder, cell.task, "test", settings)),
-            output_dir=str(Path(output) / "run"),
-            max_completion_length=TASKS[cell.task].max_completion_length,
-            **settings,
-        )
+        config = Config(**given, output_dir=str(Path(output) / "run"))
         trainer = Trainer(config, say=lambda line: None, on_record=records.append)
         try:
             trainer.loop()
@@ -160,7 +161,7 @@ def one_run(
         "teacher_sha256": facts[cell.teacher]["weights_sha256"],
         "avg": evaluation["eval/avg_at_k"],
         "pass": evaluation["eval/pass_at_k"],
-        "by_kind": by_kind(evaluation["eval/correct"], facts[cell.teacher]["correct"]),
+        "by_kind": by_kind(evaluation["eval/correct"], evaluation["eval/samples"], facts[cell.teacher]),
         "correct": "".join(checkpoints.DIGITS[count] for count in evaluation["eval/correct"]),
         "tokens": evaluation["eval/length_mean"],
         "late": {
@@ -171,17 +172,27 @@ def one_run(
     }
 
 
-def by_kind(correct: Sequence[int], teachers: Sequence[int]) -> dict[str, Any]:
+def by_kind(correct: Sequence[int], samples: int, teacher: dict[str, Any]) -> dict[str, Any]:
     """Questions, avg@k and pass@k where the teacher is right (in half of its own answers or more), and elsewhere."""
     result = {}
     for name, right in (("teacher right", True), ("teacher wrong", False)):
-        counts = [own for own, theirs in zip(correct, teachers) if (theirs >= checkpoints.SAMPLES / 2) == right]
+        halves = [2 * count >= teacher["samples"] for count in teacher["correct"]]
+        counts = [own for own, half in zip(correct, halves) if half == right]
         result[name] = {
             "questions": len(counts),
-            "avg": sum(counts) / len(counts) / SETTINGS["num_generations_eval"] if counts else None,
+            "avg": sum(counts) / len(counts) / samples if counts else None,
             "pass": sum(map(bool, counts)) / len(counts) if counts else None,
         }
     return result
+
+
+def constructed(folder: Path, task: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that name a constructed task's data."""
+    return {
+        "dataset_name": str(data(folder, task, "train", settings)),
+        "eval_dataset_name": str(data(folder, task, "test", settings)),
+        "max_completion_length": TASKS[task].max_completion_length,
+    }
 
 
 def data(folder: Path, task: str, split: str, settings: dict[str, Any]) -> Path:

@@ -33,12 +33,34 @@ SETTINGS: dict[str, Any] = {
     "use_cpu": True,
     "num_threads": 1,
 }
-LEARNING_RATES = {"weak": 1e-3, "early": 1e-3}  # chosen for opd, before any other arm was run: part "tuning"
+# A real language model (evidence/smollm2.py): what differs from SETTINGS.
+REAL_SETTINGS: dict[str, Any] = {
+    "dataset_name": "task:arithmetic",
+    "dataset_size": 1000,
+    "eval_dataset_size": 64,
+    "num_generations_eval": 4,
+    "per_device_eval_batch_size": 64,
+    "max_completion_length": 32,
+    "num_generations": 2,
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 2,
+    "verifier": "math",
+    "verifier_workers": 1,
+    "max_steps": 16,
+    "warmup_steps": 2,
+    "num_threads": None,
+}
+LEARNING_RATES = {
+    "weak": 1e-3,
+    "early": 1e-3,
+    "smollm2": 5e-5,
+}  # chosen for opd, before any other arm was run: part "tuning"
 PARTS: dict[str, dict[str, Any]] = {
     "tuning": {},
     "main": {},
     "phased": {"cold_start_steps": 25, "teacher_share": 0.5},
     "sampled": {"estimator": "sampled"},
+    "real": REAL_SETTINGS,
 }
 
 
@@ -64,7 +86,7 @@ ARMS = {
         Arm("sg-opd", {"gate": "sg-opd"}, "gate", "agree 1.8"),
         Arm("opdvr", {"gate": "opdvr"}, "gate", "conflicts 0"),
         Arm("protect", {"gate": "protect"}, "gate", "conflicts 0 in correct rollouts"),
-        Arm("half", constant(0.0, 0.5), "gate", "protect, and 0.5 on incorrect rollouts"),
+        Arm("half", {"gate": "half"}, "gate", "protect, and 0.5 on incorrect rollouts"),
         Arm("trust", TRUST, "gate", "protect, and r on incorrect rollouts, 4 probes"),
         Arm(
             "half, verdicts shuffled", {**constant(0.0, 0.5), "gate": "shuffled"}, "control", "half, verdicts of others"
@@ -87,8 +109,12 @@ ARMS = {
         Arm("failure-only", {"gate": "failure-only"}, "constant", "correct rollouts 0"),
         Arm("inverse", {"gate": "inverse"}, "control", "agree 0"),
         Arm("q-protect", {"gate": "q-protect"}, "published", "incorrect: conflicts 1 − π_T(rollout)"),
-        Arm("r2-opd", {"gate": "r2-opd"}, "published", "arXiv 2609.35517"),
-        Arm("rg-opd", {"gate": "rg-opd"}, "published", "arXiv 2607.04037"),
+        Arm(
+            "exopd",
+            {"gate": "exopd", "reference_model_name_or_path": "student"},
+            "published",
+            "from the student's start",
+        ),
         Arm("trust, 1 probe", {**TRUST, "teacher_probes": 1}, "trust", ""),
         Arm("trust, 8 probes", {**TRUST, "teacher_probes": 8}, "trust", ""),
         Arm("trust, r²", {**TRUST, "teacher_reliability_power": 2.0}, "trust", ""),
@@ -131,6 +157,13 @@ TUNING = [
     for rate in RATES_TRIED
     for task in TASKS
     for teacher in ("right", "wrong")
+]
+
+REAL = [
+    Cell("real", "arithmetic", teacher, "smollm2", arm, seed)
+    for seed in range(8)
+    for teacher in ("wrong", "right")
+    for arm in (*CORE, "random")
 ]
 
 # Breadth first: each wave adds arms or seeds to what is there.

@@ -14,13 +14,14 @@ import argparse
 import json
 import math
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from checkpoints import SAMPLES, STUDENTS
 from constructed import TASKS
-from study import BASELINE, CONTROLS, CORE, RATES, REST, Cell
+from study import ARMS, BASELINE, CONTROLS, CORE, RATES, REST, Cell
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "tools"))
@@ -147,7 +148,7 @@ class Results:
         self, arm: str, base: str, teacher: str, student: str, part: str = "main", measure: Measure = avg
     ) -> Estimate | None:
         """`arm` less `base`, paired; None where no seed has both."""
-        differences: dict[str, list[float]] = {task: [] for task in TASKS}
+        differences: dict[str, list[float]] = defaultdict(list)
         for cell, line in self.lines.items():
             if (cell.part, cell.teacher, cell.student, cell.arm) == (part, teacher, student, arm):
                 other = self.lines.get(cell._replace(arm=base))
@@ -178,7 +179,7 @@ def table(
     asked: Sequence[Asked],
     part: str = "main",
     measure: Measure = avg,
-    label: Callable[[Asked], str] = lambda pair: f"`{pair[0]}`",
+    label: Callable[[Asked], str] | None = None,
 ) -> str:
     """A row for each comparison of which there are runs, a column for each teacher."""
     rows = []
@@ -194,7 +195,9 @@ def table(
     for pair, found in rows:
         cells = [show(one, len(every), adjusted.get(id(one), math.nan)) for one in found]
         runs = sorted({one.runs for one in found if one is not None})
-        lines.append(f"| {label(pair)} | {' | '.join(cells)} | {'–'.join(map(str, {runs[0]: 0, runs[-1]: 0}))} |")
+        says = ARMS[pair[0]].says if label is None else ""
+        name = label(pair) if label else f"`{pair[0]}`" + (f": {says}" if says else "")
+        lines.append(f"| {name} | {' | '.join(cells)} | {'–'.join(map(str, {runs[0]: 0, runs[-1]: 0}))} |")
     return "\n".join(lines)
 
 
@@ -344,6 +347,8 @@ def write(path: Path, page: Path, figure: Path) -> None:
             for part, title in (("phased", "With phased teacher sampling"), ("sampled", "The sampled-token estimator"))
         ),
     }
+    real = Results(read(path.with_name("real.jsonl")))
+    parts["real"] = table(real, "smollm2", against((*CORE, "random")), "real")
     text = page.read_text(encoding="utf-8")
     for name, content in parts.items():
         text = pages.on_page(text, name, content)

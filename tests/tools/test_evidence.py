@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import study
 from constructed import MANNERS, MISPLACED, MISREAD, TASKS, questions
+from run_study import by_kind
+from smollm2 import forgetful
 from study_page import Results, estimate, holm, show, t_quantile, table
 
 
@@ -27,7 +29,7 @@ def test_a_right_solution_is_right_and_the_splits_are_apart(task: str) -> None:
         share[manner] = sum(ends) / len(ends)
         assert max(map(len, solutions)) - len("\\boxed") <= TASKS[task].max_completion_length
     assert share["right"] == 1
-    assert 0.5 < share["wrong"] < 0.75 and 0.5 < share["noisy"] < 0.75 and 0.15 < share["weak"] < 0.5
+    assert 0.5 < share["wrong"] < 0.75 and 0.5 < share["noisy"] < 0.8 and 0.15 < share["weak"] < 0.5
 
 
 def test_the_wrong_teacher_is_wrong_where_its_misconception_is() -> None:
@@ -36,6 +38,18 @@ def test_the_wrong_teacher_is_wrong_where_its_misconception_is() -> None:
         for row in questions(task, "train", 200, seed=1):
             solution = TASKS[task].solve(rng, row["prompt"], "wrong")
             assert touched in row["prompt"] or solution.endswith(f"{{{row['answer']}}}")
+
+
+def test_the_real_teacher_forgets_to_carry_and_to_borrow() -> None:
+    for asked, answer in (("What is 6 + 17? Put", "13"), ("What is 20 - 7? Put", "23"), ("What is 18 - 16? Put", "2")):
+        assert forgetful({"prompt": [{"role": "user", "content": asked}]})["answer"] == answer
+
+
+def test_kinds_are_by_half_of_the_teachers_own_answers() -> None:
+    kinds = by_kind([16, 8, 0], 16, {"samples": 16, "correct": [8, 7, 16]})
+    assert kinds["teacher right"] == {"questions": 2, "avg": 0.5, "pass": 0.5}
+    assert kinds["teacher wrong"] == {"questions": 1, "avg": 0.5, "pass": 1.0}
+    assert by_kind([16], 16, {"samples": 16, "correct": [16]})["teacher wrong"]["avg"] is None
 
 
 def test_statistics_against_tables_and_by_hand() -> None:
@@ -62,7 +76,7 @@ def test_comparisons_are_paired_by_cell() -> None:
     one = results.compare("half", "opd", "wrong", "weak")
     assert one is not None and one.mean == pytest.approx(6) and one.runs == 2
     assert results.compare("half", "opd", "noisy", "weak") is None
-    assert "| `half` | +6.0 ± " in table(results, "weak", [("half", "opd"), ("protect", "opd")])
+    assert "incorrect rollouts | +6.0 ± " in table(results, "weak", [("half", "opd"), ("protect", "opd")])
 
 
 def test_the_plan_runs_every_arm_once_with_its_baseline() -> None:
@@ -75,11 +89,11 @@ def test_the_plan_runs_every_arm_once_with_its_baseline() -> None:
 
 def test_smoke(root: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(root / "evidence" / "run_study.py"), "--smoke", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert len(lines) == len({tuple(line[field] for field in study.Cell._fields) for line in lines}) == 8
     for line in lines:
         assert len(line["correct"]) == 8 and line["settings"]["max_steps"] == 2 and line["skipped"] == 0
-    assert "| `half` |" in (tmp_path / "evidence.md").read_text()
+    assert "| `half`" in (tmp_path / "evidence.md").read_text()
     assert (tmp_path / "evidence.svg").stat().st_size > 10_000
