@@ -106,6 +106,7 @@ inline Field field(HeadArgs RowsArgs::* member) {
 }
 
 #define SGOPD_FIELD(name) {#name, field(&RowsArgs::name)}
+#define SGOPD_NUMBER_FIELD(name) SGOPD_FIELD(name),
 
 inline void check(const RowsArgs& a) {
   extent("student", a.rows, a.vocabulary, a.student_stride);
@@ -158,10 +159,7 @@ inline void define_rows(py::module_& m, Run run) {
                                                    SGOPD_FIELD(stats),
                                                    SGOPD_FIELD(sampled),
                                                    SGOPD_FIELD(divergence),
-                                                   SGOPD_FIELD(parameter),
-                                                   SGOPD_FIELD(tolerance),
-                                                   SGOPD_FIELD(ratio_clip),
-                                                   SGOPD_FIELD(gradient),
+                                                   SGOPD_ROW_NUMBERS(SGOPD_NUMBER_FIELD) SGOPD_FIELD(gradient),
                                                    SGOPD_FIELD(energy)};
   m.def("rows", [run](const py::kwargs& given) {
     RowsArgs a{};

@@ -26,6 +26,10 @@ struct HeadArgs {
   float softcap;  // 0: none
 };
 
+// Numbers of the call, by the names that Problem.row_numbers gives them. A further one is a word here.
+#define SGOPD_ROW_NUMBERS(X) X(parameter) X(tolerance) X(ratio_clip)
+#define SGOPD_NUMBER(name) double name;
+
 struct RowsArgs {
   int64_t rows, vocabulary;
   float* student;  // [rows, V] projections in, gradient out
@@ -46,8 +50,7 @@ struct RowsArgs {
   float* energy;                   // [rows, ceil(V / 32)] or null: squares of the gradient, summed over 32 columns
   bool sampled;                    // the estimator: on the sampled token; else over the vocabulary
   int divergence;
-  double parameter;  // of the divergence
-  double tolerance, ratio_clip;
+  SGOPD_ROW_NUMBERS(SGOPD_NUMBER)
   float inverse_temperature;
   bool gradient;
 };

@@ -80,11 +80,12 @@ class TopKTeacher:
 Check = Callable[[str, Any], Any]  # (name, value) -> the value as the loss uses it, or raises
 
 
-def _checked(check: Check) -> dict[str, Check]:
-    return {"check": check}
+def _checked(check: Check, row: bool = False) -> dict[str, Any]:
+    """`row`: every row pass is given this number, by this name (Problem.row_numbers)."""
+    return {"check": check, "row": row}
 
 
-def _one_of(*names: str) -> dict[str, Check]:
+def _one_of(*names: str) -> dict[str, Any]:
     return _checked(lambda name, value: one_of(name, value, names))
 
 
@@ -152,7 +153,7 @@ class Options:
     estimator: Literal["full", "sampled"] = field(default="full", metadata=_one_of("full", "sampled"))
     divergence: str | tuple[str, float] = field(default="reverse-kl", metadata=_checked(_divergence))
     temperature: float = field(default=1.0, metadata=_checked(scale))
-    ratio_clip: float = field(default=2.0, metadata=_checked(positive))
+    ratio_clip: float = field(default=2.0, metadata=_checked(positive, row=True))
     ignore_index: int = field(
         default=-100, metadata=_checked(lambda n, value: integer(n, value, "a whole number, at most 2^53 in size"))
     )

@@ -78,6 +78,12 @@ class Problem:
         return weights
 
     @property
+    def row_numbers(self) -> dict[str, float]:
+        """What every row pass is given by these names; csrc/rows.h has them for the native ones."""
+        options = {f.name: getattr(self.options, f.name) for f in fields(Options) if f.metadata["row"]}
+        return {"parameter": self.divergence[1], "tolerance": self.gate.tolerance, **options}
+
+    @property
     def may_weigh_0(self) -> bool:
         """Whether a token's weight can be 0, which takes it out of the backward."""
         return self.token_weight is not None or self.gate.may_be_0

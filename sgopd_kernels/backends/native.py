@@ -32,7 +32,7 @@ class NativeBackend(TorchBackend):
     ) -> Tensor:
         assert self.module is not None and vocabulary is None, "a native pass sees whole rows"
         options, rows = problem.options, chunk.positions
-        divergence, parameter = problem.divergence
+        divergence = problem.divergence[0]
         n, v = chunk.z_student.shape
         stats = torch.empty(n, self.module.COLUMNS, dtype=torch.float64, device=chunk.z_student.device)
         # Everything the call reads stays referenced in this list until it returns.
@@ -82,9 +82,7 @@ class NativeBackend(TorchBackend):
             energy=0 if chunk.energy is None else chunk.energy.data_ptr(),
             sampled=options.estimator == "sampled",
             divergence=list(DIVERGENCES).index(divergence),
-            parameter=parameter,
-            tolerance=problem.gate.tolerance,
-            ratio_clip=options.ratio_clip,
+            **problem.row_numbers,
             temperature=options.temperature,
             gradient=gradient is not None,
             **self.launch(),

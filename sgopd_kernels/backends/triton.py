@@ -71,7 +71,7 @@ class TritonBackend(TensorCoreBackend):
     ) -> Tensor:
         assert vocabulary is None, "the row pass sees whole rows"
         options = problem.options
-        divergence, parameter = problem.divergence
+        divergence = problem.divergence[0]
         z_student, z_teacher, z_reference = chunk.z_student, chunk.z_teacher, chunk.z_reference
         n, v = z_student.shape
         stats = torch.empty(n, 8, dtype=torch.float64, device=z_student.device)
@@ -119,9 +119,7 @@ class TritonBackend(TensorCoreBackend):
             row_scale=flat(chunk.scale),
             stats=stats,
             V=v,
-            parameter=parameter,
-            tolerance=problem.gate.tolerance,
-            ratio_clip=options.ratio_clip,
+            **problem.row_numbers,
             SAMPLED=options.estimator == "sampled",
             DIVERGENCE=list(DIVERGENCES).index(divergence),
             BLOCK=BLOCK_SMALL if divergence not in ("reverse-kl", "forward-kl") or reference is not None else BLOCK,
