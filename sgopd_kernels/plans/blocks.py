@@ -48,9 +48,9 @@ class Blocks(Exact):
         self.fine: Tensor | None = None
 
     def held_bytes(self) -> tuple[int, int]:
-        """Threads' scratch; a token's share of energies, packed operands, sums and the logits computed again."""
+        """Scratch; a token's share of energies, packed operands, sums and the logits computed again."""
         h = self.head.shape[1]
-        return 16 * 2**20, self.v // 8 + 4 * self.v // 200 + 512 + 16 * h
+        return self.backend.scratch(self.problem), self.v // 8 + 4 * self.v // 200 + 512 + 16 * h
 
     def forward(self, chunk: Chunk) -> float:
         if self.needs_grad:
@@ -151,10 +151,16 @@ class Blocks(Exact):
 
 
 def blocks(problem: Problem, backend: CpuBackend, needs_grad: NeedsGrad, rows: Tensor) -> list[Blocks]:
-    """The plan, where the tokens `rows` are worth it and the budget leaves it room; for a processor with tiles."""
+    """The plan, where the tokens `rows` are worth it and the budget leaves it room; for a processor with tiles.
+
+    Not for bf16 operands alone: the exact plan's products take one or two numbers a factor there in all, and choosing
+    blocks costs what it saves (docs/benchmarks.md).
+    """
     numbers, budget = calibration.FITTED.blocks, problem.budget
     work = rows.numel() * problem.vocabulary * problem.student.hidden.shape[1]
     if rows.numel() == 0 or work < numbers.worthwhile or budget < 4 * numbers.both:
         return []
-    split = plain(problem) and any(t.dtype == torch.float32 for t in problem.operands())
-    return [Blocks(problem, backend, needs_grad, split and probe(problem, rows)[0] * budget**2 > numbers.kl)]
+    if all(t.dtype == torch.bfloat16 for t in problem.operands()):
+        return []
+    split = plain(problem) and probe(problem, rows)[0] * budget**2 > numbers.kl
+    return [Blocks(problem, backend, needs_grad, split)]

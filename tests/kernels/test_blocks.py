@@ -80,8 +80,11 @@ def test_within_the_budget(spread: float, distance: float, dtype: torch.dtype, g
         assert error(mine, true) <= calibration.AUTO + 1.5 * error(other, true)
     assert torch.equal(got[3].agree, exact[3].agree)
     assert exact[3].plan == "exact" and exact[3].error_estimate == 0
-    assert got[3].plan == "blocks" and 0 < got[3].error_estimate <= calibration.AUTO and got[3].kept <= 1
-    assert got[3].kept < 0.9 or spread < 1
+    if dtype == torch.bfloat16:  # whose exact products run on tiles for the same time
+        assert got[3].plan == "exact" and torch.equal(got[2], exact[2])
+    else:
+        assert got[3].plan == "blocks" and 0 < got[3].error_estimate <= calibration.AUTO and got[3].kept <= 1
+        assert got[3].kept < 0.9 or spread < 1
 
 
 @pytest.mark.parametrize("budget", [1e-2, 1e-3, 1e-4])
@@ -156,7 +159,7 @@ def test_options_beside_the_plan(options: dict[str, Any], dtype: torch.dtype) ->
     exact = gradients(operands, precision="exact", **options)
     for mine, other, true in zip(got[:3], exact[:3], truth[:3]):
         assert error(mine, true) <= calibration.AUTO + 1.5 * error(other, true)
-    assert got[3].plan == "blocks"
+    assert got[3].plan == ("exact" if dtype == torch.bfloat16 else "blocks")
 
 
 def test_a_top_k_and_a_frozen_side() -> None:
@@ -193,19 +196,17 @@ def test_repeats_bit_for_bit_with_any_number_of_threads() -> None:
     assert all(torch.equal(a, b) for other in each[1:] for a, b in zip(each[0][:3], other[:3]))
 
 
-@pytest.mark.parametrize("precision", ["auto", "exact"])
-def test_a_bf16_head_over_chunks_has_the_gradient_of_one(precision: str) -> None:
+def test_a_bf16_head_over_chunks_has_the_gradient_of_one() -> None:
     """Rounded once, as it is written, or summed to 24 bits over chunks; rows beyond the shared vocabulary are 0."""
     operands = inputs(6.0, 0.2, torch.bfloat16)
     operands[1] = torch.cat([operands[1], operands[1][:9]])
-    one = gradients(operands, precision=precision)
-    many = gradients(operands, precision=precision, workspace=2**22)
+    one = gradients(operands)
+    many = gradients(operands, workspace=2**22)
     truth = truth_of(operands)[2]
     assert not one[2][-9:].any() and not many[2][-9:].any()
     rounding = error(truth.bfloat16().double(), truth)
     for got in (one, many):
-        allowed = rounding + (calibration.AUTO / 2 if precision == "auto" else 2e-5)
-        assert error(got[2], truth) <= allowed
+        assert error(got[2], truth) <= rounding + 2e-5
     assert error(one[2], many[2]) <= 2 * rounding
 
 
