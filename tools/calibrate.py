@@ -15,6 +15,9 @@ Even prompts are fitted on. A ratio is the true error over what the estimate mak
     log-ratio               the largest error of a token's, against the one below which a gate's sign may flip
     residual                what is lost in dH by taking pairs, logits in fp32
     spread                  … in dW
+    blocks, hidden          with --isa amx, in place of those: what rounding to one number costs dH, logits in fp32
+    blocks, weight          … dW
+    blocks, noise           noise in dH from logits of three products, the gradient in two numbers everywhere
 
 and a factor is `margin` times the largest ratio of the chunks that matter: whose error is a tenth or more of what is
 allowed. (A smaller one adds less than a hundredth to the estimate, however far it is from its
@@ -44,6 +47,7 @@ from torch import Tensor
 from sgopd_kernels import gated_kl_loss
 from sgopd_kernels.backends.cpu import CpuBackend
 from sgopd_kernels.plans import calibration
+from sgopd_kernels.plans.blocks import Blocks
 from sgopd_kernels.plans.directions import Residual
 from sgopd_kernels.plans.pairs import Pairs
 from sgopd_kernels.plans.quantized import Quantized
@@ -195,7 +199,12 @@ def in_force() -> dict[str, float]:
     numbers = calibration.FITTED
     settings = {name_of(s): numbers.quantized.coherence for s in numbers.quantized.settings}
     rest = {"residual": numbers.residual.coherence, "spread": numbers.residual.spread}
-    return {**settings, "log-ratio": 1.0, **rest}
+    blocks = {f"blocks, {name}": value for name, value in of_blocks(numbers.blocks).items()}
+    return {**settings, "log-ratio": 1.0, **rest, **blocks}
+
+
+def of_blocks(numbers: calibration.BlockNumbers) -> dict[str, float]:
+    return {"hidden": numbers.hidden, "weight": numbers.weight, "noise": numbers.coherence}
 
 
 def name_of(setting: calibration.Setting) -> str:
@@ -253,6 +262,30 @@ def factors(chunk: Chunk, true: Gradients) -> Iterator[tuple[str, dict[str, floa
         yield "spread", {"ratio": errors["dW"] / found["spread"], "share": share, "dW": errors["dW"]}
 
 
+def factors_of_blocks(chunk: Chunk, true: Gradients) -> Iterator[tuple[str, dict[str, float]]]:
+    """As `factors`, on a processor with tiles."""
+    numbers = calibration.FITTED.blocks
+    none = {"hidden": 0.0, "weight": 0.0, "coherence": 0.0}
+    rounded = {**none, "kl": math.inf, "share": numbers.share * calibration.AUTO / ANY}
+    for name, asked in {
+        "hidden": {**rounded, "hidden": 1.0},
+        "weight": {**rounded, "weight": 1.0},
+        "noise": {**none, "kl": -1.0, "share": 0.0, "coherence": 1.0},
+    }.items():
+        found: dict[str, float] = {}
+
+        def of_multiply(result: float, *_: Any, found: dict[str, float] = found) -> None:
+            found["estimate"] = result
+
+        with changed(blocks={"worthwhile": 0.0, **asked}), watched(Blocks, "_multiply", of_multiply):
+            got, stats = call(chunk.operands, ANY)
+        if stats.plan != "blocks":
+            continue
+        errors = got.errors(true)
+        error = errors["dW" if name == "weight" else "dH"]
+        yield f"blocks, {name}", {"ratio": error / found["estimate"], "kept": stats.kept, **found, **errors}
+
+
 def whole(chunk: Chunk, true: Gradients, precision: float) -> dict[str, Any]:
     """The call as it is by default, against its estimate."""
     with changed(pairs={"worthwhile": 0.0}):
@@ -278,7 +311,8 @@ def measure(
             about = {"model": chunk.model, "states": chunk.states, "teacher": chunk.teacher, "kl": kl}
             about |= {"prompt": chunk.prompt, "held_out": chunk.held_out, "tokens": len(chunk.operands[4])}
             if not chunk.held_out:
-                for name, found in factors(chunk, true):
+                backend = CpuBackend()
+                for name, found in (factors_of_blocks if backend.kernels().tiles else factors)(chunk, true):
                     yield {**about, "factor": name, **found}
             yield {**about, **whole(chunk, true, precision)}
 
@@ -291,7 +325,7 @@ def matters(row: dict[str, Any]) -> bool:
     """Whether the error that a factor speaks of is a tenth or more of what is allowed."""
     if row["factor"] == "log-ratio":
         return True
-    return bool(row["dW" if row["factor"] == "spread" else "dH"] >= 0.1 * calibration.AUTO)
+    return bool(row["dW" if row["factor"] in ("spread", "blocks, weight") else "dH"] >= 0.1 * calibration.AUTO)
 
 
 def tables(rows: list[dict[str, Any]]) -> str:
