@@ -46,7 +46,6 @@ def main() -> None:
     ):
         parser.add_argument(f"--{field}s", nargs="+", choices=choices, metavar=field.upper(), help="only these")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="only these")
-    parser.add_argument("--tune", action="store_true", help="opd at several learning rates, into tuning.jsonl instead")
     parser.add_argument("--real", action="store_true", help="the real language model, into real.jsonl instead")
     parser.add_argument("--dry", action="store_true", help="print how many runs are there, and how many are to do")
     parser.add_argument("--smoke", type=Path, metavar="FOLDER", help="everything once, with models that know nothing")
@@ -54,12 +53,10 @@ def main() -> None:
     if arguments.smoke:
         smoke(arguments.smoke)
         return
-    output = arguments.output or RESULTS.with_name(
-        "tuning.jsonl" if arguments.tune else "real.jsonl" if arguments.real else "results.jsonl"
-    )
+    output = arguments.output or RESULTS.with_name("real.jsonl" if arguments.real else "results.jsonl")
     chosen = [
         cell
-        for cell in (study.TUNING if arguments.tune else study.REAL if arguments.real else study.plan())
+        for cell in (study.REAL if arguments.real else study.plan())
         if all(
             (only := getattr(arguments, f"{field}s")) is None or getattr(cell, field) in only for field in cell._fields
         )

@@ -50,13 +50,8 @@ REAL_SETTINGS: dict[str, Any] = {
     "warmup_steps": 2,
     "num_threads": None,
 }
-LEARNING_RATES = {
-    "weak": 1e-3,
-    "early": 1e-3,
-    "smollm2": 5e-5,
-}  # chosen for opd, before any other arm was run: part "tuning"
+LEARNING_RATES = {"weak": 1e-3, "early": 1e-3, "smollm2": 5e-5}
 PARTS: dict[str, dict[str, Any]] = {
-    "tuning": {},
     "main": {},
     "phased": {"cold_start_steps": 25, "teacher_share": 0.5},
     "sampled": {"estimator": "sampled"},
@@ -115,6 +110,9 @@ ARMS = {
             "published",
             "from the student's start",
         ),
+        Arm("rg-opd", {"gate": "rg-opd"}, "published", "arXiv 2607.04037, whole rollouts"),
+        Arm("r2-opd", {"gate": "r2-opd"}, "published", "arXiv 2609.35517, its β of 0.001"),
+        Arm("r2-opd, β 1", {"gate": "r2-opd", "gate_sharpness": 1.0}, "published", ""),
         Arm("trust, 1 probe", {**TRUST, "teacher_probes": 1}, "trust", ""),
         Arm("trust, 8 probes", {**TRUST, "teacher_probes": 8}, "trust", ""),
         Arm("trust, r²", {**TRUST, "teacher_reliability_power": 2.0}, "trust", ""),
@@ -128,16 +126,10 @@ ARMS = {
         ),
     )
 }
-RATES_TRIED = (5e-4, 1e-3, 2e-3, 4e-3)
-ARMS |= {
-    name: Arm(name, {"gate": "opd", "learning_rate": rate}, "tuning", "")
-    for rate in RATES_TRIED
-    for name in (f"opd at {rate:g}",)
-}
 CORE = ("opd", "sg-opd", "opdvr", "protect", "half", "trust")
 CONTROLS = tuple(arm.name for arm in ARMS.values() if arm.group == "control")
 RATES = tuple(arm.name for arm in ARMS.values() if arm.group == "learning rate")
-REST = tuple(arm.name for arm in ARMS.values() if arm.group != "tuning" and arm.name not in (*CORE, *CONTROLS, *RATES))
+REST = tuple(name for name in ARMS if name not in (*CORE, *CONTROLS, *RATES))
 
 
 class Cell(NamedTuple):
@@ -150,14 +142,6 @@ class Cell(NamedTuple):
     arm: str
     seed: int
 
-
-TUNING = [
-    Cell("tuning", task, teacher, student, f"opd at {rate:g}", 900)
-    for student in STUDENTS
-    for rate in RATES_TRIED
-    for task in TASKS
-    for teacher in ("right", "wrong")
-]
 
 REAL = [
     Cell("real", "arithmetic", teacher, "smollm2", arm, seed)

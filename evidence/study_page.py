@@ -152,7 +152,10 @@ class Results:
         for cell, line in self.lines.items():
             if (cell.part, cell.teacher, cell.student, cell.arm) == (part, teacher, student, arm):
                 other = self.lines.get(cell._replace(arm=base))
-                if other is not None and (mine := measure(line)) is not None and (its := measure(other)) is not None:
+                models = "student_sha256", "teacher_sha256"  # made elsewhere, they are others
+                if other is None or any(line.get(name) != other.get(name) for name in models):
+                    continue
+                if (mine := measure(line)) is not None and (its := measure(other)) is not None:
                     differences[cell.task].append(100 * (mine - its))
         return estimate(differences)
 
