@@ -176,6 +176,11 @@ class Config:
         "of gate rg-opd: nats a whole rollout between teacher and student that count as neither", 0.0
     )
     gate_sharpness: float = free("of gate r2-opd: its beta; 0 is plain distillation, a large one drops conflicts", 1e-3)
+    prompt_weight: list[float] | None = free(
+        "[a, b]: a prompt weighs p^a (1 - p)^b, p the student's share of correct answers to it so far; null is off",
+        None,
+    )
+    position_half_life: float | None = free("tokens of a completion after which a token weighs half; null is off", None)
     estimator: Literal["full", "sampled"] = free("exact KL over the vocabulary, or the sampled token only", "full")
     divergence: Literal["reverse-kl", "forward-kl", "jsd"] = free("what is minimised", "reverse-kl")
     jsd_beta: float = free("of divergence jsd, in (0, 1); 0.5 is the symmetric one", 0.5)
@@ -286,6 +291,10 @@ class Config:
         prior, power = self.teacher_reliability_prior, self.teacher_reliability_power
         self._expect("teacher_reliability_prior", prior is None or prior >= 0, ">= 0")
         self._expect("teacher_reliability_power", power > 0, "> 0")
+        exponents, half_life = self.prompt_weight, self.position_half_life
+        two = exponents is None or (len(exponents) == 2 and min(exponents) >= 0)
+        self._expect("prompt_weight", two, "two exponents >= 0, such as [1, 1]")
+        self._expect("position_half_life", half_life is None or half_life > 0, "> 0 tokens")
         for name in ("gate_margin", "gate_sharpness"):
             self._expect(name, getattr(self, name) >= 0, ">= 0")
         for name in ("temperature", "learning_rate", "verifier_timeout", "teacher_timeout"):

@@ -89,6 +89,15 @@ class Phases:
         for example, correct in outcomes:
             self.attempts.see(example, correct)
 
+    def prompt_weight(self, example: int) -> float:
+        """p^a (1 - p)^b, PACED's Beta kernel (arXiv 2603.11178; its p (1 - p) is a = b = 1), for the exponents of
+        `prompt_weight`. p is the student's pass rate on the example so far, with the share over all examples for one
+        more rollout: of a single one it would be 0 or 1, and the weight 0."""
+        assert self.config.prompt_weight is not None
+        a, b = self.config.prompt_weight
+        p = self.attempts.rate(example, prior=1.0, unknown=0.5)
+        return p**a * (1.0 - p) ** b
+
     def reliability(self, example: int) -> float:
         """r: how far the teacher is trusted on this example, in [0, 1], by the config's `teacher_reliability_…`.
 

@@ -67,6 +67,7 @@ class Rollout:
     verdict: int = 0  # 1 correct, -1 incorrect, 0 unknown
     reason: str = ""  # the verifier's
     reliability: float = 0.0  # how far the teacher is trusted in conflicts, in [0, 1]
+    weight: float = 1.0  # of all its tokens in the distillation loss, beside the gate's
     token_stats: Tensor | None = None  # [8, T] of the last update on it: sgopd.completions.keep_token_stats
 
     def __len__(self) -> int:

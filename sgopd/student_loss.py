@@ -14,7 +14,7 @@ from sgopd.config import Config
 from sgopd.models import Head, head_arguments, head_of, hidden_states
 from sgopd.rollout import Batch
 from sgopd.teachers import Hidden, Targets, TopK
-from sgopd.weights import Rule, weigh
+from sgopd.weights import Rule, token_weights, weigh
 from sgopd_kernels import Gate, Stats, gated_kl_loss, gated_logprob_loss, gated_topk_kl_loss
 
 
@@ -65,6 +65,7 @@ class StudentLoss(nn.Module):
         reliability = torch.tensor([rollout.reliability for rollout in batch.rollouts], device=rows.device)[rows]
         from_teacher = torch.tensor([one.source == "teacher" for one in batch.rollouts], device=rows.device)[rows]
         verdict = verdict[rows]
+        weights = token_weights(batch, config)
 
         def gated(part: Tensor, **choices: Any) -> tuple[Tensor, Stats]:
             if self.takes_reliability:
@@ -78,6 +79,8 @@ class StudentLoss(nn.Module):
                 with torch.no_grad():
                     _, stats = self.gated(*given, **asked)
                 choices[self.rule.argument] = weigh(self.rule, stats, rows[part], verdict[part], batch.rollouts, config)
+            if weights is not None:
+                choices["token_weight"] = weights[part] * choices.get("token_weight", 1.0)
             return self.gated(*given, **(choices | {"num_items": num_items, "generator": generator}))
 
         own, theirs = (~from_teacher).nonzero().squeeze(-1), from_teacher.nonzero().squeeze(-1)

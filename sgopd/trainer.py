@@ -304,8 +304,13 @@ class Trainer:
         self.watch.see(verdicts)
         add_verifier_metrics(sums, [verdict.reason for verdict in verdicts])
 
+        self.see_attempts(rollouts)
         if self.loss.takes_reliability:
             self.trust(rollouts, sums)
+        if config.prompt_weight is not None:
+            for rollout in rollouts:
+                rollout.weight = self.state.phases.prompt_weight(rollout.example)
+                sums.add("rollout/weight", rollout.weight, 1)
         add_rollout_metrics(sums, rollouts)
         sums.count("phase/teacher_proposed", sum(offered))
         sums.count("phase/teacher_endorsed", sum(filled))
@@ -315,12 +320,15 @@ class Trainer:
             record.pop("rollout/accuracy", None)  # no verdict is no accuracy of 0
         return rollouts, record
 
+    def see_attempts(self, rollouts: list[Rollout]) -> None:
+        """Counts what the student passed, on all processes, where a setting asks for that."""
+        if self.config.teacher_reliability_source == "student" or self.config.prompt_weight is not None:
+            own = [one for one in rollouts if one.source == "student" and one.verdict != UNKNOWN]
+            self.state.phases.attempt(self.processes.gather([(one.example, one.verdict == CORRECT) for one in own]))
+
     def trust(self, rollouts: list[Rollout], sums: Sums) -> None:
         """Gives the rollouts that the gate weighs by it their reliability."""
         config, phases = self.config, self.state.phases
-        if config.teacher_reliability_source == "student":
-            own = [one for one in rollouts if one.source == "student" and one.verdict != UNKNOWN]
-            phases.attempt(self.processes.gather([(one.example, one.verdict == CORRECT) for one in own]))
         if self.gate.needs_reliability:
             asking = [one for one in rollouts if one.verdict == INCORRECT]
         else:

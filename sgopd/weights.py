@@ -1,9 +1,10 @@
-"""Gates that one token does not tell: what a whole rollout says before its tokens are weighed.
+"""Weights beside the gate's four cells: what a whole rollout, its prompt or a token's place in it says.
 
-The loss knows tokens, not rollouts. So a first call of it, without a gradient, gives both models' log-probabilities of
-the sampled tokens (by the same projections as the loss itself, from hidden states that are there: the cost is the
-loss's forward once more, no model runs again); the rule makes a number a token of them, rollout by rollout; and that
-is the second call's `reliability` or `token_weight`. All of it is a constant for the gradient.
+For gates that need a rollout: the loss knows tokens, not rollouts. So a first call of it, without a gradient, gives
+both models' log-probabilities of the sampled tokens (by the same projections as the loss itself, from hidden states
+that are there: the cost is the loss's forward once more, no model runs again); the rule makes a number a token of them,
+rollout by rollout; and that is the second call's `reliability` or `token_weight`. All of it is a constant for the
+gradient.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sgopd.config import Config
-from sgopd.rollout import Rollout
+from sgopd.rollout import Batch, Rollout
 from sgopd_kernels import Gate, Stats
 
 
@@ -99,3 +100,16 @@ def weigh(
         for row, student, teacher, words in parts
     ]
     return torch.cat([rule.weigh(one, config) for one in told]).float() if told else verdict.float()
+
+
+def token_weights(batch: Batch, config: Config) -> Tensor | None:
+    """Weights [N] float32 that need no model: of a rollout's prompt, times 2^(-t / h) for the t-th token of its
+    completion (t from 0, h `position_half_life`). None: all are 1."""
+    if config.prompt_weight is None and config.position_half_life is None:
+        return None
+    rollouts, device = batch.rollouts, batch.rows.device
+    weights = torch.tensor([one.weight for one in rollouts], device=device)[batch.rows]
+    if config.position_half_life is not None:
+        first = torch.tensor([len(one.prompt_ids) - 1 for one in rollouts], device=device)[batch.rows]
+        weights = weights * torch.exp2((first - batch.columns) / config.position_half_life)
+    return weights

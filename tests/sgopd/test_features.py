@@ -79,6 +79,8 @@ RUNS = {
         "estimator": "sampled",
         "gate": "r2-opd",
         "gate_sharpness": 0.5,
+        "prompt_weight": [1.0, 0.5],
+        "position_half_life": 4.0,
         "gate_margin": 0.5,
         "dtype": "bfloat16",
         "teacher_dtype": "bfloat16",

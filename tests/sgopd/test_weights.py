@@ -237,6 +237,35 @@ def test_the_students_own_pass_rate_in_place_of_the_teachers(trainer):
     assert record["optim/skipped"] == 0 and record["loss"] > 0
 
 
+@pytest.mark.parametrize("gate", ["protect", "r2-opd"])
+def test_prompts_weigh_by_the_students_pass_rate_and_tokens_by_their_place(trainer, gate):
+    changes = {"prompt_weight": [1.0, 2.0], "position_half_life": 3.0, "gate_sharpness": BETA, "num_generations": 4}
+    one = trainer(gate=gate, **changes, max_grad_norm=0.0, cold_start_steps=4, per_device_train_batch_size=12)
+    one.make_batch()
+    rollouts, record = one.make_batch()
+    seen = one.state.phases.attempts
+    g = sum(passed for _, passed in seen.values()) / sum(tried for tried, _ in seen.values())
+    now = [r for r in rollouts if r.source == "student" and r.verdict != 0]
+    assert len(now) < len(rollouts) and sum(seen[e][0] for e in {r.example for r in now}) == len(now)
+
+    def of_prompt(example):
+        words = [r.verdict == 1 for r in now if r.example == example]
+        p = (sum(words) + g) / (len(words) + 1)
+        return p * (1 - p) ** 2
+
+    assert record["rollout/weight"] == pytest.approx(sum(of_prompt(r.example) for r in rollouts) / len(rollouts))
+    assert len({round(of_prompt(r.example), 6) for r in rollouts}) > 1
+
+    def expected(d, log_q, verdict, rollout):
+        if gate == "r2-opd":
+            base = r2_opd(d, log_q, verdict, rollout)
+        else:
+            base = [0.0 if verdict == 1 and one < 0 else 1.0 for one in d]
+        return [w * of_prompt(rollout.example) * 0.5 ** (t / 3) for t, w in enumerate(base)]
+
+    assert_update(one, rollouts, expected)
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -246,6 +275,8 @@ def test_the_students_own_pass_rate_in_place_of_the_teachers(trainer):
         ({"teacher_reliability_prior": -1.0}, "teacher_reliability_prior: got -1.0, expected >= 0"),
         ({"teacher_reliability_power": 0.0}, "teacher_reliability_power: got 0.0, expected > 0"),
         ({"gate_margin": -1.0}, "gate_margin: got -1.0, expected >= 0"),
+        ({"prompt_weight": [1.0]}, "prompt_weight: got .* expected two exponents >= 0"),
+        ({"position_half_life": 0.0}, "position_half_life: got 0.0, expected > 0 tokens"),
         ({"gate": "q_protect"}, "did you mean 'q-protect'"),
     ],
 )
@@ -269,7 +300,7 @@ def test_exopd_is_its_lambda_towards_the_reference(trainer, tiny, tmp_path):
 @pytest.mark.parametrize("changes", [
     {"gate": "trust", "teacher_probes": 1, "teacher_reliability_source": "dealt"},
     {"gate": "trust", "teacher_reliability_source": "student"},
-    {"gate": "q-protect", "cold_start_steps": 2},
+    {"gate": "q-protect", "cold_start_steps": 2, "prompt_weight": [1.0, 1.0]},
 ], ids=str)  # fmt: skip
 def test_a_resumed_run_ends_with_the_same_bits(settings, tmp_path, changes):
     def run(name, **more):
