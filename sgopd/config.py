@@ -146,6 +146,22 @@ class Config:
     top_k: int = free("keep the k likeliest tokens; 0 is off", 0)
     generation_batch_size: int | None = free("rollouts generated at once per process; all of a batch by default", None)
 
+    sampler: Literal["plain", "vllm"] = free("where rollouts come from: this process, or a vLLM server", "plain")
+    sampler_url: str | None = free("with sampler vllm: its address (docs/scaling.md)", None)
+    sampler_folder: str | None = free(
+        "folder for the weights, which the server sees under the same path; sampler/ in output_dir by default", None
+    )
+    sampler_timeout: float = free("seconds that the sampler's server may take for a request", 600.0)
+    sampler_connections: int = free("requests to the sampler's server at once, of each process", 8)
+    sampler_tolerance: float = free(
+        "nats by which the server's log-probabilities of known tokens may differ from the trainer's, on average", 0.05
+    )
+    importance_clip: float | None = free(
+        "weight each of the student's rollouts by its probability now over that when it was sampled, at most this; "
+        "null: not at all",
+        None,
+    )
+
     # --- verifier ---
     verifier: str = free("math, exact, reasoning-gym, or package.module:function", "math")
     verifier_workers: int = free("verifier processes", 2)
@@ -283,7 +299,7 @@ class Config:
             "verifier_memory_mb per_device_train_batch_size gradient_accumulation_steps num_iterations eval_steps "
             "num_generations_eval eval_k per_device_eval_batch_size logging_steps save_steps save_total_limit "
             "max_prompt_length generation_batch_size num_threads max_skipped_steps teacher_top_k teacher_connections "
-            "lora_r lora_alpha",
+            "lora_r lora_alpha sampler_connections",
         }
         for least, names in at_least.items():
             for name in names.split():
@@ -297,8 +313,11 @@ class Config:
         self._expect("position_half_life", half_life is None or half_life > 0, "> 0 tokens")
         for name in ("gate_margin", "gate_sharpness"):
             self._expect(name, getattr(self, name) >= 0, ">= 0")
-        for name in ("temperature", "learning_rate", "verifier_timeout", "teacher_timeout"):
-            self._expect(name, getattr(self, name) > 0, "> 0")
+        for name in (
+            *("temperature", "learning_rate", "verifier_timeout", "teacher_timeout"),
+            *("sampler_timeout", "sampler_tolerance", "importance_clip"),
+        ):
+            self._expect(name, getattr(self, name) is None or getattr(self, name) > 0, "> 0")
         self._expect("adam_epsilon", self.adam_epsilon > 0, "> 0: a weight without a gradient would become 0 / 0")
         pairs = all(len(pair) == len({*pair} - {""}) == 2 for pair in self.thought_tags)
         self._expect("thought_tags", pairs, "pairs of two different texts: [[<think>, </think>], …]")
@@ -335,6 +354,16 @@ class Config:
         self._expect(
             "teacher_copy", self.teacher_copy is None or self.teacher_url is not None, "null without teacher_url"
         )
+        self._expect(
+            "sampler_url",
+            (self.sampler_url is not None) == (self.sampler == "vllm"),
+            "http://HOST:PORT with sampler vllm, null with another",
+        )
+        if self.sampler_url is not None:
+            self._expect("sampler_url", self.sampler_url.startswith(("http://", "https://")), "http://HOST:PORT")
+            why = "with sampler vllm: it gives log-probabilities of what is left after the filter"
+            self._expect("top_k", self.top_k == 0, f"0 {why}")
+            self._expect("top_p", self.top_p == 1, f"1 {why}")
         self._expect("fsdp_teacher", self.fsdp or not self.fsdp_teacher, "false without fsdp")
         self._expect(
             "eval_k",

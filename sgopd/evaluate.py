@@ -11,14 +11,17 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sgopd import lora
 from sgopd.config import Config, UserError
 from sgopd.data import Prompts, derive_seed, has_eval_data, load_prompts
-from sgopd.lora import load_student
 from sgopd.metrics import finite
-from sgopd.models import eos_ids_of, head_of, load_model, load_tokenizer, move
+from sgopd.models import eos_ids_of, head_of, load_model, load_tokenizer, logprobs_of, move
 from sgopd.processes import Processes
 from sgopd.rollout import sampling_of
-from sgopd.samplers import Sampler
+from sgopd.samplers import Sampler, student_sampler
 from sgopd.samplers.plain import PlainSampler
 from sgopd.scores import scores
 from sgopd.startup import check_golds, check_model, check_prompt_ends, start_verifier
@@ -110,20 +113,32 @@ def evaluate_models(config: Config, benchmarks: dict[str, Config] | None = None)
         for whose, path, setting in models:
             tokenizer = load_tokenizer(path, config, setting)
             own = whose == "student"
-            model, said = load_student(path, config) if own else load_model(path, config, setting, config.teacher_dtype)
+            model, said = (
+                lora.load_student(path, config) if own else load_model(path, config, setting, config.teacher_dtype)
+            )
             model = move(model, processes.device).eval()
             eos_ids, vocabulary = eos_ids_of(model, tokenizer), head_of(model).weight.shape[0]
-            sampler = PlainSampler(functools.partial(contextlib.nullcontext, model), tokenizer)
-            for name, of in sets.items():
-                questions = load_prompts(of, tokenizer, "eval")
-                check_model(model, setting, questions, of)
-                said += processes.on_main(functools.partial(check_golds, pool, None, questions))
-                for line in [*questions.remarks, *check_prompt_ends(questions, tokenizer, eos_ids), *said]:
-                    warn(line)
-                said = []
-                result = evaluate(
-                    sampler, questions, pool, of, processes, eos_ids=eos_ids, vocabulary=vocabulary, say=warn
-                )
-                which = {"benchmark": name} if name else {}
-                records.append({"kind": "eval", "model": whose, "path": path, **which, **finite(result)})
+            whole = functools.partial(contextlib.nullcontext, model)
+            sampler: Sampler = PlainSampler(whole, tokenizer)
+            if own:
+                sampler = student_sampler(config, processes, model, tokenizer, whole, vocabulary)
+            with contextlib.closing(sampler):
+                for name, of in sets.items():
+                    questions = load_prompts(of, tokenizer, "eval")
+                    check_model(model, setting, questions, of)
+                    said += processes.on_main(functools.partial(check_golds, pool, None, questions))
+                    said += sampler.check(questions, None)
+                    for line in [*questions.remarks, *check_prompt_ends(questions, tokenizer, eos_ids), *said]:
+                        warn(line)
+                    said = []
+                    sampler.sync(0, functools.partial(weights_of, model), functools.partial(logprobs_of, model))
+                    result = evaluate(
+                        sampler, questions, pool, of, processes, eos_ids=eos_ids, vocabulary=vocabulary, say=warn
+                    )
+                    which = {"benchmark": name} if name else {}
+                    records.append({"kind": "eval", "model": whose, "path": path, **which, **finite(result)})
     return records
+
+
+def weights_of(model: PreTrainedModel) -> dict[str, Tensor]:
+    return lora.merged(model, model.state_dict())

@@ -72,6 +72,17 @@ def hidden_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Ten
     return base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
 
 
+@torch.no_grad()
+def logprobs_of(model: PreTrainedModel, texts: Sequence[list[int]], temperature: float = 1.0) -> Tensor:
+    """[all tokens of the texts but each first] log-probabilities of a model in this process; for a few texts."""
+    found = []
+    for text in texts:
+        ids = torch.tensor([text], device=model.device)
+        logits = head_of(model).logits(hidden_states(model, ids, torch.ones_like(ids)))[0, :-1].float() / temperature
+        found.append(torch.log_softmax(logits, -1).gather(-1, ids[0, 1:, None]).squeeze(-1).cpu())
+    return torch.cat(found)
+
+
 def load_model(path: str, config: Config, setting: str, dtype: str) -> tuple[PreTrainedModel, list[str]]:
     """A causal language model from a folder or the hub, and what a person should know of how it was read.
 

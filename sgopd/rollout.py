@@ -290,6 +290,14 @@ def collate(rollouts: Sequence[Rollout]) -> tuple[Tensor, Tensor, Tensor]:
     return ids_BT, mask_BT, predicts_BT
 
 
+def whole_texts(texts: Sequence[list[int]]) -> list[Rollout]:
+    """Texts as completions of their first tokens, to look at all others."""
+    return [
+        Rollout(0, ids[:1], Completion(torch.tensor(ids[1:]), torch.zeros(len(ids) - 1), False, ""), "student", False)
+        for ids in texts
+    ]
+
+
 class Batch(NamedTuple):
     """Rollouts as the models take them, and the N positions at which a token of a completion is predicted."""
 

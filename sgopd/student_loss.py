@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ class Measured(NamedTuple):
     stats: Stats  # of these, each [n]
     teacher_rollouts: Tensor | None  # the loss on the others, if there are any; in the loss already
     teacher_stats: Stats | None  # of the others, where their loss has any
+    importance: Tensor | None  # weights of the student's own rollouts, where they are corrected
 
 
 class StudentLoss(nn.Module):
@@ -78,15 +80,23 @@ class StudentLoss(nn.Module):
                     asked["estimator"] = "full"  # the other refuses an infinite d, which the rule may weigh 0
                 with torch.no_grad():
                     _, stats = self.gated(*given, **asked)
-                choices[self.rule.argument] = weigh(self.rule, stats, rows[part], verdict[part], batch.rollouts, config)
+                weight = weigh(self.rule, stats, rows[part], verdict[part], batch.rollouts, config)
+                if self.rule.argument == "token_weight":
+                    weight = weight * choices.get("token_weight", 1.0)  # the rollouts' importance
+                choices[self.rule.argument] = weight
             if weights is not None:
                 choices["token_weight"] = weights[part] * choices.get("token_weight", 1.0)
             return self.gated(*given, **(choices | {"num_items": num_items, "generator": generator}))
 
         own, theirs = (~from_teacher).nonzero().squeeze(-1), from_teacher.nonzero().squeeze(-1)
-        loss, stats = gated(own)
+        importance, choices = None, {}
+        if config.importance_clip is not None:
+            importance = self.importance(hidden_NH.detach(), batch, config.importance_clip)
+            choices["token_weight"] = importance[rows[own]]
+            importance = importance[rows[own].unique()]
+        loss, stats = gated(own, **choices)
         if not len(theirs):
-            return loss, Measured(own, stats, None, None)
+            return loss, Measured(own, stats, None, None, importance)
         their_stats = None
         if config.teacher_rollout_loss == "nll":
             total = nll(
@@ -101,7 +111,49 @@ class StudentLoss(nn.Module):
             their_loss, their_stats = gated(theirs, estimator="full", divergence="forward-kl")
         else:
             their_loss, their_stats = gated(theirs)
-        return loss + their_loss, Measured(own, stats, their_loss.detach(), their_stats)
+        return loss + their_loss, Measured(own, stats, their_loss.detach(), their_stats, importance)
+
+    @torch.no_grad()
+    def logprobs(self, batch: Batch, temperature: float) -> Tensor:
+        """[N] log-probabilities of the batch's tokens, without dropout."""
+        was_training = self.student.training
+        self.student.eval()
+        with torch.autocast(batch.rows.device.type, torch.bfloat16, enabled=self.config.bf16):
+            hidden_BTH = hidden_states(self.student, batch.ids_BT, batch.mask_BT)
+        self.student.train(was_training)
+        return self.token_logprobs(hidden_BTH[batch.rows, batch.columns], batch.token_ids, temperature)
+
+    def token_logprobs(self, hidden_NH: Tensor, token_ids: Tensor, temperature: float) -> Tensor:
+        """[N], as the loss computes them, without a gradient."""
+        head = head_of(self.student)
+        weight = head.weight.detach()[: self.vocabulary]
+        if self.config.bf16:
+            hidden_NH, weight = hidden_NH.bfloat16(), weight.bfloat16()
+        nothing = torch.zeros(len(token_ids), device=token_ids.device)
+        _, stats = gated_logprob_loss(
+            *(hidden_NH, weight, token_ids, nothing, nothing.long()),
+            gate="opd",
+            temperature=temperature,
+            precision="exact",
+            backend=self.config.backend,
+            student_bias=None if head.bias is None else head.bias.detach()[: self.vocabulary],
+            student_logit_scale=head.logit_scale,
+            student_softcap=head.softcap,
+            return_stats=True,
+        )
+        return stats.student_logprob
+
+    def importance(self, hidden_NH: Tensor, batch: Batch, clip: float) -> Tensor:
+        """[B] min(π(completion) / μ(completion), clip), μ being what sampled it.
+
+        A token's loss depends on all tokens before it, its gate through the verdict on the whole completion. So the
+        weight that makes the mean over μ's completions the mean over π's is that of the whole completion; the clip
+        bounds its variance, at the price of a bias (truncated importance sampling: Ionides 2008).
+        """
+        now = self.token_logprobs(hidden_NH, batch.token_ids, self.config.temperature)
+        then = torch.cat([rollout.completion.logprobs for rollout in batch.rollouts]).to(now)
+        total = now.new_zeros(len(batch.rollouts)).index_add(0, batch.rows, now - then)
+        return total.clamp(max=math.log(clip)).exp()
 
     def gated(
         self,

@@ -55,9 +55,8 @@ from sgopd.processes import Interrupt, Processes
 from sgopd.report import write_report
 from sgopd.report.checks import Health
 from sgopd.report.run import read_metrics
-from sgopd.rollout import Rollout, batch_of, sampling_of
-from sgopd.samplers import Sampler
-from sgopd.samplers.plain import PlainSampler
+from sgopd.rollout import Rollout, batch_of, sampling_of, whole_texts
+from sgopd.samplers import Sampler, student_sampler
 from sgopd.student_loss import StudentLoss
 from sgopd.teachers import Hidden, Teacher
 from sgopd.teachers.local import LocalTeacher
@@ -166,7 +165,11 @@ class Trainer:
                 fsdp.shard_teacher(frozen["teacher"], mesh)
         else:
             self.engine = DataParallel(self.loss, processes)
-        self.sampler = PlainSampler(self.engine.whole, self.tokenizer)
+        self.sampler = student_sampler(
+            config, processes, self.student, self.tokenizer, self.engine.whole, self.vocabulary
+        )
+        self.opened.callback(self.sampler.close)
+        self.findings += self.sampler.check(self.prompts, self.questions)
         matrices = [p for p in self.engine.parameters if p.ndim >= 2]
         vectors = [p for p in self.engine.parameters if p.ndim < 2]  # norms and biases do not decay
         self.optimizer = torch.optim.AdamW(
@@ -350,11 +353,15 @@ class Trainer:
         """
         if self.processes.any(len(slots) or None) is None:  # without any here, a student in shards is still gathered
             return []
-        config, began = self.config, time.perf_counter()
+        config = self.config
         prompts = [self.prompts.ids[example] for example, _ in slots]
         sampling = sampling_of(config, self.eos_ids, self.vocabulary)
         seed = derive_seed(config.seed, source, self.state.step, self.processes.rank)
-        completions = self.sampler_of(source).sample(prompts, sampling, seed)
+        sampler, facts = self.sampler_of(source)
+        for name, value in facts.items():
+            sums.count(name, value / self.processes.count)
+        began = time.perf_counter()
+        completions = sampler.sample(prompts, sampling, seed)
         rollouts = [
             Rollout(example, prompt, completion, source, in_teacher_slot)
             for (example, in_teacher_slot), prompt, completion in zip(slots, prompts, completions)
@@ -375,13 +382,20 @@ class Trainer:
             rollout.verdict, rollout.reason = verdict.value, verdict.reason
         return rollouts
 
-    def sampler_of(self, whose: str) -> Sampler:
-        """The "student"'s, with its present weights, or the "teacher"'s."""
+    def sampler_of(self, whose: str) -> tuple[Sampler, Record]:
+        """The "student"'s, with its present weights and what that took, or the "teacher"'s."""
         if whose == "student":
-            self.sampler.sync(self.state.step, self.engine.weights)
-            return self.sampler
+            return self.sampler, self.sampler.sync(self.state.step, self.weights, self.logprobs)
         assert self.teacher.sampler is not None
-        return self.teacher.sampler
+        return self.teacher.sampler, {}
+
+    def weights(self) -> dict[str, Tensor]:
+        """The student's with its adapters merged, whole on the main process."""
+        return lora.merged(self.student, self.engine.weights())
+
+    def logprobs(self, texts: Sequence[list[int]], temperature: float) -> Tensor:
+        """The student's, of all tokens of the texts but each first."""
+        return self.engine.logprobs(batch_of(whole_texts(texts), self.device), temperature).cpu()
 
     # --- an update ---
 
@@ -449,12 +463,15 @@ class Trainer:
         fresh: bool,
     ) -> Tensor:
         """The loss of a micro-batch of B rollouts, divided by `num_items`; adds what it measured to `sums`."""
-        batch = batch_of(rollouts, self.device)
+        config, batch = self.config, batch_of(rollouts, self.device)
         verdicts = verdicts.to(self.device)
         targets = self.teacher.score(batch)
         reference = self.reference.score(batch) if self.reference is not None else None
         loss, measured = self.engine.forward(batch, verdicts, targets, reference, num_items, generator)
-        own, stats, their_loss, their_stats = measured
+        own, stats, their_loss, their_stats, importance = measured
+        if importance is not None and config.importance_clip is not None:
+            sums.add("importance/mean", importance.sum(), len(importance))
+            sums.add("importance/clipped", (importance >= config.importance_clip).sum(), len(importance))
         engine_logprob = None
         if fresh:
             logprobs = [rollout.completion.logprobs for rollout in rollouts]
@@ -500,7 +517,7 @@ class Trainer:
         """Evaluates the "student" or the "teacher", writes the record and returns avg@k; None without any verdict."""
         assert self.questions is not None
         result = evaluate(
-            self.sampler_of(whose),
+            self.sampler_of(whose)[0],
             self.questions,
             self.verifier,
             self.config,

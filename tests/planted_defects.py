@@ -129,8 +129,10 @@ OPENAI = "sgopd/teachers/openai.py"
 REMOTE = "sgopd/teachers/remote.py"
 SERVE = "sgopd/teachers/serve.py"
 STARTUP = "sgopd/startup.py"
+STUDENT_LOSS = "sgopd/student_loss.py"
 TRAINER = "sgopd/trainer.py"
 VERIFIER = "sgopd/verifier.py"
+VLLM = "sgopd/samplers/vllm.py"
 PHASES = "sgopd/phases.py"
 WEIGHTS = "sgopd/weights.py"
 WORKER = "sgopd/verifier_worker.py"
@@ -177,6 +179,14 @@ DEFECTS += [
     Defect("adapters: others on each process", LORA, "            torch.manual_seed(seed)\n", "", "fsdp"),
     Defect("adapters: merged without their scale", LORA, "B @ A * module.scaling[NAME]", "B @ A", "lora"),
     Defect("adapters: any weights below them on resuming", TRAINER, '"base": checkpoint.weights_digest(base) if base is not None else None', '"base": None', "lora"),
+    Defect("sampler: a tied head left out", VLLM, "                if tied := tied_head(self.model):", "                if tied := None:", "samplers"),
+    Defect("sampler: weights of the first step alone", VLLM, "        if step != self.step:", "        if self.step is None:", "samplers"),
+    Defect("sampler: other weights accepted", VLLM, "if not gap.mean() <= self.config.sampler_tolerance:", "if False:", "samplers"),
+    Defect("sampler: choices in the order in which they come", VLLM, 'key=lambda one: one["index"]', "key=lambda one: 0", "samplers"),
+    Defect("sampler: cut answers accepted", VLLM, "if len(ids) != len(logprobs) or not", "if False and not", "samplers"),
+    Defect("sampler: the adapters' part not handed over", TRAINER, "lora.merged(self.student, self.engine.weights())", "lora.base_weights(self.engine.weights())", "samplers"),
+    Defect("importance of single tokens in place of rollouts", STUDENT_LOSS, "now.new_zeros(len(batch.rollouts)).index_add(0, batch.rows, now - then)", "(now - then)[:len(batch.rollouts)]", "samplers"),
+    Defect("importance not clipped", STUDENT_LOSS, "total.clamp(max=math.log(clip)).exp()", "total.exp()", "samplers"),
     Defect("served teacher: choices in the order in which they come", OPENAI, 'sorted(reply.json()["choices"], key=lambda choice: choice["index"])', 'list(reply.json()["choices"])', "teachers"),
     Defect("served teacher: scores one token late", OPENAI, "found.append((text[start:], entries[start:]))", "found.append((text[start:], entries[start - 1 :]))", "teachers"),
     Defect("served teacher: what is not finite accepted", OPENAI, 'if not all(finite(one["logprob"])', 'if not all(True or finite(one["logprob"])', "teachers"),

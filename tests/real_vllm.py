@@ -3,7 +3,9 @@
     python tests/real_vllm.py --vllm .venv-vllm/bin/python        # `make long ONLY=vllm` prepares both environments
 
 The teacher's log-probabilities must be within 1e-4 nats of the teacher's in the process, and the gradient of a batch
-within 1e-4 of its own norm. About four minutes on two cores, and 6 GB of memory.
+within 1e-4 of its own norm. Then a run samples by one server and is taught by another: after each update the sampler
+gets the weights; one that keeps the old head must be noticed; one that is killed must end the run in words, which then
+goes on. About ten minutes on two cores, and 9 GB of memory.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,9 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 from smollm2_prepare import load_instruct_model
 
-from sgopd.config import Config
+from sgopd.config import Config, UserError
 from sgopd.rollout import Batch, Rollout, batch_of, sampling_of
+from sgopd.samplers import vllm as module
 from sgopd.teachers import Hidden, Logprob, Targets, TopK
 from sgopd.trainer import Trainer
 
@@ -145,6 +148,69 @@ def compare_teacher(folder: Path, url: str) -> None:
         elsewhere.close()
 
 
+def run_served(folder: Path, python: Path, teacher_url: str) -> None:
+    """A run with sampler and teacher on servers; with a planted stale head; with the sampler killed in the middle."""
+    served: dict[str, Any] = {"sampler": "vllm", "sampler_tolerance": 1e-3, "importance_clip": 2.0, "save_steps": 1}
+    served |= {
+        "teacher_url": teacher_url,
+        "teacher_model_name_or_path": "teacher",
+        "learning_rate": 5e-5,
+        "max_steps": 4,
+    }
+    served |= {"lr_scheduler_type": "constant", "logging_steps": 1}
+    records: list[dict[str, Any]] = []
+
+    def run(name: str, url: str, on_record: Callable[[dict[str, Any]], None] = records.append, **changes: Any) -> None:
+        records.clear()
+        one = trainer(folder, name, **{**served, "sampler_url": url, **changes})
+        one.on_record = on_record
+        one.train()
+
+    with vllm(python, folder / "student", "student") as (url, server):
+        run("run", url)
+        steps = [record for record in records if record["kind"] == "train"]
+        assert len(steps) == 4
+        for name, limit in (
+            ("sampler/gap_mean", 1e-4),
+            ("sampler/gap_max", 1e-3),
+            ("engine/logprob_gap_mean", 1e-4),
+            ("engine/logprob_gap_max", 1e-3),
+        ):
+            check(f"sampler, four updates: {name}, nats", max(record[name] for record in steps), limit)
+        check("sampler: |importance/mean - 1|", max(abs(record["importance/mean"] - 1) for record in steps), 1e-2)
+        print(*(f"        step {one['step']}: {facts(one)}" for one in steps), sep="\n", flush=True)
+
+        kept, module.tied_head = module.tied_head, lambda model: None
+        expect("a stale head", "other log-probabilities than the trainer", lambda: run("stale", url))
+        module.tied_head = kept
+
+        def kill(record: dict[str, Any]) -> None:
+            if record["kind"] == "train" and record["step"] == 2:
+                server.kill()
+
+        expect("the sampler killed", "sampler_url: no answer from", lambda: run("killed", url, kill))
+    with vllm(python, folder / "student", "student") as (url, _):
+        run("killed", url, resume_from_checkpoint="auto")
+        went_on = [record["step"] for record in records if record["kind"] == "train"]
+        check("sampler killed after update 2, resumed: updates missing", 2 - len(went_on), 0)
+
+
+def facts(record: dict[str, Any]) -> str:
+    names = ("sampler/gap_mean", "engine/logprob_gap_mean", "time/sync", "time/rollout", "time/update")
+    return ", ".join(f"{name} {record[name]:.2g}" for name in names)
+
+
+def expect(what: str, said: str, work: Callable[[], None]) -> None:
+    """`work` must end in a UserError that says so."""
+    try:
+        work()
+    except UserError as error:
+        print(f"        {what}: {error}", flush=True)
+        check(f"{what} is said", said not in str(error), 0)
+    else:
+        check(f"{what} is said", 1, 0)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vllm", type=Path, required=True, help="the Python that has vLLM")
@@ -154,6 +220,7 @@ def main() -> None:
         prepare(folder)
         with vllm(arguments.vllm, folder / "teacher", "teacher") as (url, _):
             compare_teacher(folder, url)
+            run_served(folder, arguments.vllm, url)
     sys.exit(len(failed))
 
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from sgopd.rollout import Batch
+
 
 class Engine(Protocol):
     """Made of a `StudentLoss`."""
@@ -21,6 +23,10 @@ class Engine(Protocol):
 
     def forward(self, *arguments: Any) -> Any:
         """`StudentLoss.forward`."""
+        ...
+
+    def logprobs(self, batch: Batch, temperature: float) -> Tensor:
+        """`StudentLoss.logprobs`."""
         ...
 
     def backward(self, loss: Tensor) -> None:

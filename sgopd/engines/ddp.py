@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from sgopd.processes import Processes, together
+from sgopd.rollout import Batch
 from sgopd.student_loss import StudentLoss
 
 
@@ -29,6 +30,9 @@ class DataParallel:
 
     def forward(self, *arguments: Any) -> Any:
         return self.loss(*arguments)
+
+    def logprobs(self, batch: Batch, temperature: float) -> Tensor:
+        return self.loss.logprobs(batch, temperature)
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()

@@ -24,13 +24,14 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from sgopd.config import UserError
 from sgopd.processes import Processes, meeting, together
+from sgopd.rollout import Batch
 from sgopd.student_loss import StudentLoss
 from sgopd.teachers.local import LocalTeacher
 
@@ -88,7 +89,8 @@ class FullySharded:
     def __init__(self, loss: StudentLoss, processes: Processes, mesh: DeviceMesh) -> None:
         self.processes = processes
         self.shards = Shards(loss, loss.student, mesh, set())
-        self.module: nn.Module = loss
+        self.loss = loss
+        register_fsdp_forward_method(loss, "logprobs")
         for group in loss.modules():
             if isinstance(group, FSDPModule):  # no mean: the loss is divided by the tokens of all processes already
                 group.set_gradient_divide_factor(1.0)
@@ -97,7 +99,14 @@ class FullySharded:
 
     def forward(self, *arguments: Any) -> Any:
         with meeting():
-            return self.module(*arguments)
+            return self.loss(*arguments)
+
+    def logprobs(self, batch: Batch, temperature: float) -> Tensor:
+        with meeting():
+            found = self.loss.logprobs(batch, temperature)
+        assert isinstance(self.loss, FSDPModule)
+        self.loss.reshard()  # no backward pass will
+        return found
 
     def backward(self, loss: Tensor) -> None:
         with meeting():
@@ -131,7 +140,7 @@ class FullySharded:
     def save_optimizer(self, optimizer: Optimizer, folder: Path) -> Any:
         if not optimizer.state:  # before the first update; asking for its state would make one
             return None
-        state = get_optimizer_state_dict(self.module, optimizer)
+        state = get_optimizer_state_dict(self.loss, optimizer)
         with sharing(folder):
             # The settings of its groups are the config's. Without them there are tensors alone, and no pickles.
             dcp.save({"state": state["state"]}, checkpoint_id=str(folder / SHARDS))
@@ -140,10 +149,10 @@ class FullySharded:
     def load_optimizer(self, optimizer: Optimizer, folder: Path, state: Any) -> None:
         if not (folder / SHARDS).is_dir():
             return
-        own = get_optimizer_state_dict(self.module, optimizer)
+        own = get_optimizer_state_dict(self.loss, optimizer)
         with sharing(folder):
             dcp.load({"state": own["state"]}, storage_reader=Reader(str(folder / SHARDS)))
-        set_optimizer_state_dict(self.module, optimizer, own)
+        set_optimizer_state_dict(self.loss, optimizer, own)
 
 
 @contextlib.contextmanager

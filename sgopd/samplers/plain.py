@@ -8,7 +8,9 @@ from contextlib import AbstractContextManager
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sgopd.data import Prompts
 from sgopd.rollout import Completion, Sampling, generate
+from sgopd.samplers import Logprobs
 
 
 class PlainSampler:
@@ -25,9 +27,15 @@ class PlainSampler:
     ) -> None:
         self.whole, self.tokenizer = whole, tokenizer
 
+    def check(self, prompts: Prompts, questions: Prompts | None) -> list[str]:
+        return []  # sgopd.startup looks at models in this process
+
+    def sync(self, step: int, weights: Callable[[], dict[str, Tensor]], logprobs: Logprobs) -> dict[str, float]:
+        return {}
+
     def sample(self, prompts: Sequence[list[int]], sampling: Sampling, seed: int) -> list[Completion]:
         with self.whole() as model:
             return generate(model, self.tokenizer, prompts, sampling, seed)
 
-    def sync(self, step: int, weights: Callable[[], dict[str, Tensor]]) -> None:
+    def close(self) -> None:
         pass

@@ -19,8 +19,9 @@ from transformers import PreTrainedTokenizerBase
 
 from sgopd.config import Config, UserError
 from sgopd.rollout import Batch
+from sgopd.servers import Server
 from sgopd.teachers import Logprob, Targets, TopK
-from sgopd.teachers.remote import RemoteTeacher, Server, finite
+from sgopd.teachers.remote import RemoteTeacher, finite
 
 Entry = dict[str, dict[str, Any]]  # of one position
 

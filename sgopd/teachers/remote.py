@@ -4,14 +4,13 @@
     sgopd serve-teacher MODEL                                      last hidden states (`sgopd.teachers.served`)
 
 Scoring begins when the student has written and goes on while the verifier works, `teacher_connections` requests at
-once. What fails for a moment is tried again by httpx-retries; what fails for good ends the run, which can be resumed.
+once.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,77 +22,14 @@ from transformers import PreTrainedTokenizerBase
 
 from sgopd.config import Config, UserError
 from sgopd.data import Prompts
-from sgopd.models import head_of, hidden_states, load_frozen
+from sgopd.models import load_frozen, logprobs_of
 from sgopd.rollout import Batch, Rollout
+from sgopd.servers import Server
 from sgopd.teachers import Targets
 
-try:
-    import httpx
-    from httpx_retries import Retry, RetryTransport
-except ImportError as error:
-    raise UserError(f"teacher_url needs httpx and httpx-retries ({error}): pip install 'sgopd[server]'") from error
-
-KEY = "SGOPD_TEACHER_KEY"  # the environment's name of the secret; a setting would be written to config.yaml
-TRIES = 6  # of a request: half a minute of waiting in all
 TOGETHER = 8  # texts a request
 # Nats between two answers of one server to the same tokens: bfloat16 in batches of other sizes stays far below.
 SAME = 0.3
-
-
-class Server:
-    """Requests to one address, and what is said when they fail."""
-
-    def __init__(self, url: str, timeout: float, connections: int) -> None:
-        self.url = url.rstrip("/").removesuffix("/v1")
-        statuses = (429, 500, 502, 503, 504)
-        retry = Retry(
-            total=TRIES - 1,
-            backoff_factor=0.5,
-            status_forcelist=statuses,
-            allowed_methods=["GET", "POST"],
-            max_backoff_wait=10.0,
-        )
-        limits = httpx.Limits(max_connections=connections)
-        key = os.environ.get(KEY)
-        self.client = httpx.Client(
-            transport=RetryTransport(transport=httpx.HTTPTransport(limits=limits), retry=retry),
-            timeout=timeout,
-            headers={"Authorization": f"Bearer {key}"} if key else {},
-        )
-
-    def ask(self, path: str, **content: Any) -> httpx.Response:
-        """GET, or POST with `json` or `content`."""
-        try:
-            reply = self.client.request("POST" if content else "GET", self.url + path, **content)
-        except httpx.InvalidURL as error:
-            raise UserError(f"teacher_url: got {self.url!r}: {error}. Expected http://HOST:PORT") from error
-        except httpx.HTTPError as error:
-            raise UserError(
-                f"teacher_url: no answer from {self.url}{path} in {TRIES} tries: {type(error).__name__}: {error}. See "
-                "that the server runs and can be reached from here, or raise teacher_timeout; then start again with "
-                "--resume_from_checkpoint auto"
-            ) from error
-        if reply.is_success:
-            return reply
-        said = f"{self.url}{path} answers {reply.status_code}: {reply.text[:300]}"
-        if reply.status_code in (401, 403):
-            raise UserError(f"teacher_url: {said}. Put the server's key into the environment, as {KEY}")
-        if reply.status_code < 500:
-            raise UserError(f"teacher_url: {said}. The server refuses the request as it is: correct what it names")
-        raise UserError(
-            f"teacher_url: {said}, in {TRIES} tries. See the server's log; then start again with "
-            "--resume_from_checkpoint auto"
-        )
-
-    def models(self) -> list[dict[str, Any]]:
-        try:
-            models = self.ask("/v1/models").json()["data"]
-            return [{**model, "id": str(model["id"])} for model in models]
-        except (ValueError, LookupError, TypeError) as error:
-            raise UserError(
-                f"teacher_url: {self.url}/v1/models is no list of models. Expected vLLM's server, or "
-                "`sgopd serve-teacher`"
-            ) from error
 
 
 class RemoteTeacher:
@@ -234,17 +170,6 @@ class RemoteTeacher:
         self.server.client.close()
 
 
-@torch.no_grad()
-def logprobs_of(model: Any, texts: Sequence[list[int]]) -> Tensor:
-    """[all tokens of the texts but each first] log-probabilities of a model in this process."""
-    found = []
-    for text in texts:
-        ids = torch.tensor([text], device=model.device)
-        logits = head_of(model).logits(hidden_states(model, ids, torch.ones_like(ids)))[0, :-1].float()
-        found.append(torch.log_softmax(logits, -1).gather(-1, ids[0, 1:, None]).squeeze(-1).cpu())
-    return torch.cat(found)
-
-
 def finite(value: Any) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
@@ -259,7 +184,7 @@ def remote_teacher(config: Config, tokenizer: PreTrainedTokenizerBase, device: t
     from sgopd.teachers.served import HiddenTeacher
 
     assert config.teacher_url is not None
-    server = Server(config.teacher_url, config.teacher_timeout, config.teacher_connections)
+    server = Server("teacher", config.teacher_url, config.teacher_timeout, config.teacher_connections)
     models = server.models()
     model = next((one for one in models if one["id"] == config.teacher_model_name_or_path), None)
     if model is None:

@@ -19,8 +19,9 @@ from torch import Tensor
 from sgopd.config import Config, UserError
 from sgopd.models import Head
 from sgopd.rollout import Batch
+from sgopd.servers import Server
 from sgopd.teachers import Hidden
-from sgopd.teachers.remote import RemoteTeacher, Server
+from sgopd.teachers.remote import RemoteTeacher
 
 
 class HiddenTeacher(RemoteTeacher):

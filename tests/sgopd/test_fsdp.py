@@ -11,6 +11,7 @@ import re
 import signal
 import socket
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -144,6 +145,23 @@ def test_adapters_in_shards_train_as_in_one_process_and_go_on_with_the_same_bits
     assert max(weight.abs().max() for name, weight in found.items() if "lora_B" in name) > 1e-3
     for name, weight in expected.items():
         assert (found[name] - weight).abs().max() <= 1e-5, name
+
+
+def test_shards_are_whole_for_a_server_and_compared_with_it(run, tiny, tmp_path):
+    pytest.importorskip("httpx_retries", reason="the extra `server` is not installed")
+    sys.path.append(str(Path(__file__).resolve().parent.parent))
+    from vllm_stub import Stub
+
+    tiny.make_model(1, tie_word_embeddings=True).save_pretrained(tmp_path / "student")
+    tiny.make_tokenizer().save_pretrained(tmp_path / "student")
+    stub = Stub(tmp_path / "student")
+    threading.Thread(target=stub.serve_forever, daemon=True).start()
+    changes = {"model_name_or_path": str(tmp_path / "student"), "sampler": "vllm", "sampler_url": stub.url}
+    folder = run(2, "served", fsdp=True, **changes, sampler_tolerance=1e-4, learning_rate=1e-2, max_steps=2)
+    stub.shutdown()
+    assert stub.loaded == [f"step-{step:06d}" for step in range(2)]
+    for record in records(folder):
+        assert record["sampler/gap_max"] < 1e-4 and record["engine/logprob_gap_max"] < 1e-4
 
 
 def test_a_lost_process_ends_the_run_in_words_and_resuming_gives_the_same_bits(start, run, tiny, tmp_path):

@@ -19,9 +19,9 @@ pytest.importorskip("starlette", reason="the extra `server` is not installed")
 import httpx
 import uvicorn
 
+from sgopd import servers
 from sgopd.cli import main
 from sgopd.config import Config, UserError
-from sgopd.teachers import remote
 from sgopd.teachers.serve import Options, application
 from sgopd.teachers.served import request
 from sgopd.trainer import Trainer
@@ -124,8 +124,8 @@ def stub(tiny):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """No waiting between tries."""
-    monkeypatch.setattr(remote.Retry, "_calculate_backoff", lambda self: 0.0, raising=False)
-    monkeypatch.setattr(remote, "TRIES", 3)
+    monkeypatch.setattr(servers.Retry, "_calculate_backoff", lambda self: 0.0, raising=False)
+    monkeypatch.setattr(servers, "TRIES", 3)
 
 
 @pytest.fixture
@@ -322,7 +322,7 @@ def hidden_server(tiny):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_hidden_states_from_elsewhere_give_the_exact_loss(served, trainer, hidden_server, monkeypatch, dtype):
-    monkeypatch.setenv(remote.KEY, "secret")
+    monkeypatch.setenv("SGOPD_TEACHER_KEY", "secret")
     changes = {"temperature": 0.7, "max_steps": 2, "precision": "exact", "teacher_dtype": str(dtype).split(".")[1]}
     expected, weights = updates(trainer(**changes))
     found, ours = updates(served(teacher_url=hidden_server(dtype), **changes))
@@ -335,7 +335,7 @@ def test_hidden_states_from_elsewhere_give_the_exact_loss(served, trainer, hidde
 
 def test_the_server_of_hidden_states_refuses(served, hidden_server, monkeypatch, capsys):
     url = hidden_server()
-    monkeypatch.setenv(remote.KEY, "guess")
+    monkeypatch.setenv("SGOPD_TEACHER_KEY", "guess")
     with pytest.raises(
         UserError, match=r"answers 401: .*Put the server's key into the environment, as SGOPD_TEACHER_KEY"
     ):
@@ -360,6 +360,6 @@ def test_the_server_of_hidden_states_refuses(served, hidden_server, monkeypatch,
     ):
         assert post(save(request(texts, starts))).status_code == 400, (texts, starts)
     assert post(b"{}").status_code == 400
-    monkeypatch.delenv(remote.KEY)
+    monkeypatch.delenv("SGOPD_TEACHER_KEY")
     assert main(["serve-teacher", "m", "--host", "0.0.0.0"]) == 1
     assert "--host: got '0.0.0.0' without a key" in capsys.readouterr().err

@@ -1,0 +1,112 @@
+"""vLLM's dialect of the OpenAI API, over a small model in this process: rollouts, and new weights from a folder."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+
+class Stub(ThreadingHTTPServer):
+    """vLLM's dialect, over a model in this process. The head is a packed copy, as on vLLM's CPUs.
+
+    `faults` are taken one a request of completions; `spoil` changes every answer of rollouts.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.model = AutoModelForCausalLM.from_pretrained(path).eval()
+        self.head = self.model.lm_head.weight.detach().clone()
+        self.generator = torch.Generator().manual_seed(0)
+        self.faults: list[str] = []
+        self.spoil = lambda choices: choices
+        self.mode = "processed"
+        self.room, self.dev, self.paused, self.loaded = 256, True, False, []
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+        self.lock = threading.Lock()
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Stub
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def reply(self, status: int, body: object) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def do_GET(self) -> None:
+        if self.path == "/is_paused":
+            return self.reply(200 if self.server.dev else 404, {"is_paused": self.server.paused})
+        self.reply(200, {"data": [{"id": "small", "owned_by": "vllm", "max_model_len": self.server.room}]})
+
+    def do_POST(self) -> None:
+        stub = self.server
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or "{}")
+        match self.path:
+            case "/pause?mode=wait":
+                stub.paused = True
+            case "/collective_rpc":
+                assert stub.paused and body["method"] == "reload_weights"
+                self.load(Path(body["kwargs"]["weights_path"]))
+            case "/reset_prefix_cache":
+                pass
+            case "/resume":
+                stub.paused = False
+            case "/v1/completions":
+                fault = stub.faults.pop(0) if stub.faults else ""
+                if fault == "500":
+                    return self.reply(500, {"error": "engine is dead"})
+                if fault == "cut":
+                    return self.connection.close()
+                if fault == "slow":
+                    time.sleep(0.5)
+                with stub.lock:
+                    choices = [self.choice(index, ids, body) for index, ids in enumerate(body["prompt"])]
+                choices = choices if "prompt_logprobs" in body else stub.spoil(choices)
+                return self.reply(200, {"choices": choices[::-1] if isinstance(choices, list) else choices})
+        self.reply(200, {"results": [None]})
+
+    def load(self, folder: Path) -> None:
+        stub, weights = self.server, {}
+        for file in folder.glob("*.safetensors"):
+            weights |= load_file(file)
+        stub.loaded.append(folder.name)
+        assert not stub.model.load_state_dict(weights, strict=False).unexpected_keys
+        if "lm_head.weight" in weights:
+            stub.head = weights["lm_head.weight"]
+
+    def logits(self, ids: list[int]) -> torch.Tensor:
+        with torch.no_grad():
+            return self.server.model.model(torch.tensor([ids])).last_hidden_state[0] @ self.server.head.T
+
+    def choice(self, index: int, prompt: list[int], body: dict) -> dict:
+        stub, entries = self.server, None
+        assert body["repetition_penalty"] == 1 and body["top_p"] == 1 and body["top_k"] == 0
+        if "prompt_logprobs" in body:
+            rows = self.logits(prompt).log_softmax(-1)
+            entries = [None, *({str(id): {"logprob": row[id].item()}} for id, row in zip(prompt[1:], rows))]
+        ids, logprobs = [], []
+        while len(ids) < body["max_tokens"]:
+            logits = self.logits(prompt + ids)[-1]
+            for id, bias in (body.get("logit_bias") or {}).items():
+                logits[int(id)] += bias
+            temperature = body["temperature"] or 1e-6
+            tempered = (logits / temperature).log_softmax(-1)
+            ids.append(int(torch.multinomial(tempered.exp(), 1, generator=stub.generator)))
+            logprobs.append((tempered if stub.mode == "processed" else logits.log_softmax(-1))[ids[-1]].item())
+            if ids[-1] in body.get("stop_token_ids", []):
+                break
+        done = "stop" if ids[-1] in body.get("stop_token_ids", []) else "length"
+        found = {"index": index, "token_ids": ids, "finish_reason": done, "logprobs": {"token_logprobs": logprobs}}
+        return found if entries is None else {**found, "prompt_logprobs": entries}
