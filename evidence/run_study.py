@@ -12,10 +12,13 @@ and the next start goes on with it. Each worker is a process of one thread and t
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -25,7 +28,7 @@ from typing import Any
 import checkpoints
 import study
 from constructed import TASKS, questions
-from study import ARMS, PARTS, SETTINGS, Cell
+from study import ARMS, PARTS, Cell
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "evidence" / "results.jsonl"
@@ -50,6 +53,7 @@ def main() -> None:
     parser.add_argument("--dry", action="store_true", help="print how many runs are there, and how many are to do")
     parser.add_argument("--smoke", type=Path, metavar="FOLDER", help="everything once, with models that know nothing")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that workers and temporary files go with it
     if arguments.smoke:
         smoke(arguments.smoke)
         return
@@ -77,7 +81,10 @@ def run(
     stop_at: float | None = None,
     changes: dict[str, Any] | None = None,
 ) -> None:
-    """Runs what is not in `output` yet, in order, and appends each as it ends. `changes` go over every setting."""
+    """Runs what is not in `output` yet, in order, and appends each as it ends.
+
+    `workers` 0 runs them in this process. `changes` go over every setting.
+    """
     done = {cell_of(line) for line in read(output)}
     todo = [cell for cell in cells if cell not in done]
     commit = describe_commit()
@@ -88,36 +95,27 @@ def run(
             )
     with tempfile.TemporaryDirectory(prefix="evidence-") as folder:
         work = [(cell, model_folder, Path(folder), commit, changes or {}) for cell in todo]
-        context = multiprocessing.get_context("spawn")
-        with context.Pool(workers) as pool, open(output, "a", encoding="utf-8") as file:
-
-            def offered() -> Iterator[Any]:
-                for item in work:
-                    if stop_at is not None and time.time() > stop_at:
-                        return
-                    yield item
-
-            for number, line in enumerate(throttled(pool, offered(), workers), 1):
+        offered = itertools.takewhile(lambda _: stop_at is None or time.time() < stop_at, work)
+        with open(output, "a", encoding="utf-8") as file:
+            for number, line in enumerate(results_of(offered, workers), 1):
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
                 file.flush()
                 print(f"{number}/{len(todo)} {' '.join(map(str, cell_of(line)))}: {line['avg']:.1%}", flush=True)
 
 
-def throttled(pool: Any, items: Iterator[Any], workers: int) -> Iterator[dict[str, Any]]:
-    """Results as they end, with no more runs handed out than there are workers: a deadline then holds."""
-    under_way: list[Any] = []
-    exhausted = False
-    while under_way or not exhausted:
-        while not exhausted and len(under_way) < workers:
-            item = next(items, None)
-            exhausted = item is None
-            if item is not None:
-                under_way.append(pool.apply_async(one_run, item))
-        for result in [one for one in under_way if one.ready()]:
-            under_way.remove(result)
-            yield result.get()
-        if under_way:
+def results_of(items: Iterator[Any], workers: int) -> Iterator[dict[str, Any]]:
+    """Lines as runs end. No more are handed out than there are workers, so that a deadline holds."""
+    if not workers:
+        yield from itertools.starmap(one_run, items)
+        return
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        under_way = [pool.apply_async(one_run, item) for item in itertools.islice(items, workers)]
+        while under_way:
             under_way[0].wait(0.05)
+            for ended in [one for one in under_way if one.ready()]:
+                under_way.remove(ended)
+                yield ended.get()
+                under_way += [pool.apply_async(one_run, item) for item in itertools.islice(items, 1)]
 
 
 def one_run(
@@ -147,6 +145,8 @@ def one_run(
             trainer.loop()
         finally:
             trainer.close()
+        if trainer.stopped_by is not None:  # the trainer takes signals for itself, and would end well
+            sys.exit(128 + trainer.stopped_by)
     (evaluation,) = (record for record in records if record["kind"] == "eval")
     updates = [record for record in records if record["kind"] == "train"]
     late = updates[-max(1, len(updates) // 10) :]
@@ -194,7 +194,7 @@ def constructed(folder: Path, task: str, settings: dict[str, Any]) -> dict[str, 
 
 def data(folder: Path, task: str, split: str, settings: dict[str, Any]) -> Path:
     """A file of the task's questions: fresh ones for every update, and the study's held-out ones."""
-    train_size = SETTINGS["max_steps"] * SETTINGS["per_device_train_batch_size"]
+    train_size = settings["max_steps"] * settings["per_device_train_batch_size"]
     size = settings["eval_dataset_size"] if split == "test" else train_size
     path = folder / f"{task}-{split}.jsonl"
     if not path.exists():
@@ -242,10 +242,10 @@ def smoke(folder: Path) -> None:
     chosen += [Cell("phased", "sorting", "noisy", "weak", "opd", 0), Cell("sampled", "sums", "right", "weak", "opd", 0)]
     short = {"max_steps": 2, "per_device_train_batch_size": 16, "eval_dataset_size": 8}
     results = folder / "results.jsonl"
-    run(chosen[:3], results, folder / "models", 1, changes=short)
+    run(chosen[:3], results, folder / "models", 0, changes=short)
     with open(results, "a", encoding="utf-8") as file:
         file.write('{"part": "main", "ta')  # as a kill may leave it
-    run(chosen, results, folder / "models", 2, changes=short)
+    run(chosen, results, folder / "models", 1, changes=short)
     page = folder / "evidence.md"
     page.write_text((ROOT / "docs" / "evidence.md").read_text(encoding="utf-8"), encoding="utf-8")
     checkpoints.record(folder / "models", results.with_name("models.jsonl"))

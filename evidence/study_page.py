@@ -11,6 +11,7 @@ tasks. Intervals are 95 %, simultaneous within a table (Bonferroni, Student's t)
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import sys
@@ -50,8 +51,8 @@ class Estimate(NamedTuple):
     """A paired difference in points."""
 
     mean: float
-    se: float  # NaN where no task has two seeds
-    freedom: int
+    se: float  # NaN without degrees of freedom
+    freedom: int  # 0 unless every task has two seeds
     by_task: dict[str, float]
     runs: int
 
@@ -72,12 +73,16 @@ class Estimate(NamedTuple):
 
 
 def estimate(differences: dict[str, list[float]]) -> Estimate | None:
-    """From each task's paired differences, one a seed. None without any."""
+    """From each task's paired differences, one a seed. None without any.
+
+    A task with one seed says nothing of its spread, and another task's is no stand-in: then there is no interval.
+    """
     tasks = {task: values for task, values in differences.items() if values}
     if not tasks:
         return None
     means = {task: sum(values) / len(values) for task, values in tasks.items()}
-    freedom = sum(len(values) - 1 for values in tasks.values())
+    known = all(len(values) > 1 for values in tasks.values())
+    freedom = sum(len(values) - 1 for values in tasks.values()) if known else 0
     squares = sum((value - means[task]) ** 2 for task, values in tasks.items() for value in values)
     variance = squares / freedom if freedom else math.nan
     se = math.sqrt(variance * sum(1 / len(values) for values in tasks.values())) / len(tasks)
@@ -100,6 +105,7 @@ def t_tail(t: float, freedom: int) -> float:
     return 0.5 * incomplete_beta(freedom / 2, 0.5, freedom / (freedom + t * t))
 
 
+@functools.cache
 def t_quantile(probability: float, freedom: int) -> float:
     """t with P(T <= t) = probability >= 0.5, by bisection."""
     low, high = 0.0, 1.0

@@ -61,6 +61,8 @@ def test_statistics_against_tables_and_by_hand() -> None:
     assert one is not None and one.mean == 4 and one.freedom == 2 and one.runs == 4
     assert one.se == pytest.approx(math.sqrt((2 + 8) / 2 * (1 / 2 + 1 / 2)) / 2)
     assert estimate({"a": []}) is None
+    one_alone = estimate({"a": [1.0, 3.0], "b": [4.0]})
+    assert one_alone is not None and not one_alone.freedom and math.isnan(one_alone.half_width(1))
     single = estimate({"a": [2.0]})
     assert single is not None and math.isnan(single.p()) and show(single, 1, math.nan) == "+2.0"
 
