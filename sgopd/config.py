@@ -50,6 +50,24 @@ RESERVED = {
 }
 
 
+# What other libraries call a setting, where spelling would not lead to it.
+ELSEWHERE = {
+    "lr": "learning_rate",
+    **dict.fromkeys(("model", "student"), "model_name_or_path"),
+    **dict.fromkeys(("teacher", "teacher_model", "teacher_model_name"), "teacher_model_name_or_path"),
+    **dict.fromkeys(("dataset", "data", "train_file"), "dataset_name"),
+    **dict.fromkeys(("eval_dataset", "eval_file", "validation_file"), "eval_dataset_name"),
+    **dict.fromkeys(("batch_size", "train_batch_size"), "per_device_train_batch_size"),
+    "eval_batch_size": "per_device_eval_batch_size",
+    **dict.fromkeys(("steps", "epochs", "num_train_epochs"), "max_steps"),
+    **dict.fromkeys(("max_new_tokens", "max_tokens", "max_length"), "max_completion_length"),
+    **dict.fromkeys(("reward", "reward_fn", "reward_funcs"), "verifier"),
+    **dict.fromkeys(("lora", "peft"), "use_peft"),
+    "resume": "resume_from_checkpoint",
+    "wandb": "report_to",
+}
+
+
 class UserError(Exception):
     """Something the user can put right: its message says what came, what was expected and the remedy."""
 
@@ -404,7 +422,8 @@ class Config:
         missing = [n for n, f in fields.items() if f.default is f.default_factory is MISSING and n not in values]
         if missing:
             raise UserError(
-                f"missing settings: {', '.join(missing)}. Put them in the YAML file, or pass --{missing[0]} …"
+                f"missing settings: {', '.join(missing)}. Put them in {path or 'a file: sgopd train CONFIG.yaml'}, or "
+                f"pass --{missing[0]} …"
             )
         hints = typing.get_type_hints(cls)
         return cls(**{name: convert(name, value, hints[name]) for name, value in values.items()})
@@ -506,7 +525,9 @@ def read_text(path: str | Path, what: str) -> str:
 
 def unknown(what: str, name: object, known: typing.Iterable[str]) -> str:
     """The message for a name that does not exist, with the nearest one that does."""
-    near = difflib.get_close_matches(str(name), list(known), n=1)
+    known, dashes = list(known), "--" if str(name).startswith("--") else ""
+    meant = dashes + ELSEWHERE.get(str(name).lstrip("-").replace("-", "_"), "")
+    near = [meant] if meant in known else difflib.get_close_matches(str(name), known, n=1)
     return f"unknown {what} {name!r}" + (
         f"; did you mean {near[0]!r}?" if near else "; `sgopd train --help` lists them"
     )

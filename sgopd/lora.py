@@ -50,7 +50,7 @@ def load_student(source: str, config: Config) -> tuple[PreTrainedModel, list[str
     try:
         import peft  # noqa: F401
     except ImportError as error:
-        raise UserError(f"use_peft needs peft ({error}): pip install 'sgopd[peft]'") from error
+        raise UserError(f"use_peft needs peft ({error}): pip install 'peft>=0.17'") from error
     if not (Path(source) / CONFIG).is_file():
         model, said = load_model(source, config, setting, config.dtype)
         adapter = new_adapter(model, config)

@@ -105,8 +105,7 @@ def load_model(path: str, config: Config, setting: str, dtype: str) -> tuple[Pre
             ignore_mismatched_sizes=True,  # refused below, by name
         )
     except Exception as error:  # transformers, safetensors, the hub and json all raise their own
-        hint = "" if Path(path).is_dir() else " (there is no such folder, so it was taken for a hub name)"
-        raise UserError(f"{setting}: cannot load {path!r}{hint}: {type(error).__name__}: {error}") from error
+        raise unreadable("a model", path, setting, error) from error
     if getattr(model, "_hf_peft_config_loaded", False):  # an adapter from the hub
         raise UserError(adapter(path, setting))
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
@@ -170,7 +169,16 @@ def load_tokenizer(path: str, config: Config, setting: str) -> PreTrainedTokeniz
             raise ValueError("it has no tokens")
         return tokenizer
     except Exception as error:
-        raise UserError(f"{setting}: cannot load a tokenizer from {path!r}: {type(error).__name__}: {error}") from error
+        raise unreadable("a tokenizer", path, setting, error) from error
+
+
+def unreadable(what: str, path: str, setting: str, error: Exception) -> UserError:
+    """What to say of a model or tokenizer that a library could not load."""
+    nowhere = f"there is no such folder in {Path.cwd()}"
+    if not Path(path).exists() and (path.count("/") > 1 or path[:1] in "./~"):  # no hub name: the hub's error misleads
+        return UserError(f"{setting}: cannot load {what} from {path!r}: {nowhere}. A hub name is OWNER/NAME")
+    hint = "" if Path(path).is_dir() else f" ({nowhere}, so it was taken for a hub name)"
+    return UserError(f"{setting}: cannot load {what} from {path!r}{hint}: {type(error).__name__}: {error}")
 
 
 TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "*.model", "*.tiktoken", "tekken.json", "*.bpe*")

@@ -14,7 +14,7 @@ try:
     import httpx
     from httpx_retries import Retry, RetryTransport
 except ImportError as error:
-    raise UserError(f"a server needs httpx and httpx-retries ({error}): pip install 'sgopd[server]'") from error
+    raise UserError(f"a server needs httpx and httpx-retries ({error}): pip install httpx httpx-retries") from error
 
 TRIES = 6  # of a request: half a minute of waiting in all
 

@@ -117,9 +117,7 @@ def _reasoning_gym(name: str, split: str, size: int, seed: int, options: dict[st
     try:
         from reasoning_gym.factory import DATASETS, create_dataset
     except ImportError as error:
-        raise ImportError(
-            f"the task 'reasoning-gym:{name}' needs reasoning_gym: pip install 'sgopd[reasoning-gym]'"
-        ) from error
+        raise ImportError(f"the task 'reasoning-gym:{name}' needs reasoning_gym: pip install reasoning-gym") from error
     if name not in DATASETS:
         raise ValueError(f"reasoning_gym has no dataset {name!r}; {_nearest(name, list(DATASETS))}")
     if size == 0:  # its configs want at least one

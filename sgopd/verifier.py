@@ -141,6 +141,8 @@ class VerifierPool:
         if kind not in KINDS and not re.fullmatch(r"[\w.]+:[\w.]+", kind):
             near = difflib.get_close_matches(kind, KINDS, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
+            if file := re.match(r"([\w./]+)\.py\b", kind):
+                hint = f"; for a function of {file[0]}, '{file[1].replace('/', '.').strip('.')}:function'"
             raise ValueError(f"kind is {kind!r}; expected one of {KINDS} or 'package.module:function'{hint}")
         if workers < 1:
             raise ValueError(f"workers is {workers}; expected one process or more")
@@ -422,11 +424,7 @@ class VerifierPool:
         reason, detail = reply
         if reason == "failed":
             self._discard(worker)
-            raise RuntimeError(
-                f"a verifier worker for kind={self.kind!r} cannot start. What it imports must be importable from "
-                "the working directory or sys.path (set PYTHONPATH, or install it) within "
-                f"{self.memory_mb} MiB (memory_mb):\n{detail}"
-            )
+            raise RuntimeError(f"{self.kind!r} cannot start: {detail}")
         outcome = _Outcome(reason, detail, worker.seconds())
         worker.ready, worker.task, worker.deadline = True, None, math.inf
         self._started, self._failed_starts = True, 0

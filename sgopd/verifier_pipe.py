@@ -8,9 +8,12 @@ LOST_PIPE = 113  # exit status of a grader whose pipes were closed or replaced
 
 
 def describe(error: BaseException) -> str:
-    """A traceback, and on its last line the error alone."""
+    """A traceback from where the worker's own frames end, if it goes on there, and on its last line the error alone."""
     try:
-        *frames, _ = traceback.format_exception(type(error), error, error.__traceback__, limit=-10, chain=False)
+        trace = error.__traceback__
+        while trace is not None and trace.tb_frame.f_globals.get("__name__") == "sgopd.verifier_worker":
+            trace = trace.tb_next
+        *frames, _ = traceback.format_exception(type(error), error, trace, limit=-10, chain=False)
         last = "".join(traceback.format_exception_only(type(error), error))
         return "".join(frames) + " ".join(last[:500].split())
     except BaseException:  # of an error whose own methods raise, or for want of memory

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import difflib
 import fcntl
 import functools
 import importlib
@@ -27,6 +28,7 @@ import signal
 import struct
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
@@ -77,6 +79,8 @@ def _serve(kind: str, timeout: float, out_of_memory: str) -> None:
     nonce = requests.read(16)
     try:
         grade = load_grader(kind)
+    except CannotStart as error:
+        return reply(nonce, "failed", str(error))
     except BaseException as error:
         return reply(nonce, "failed", describe(error))
     reply(nonce, "ready")
@@ -94,6 +98,10 @@ def _serve(kind: str, timeout: float, out_of_memory: str) -> None:
         reply(nonce, reason, detail)
 
 
+class CannotStart(Exception):
+    """What the user can put right, with the remedy: no traceback of ours would say more."""
+
+
 def load_grader(kind: str) -> Callable[..., str]:
     """The function that turns one piece of work, as `sgopd.grading` decided it, into a reason."""
     if kind == "math":
@@ -101,8 +109,7 @@ def load_grader(kind: str) -> Callable[..., str]:
 
         return grade
     if kind == "reasoning-gym":
-        import reasoning_gym  # noqa: F401
-
+        _import_module("reasoning_gym", "; pip install reasoning-gym")
         return _grade_reasoning_gym
     return functools.partial(_grade_custom, _import_function(kind))
 
@@ -136,11 +143,43 @@ def _grade_custom(function: Callable[[str, Example], bool | None], response: str
 
 
 def _import_function(spec: str) -> Callable[..., Any]:
-    module_name, _, path = spec.partition(":")
-    function = functools.reduce(getattr, path.split("."), importlib.import_module(module_name))
-    if not callable(function):
-        raise TypeError(f"{spec} is {function!r}; expected a function (response: str, example: dict) -> bool | None")
-    return function
+    name, _, path = spec.partition(":")
+    files = [file.stem for file in Path().glob("*.py")]
+    near = difflib.get_close_matches(name.removesuffix(".py"), files, n=1)
+    hint = f"; did you mean '{near[0]}:{path}'?" if near else "."
+    looked = f"It is looked for on Python's path, then in the working directory ({Path.cwd()})"
+    found = _import_module(name, f"{hint} {looked}: start from the folder that has it, or set PYTHONPATH")
+    for part in path.split("."):
+        if not hasattr(found, part):
+            near = difflib.get_close_matches(part, vars(found), n=1) if hasattr(found, "__dict__") else []
+            hint = f"; did you mean {near[0]!r}?" if near else ". Write module:function"
+            raise CannotStart(f"{getattr(found, '__file__', None) or found} has no {part!r}{hint}")
+        found = getattr(found, part)
+    if not callable(found):
+        raise CannotStart(f"it is {found!r:.200}; expected a function (response: str, example: dict) -> bool | None")
+    return found
+
+
+def _import_module(name: str, remedy: str) -> Any:
+    """The module.
+
+    Raises:
+        CannotStart: there is none, with the remedy; or the line of it at which its import fails.
+    """
+    try:
+        return importlib.import_module(name)
+    except BaseException as error:  # SystemExit too
+        if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
+            raise CannotStart(f"there is no module {name!r}{remedy}") from error
+        frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+        theirs = [one for one in frames if one[0] not in (__file__, importlib.__file__) and one[0][:1] != "<"]
+        said = describe(error).splitlines()[-1]
+        if isinstance(error, SyntaxError):
+            theirs, said = [(error.filename or name, error.lineno)], f"{type(error).__name__}: {error.msg}"
+        where = f" at {theirs[0][0]}, line {theirs[0][1]}" if theirs else ""
+        short = isinstance(error, (MemoryError, OSError, ImportError)) and not isinstance(error, ModuleNotFoundError)
+        hint = ". If it is memory that is short, raise memory_mb" if short else ""
+        raise CannotStart(f"importing {name} fails{where}: {said}{hint}") from error
 
 
 # --- the keeper ---

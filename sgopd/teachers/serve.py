@@ -32,7 +32,7 @@ try:
     from starlette.responses import JSONResponse, Response
     from starlette.routing import Route
 except ImportError as error:
-    raise UserError(f"serve-teacher needs starlette and uvicorn ({error}): pip install 'sgopd[server]'") from error
+    raise UserError(f"serve-teacher needs starlette and uvicorn ({error}): pip install starlette uvicorn") from error
 
 
 @dataclass(frozen=True)

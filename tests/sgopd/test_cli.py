@@ -63,6 +63,8 @@ def test_flags():
     }
     with pytest.raises(UserError, match=r"unknown argument '--max_step'; did you mean '--max_steps'\?"):
         parse(["train", "c.yaml", "--max_step", "3"])
+    with pytest.raises(UserError, match=r"unknown argument '--batch-size'; did you mean '--per_device_train_b"):
+        parse(["train", "c.yaml", "--batch-size", "3"])
 
 
 def test_train_report_evaluate(config, tmp_path, tiny, capsys):

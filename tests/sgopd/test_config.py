@@ -49,6 +49,8 @@ def test_numbers_that_yaml_reads_as_text(tmp_path):
     [
         ({"learning_rte": 1}, "did you mean 'learning_rate'"),
         ({"zzz": 1}, "unknown setting 'zzz'"),
+        ({"lr": 1}, "did you mean 'learning_rate'"),
+        ({"max_new_tokens": 1}, "did you mean 'max_completion_length'"),
         ({"max_steps": "many"}, "max_steps: got 'many' (str), expected a whole number"),
         ({"max_steps": 1.5}, "expected a whole number"),
         ({"max_steps": True}, "expected a whole number"),

@@ -153,7 +153,7 @@ def test_a_base_that_changed_a_damaged_and_another_kind_of_adapter_are_refused(t
 
 def test_without_peft_its_extra_is_named(trainer, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "peft", None)
-    with pytest.raises(UserError, match=r"use_peft needs peft .*: pip install 'sgopd\[peft\]'"):
+    with pytest.raises(UserError, match=r"use_peft needs peft .*: pip install 'peft>=0.17'"):
         trainer()
 
 

@@ -68,9 +68,11 @@ def config_of(settings, **changes):
 
 def test_models_that_cannot_be_loaded(settings, tiny, tmp_path):
     config = config_of(settings)
-    with pytest.raises(UserError, match=r"model_name_or_path: cannot load .*taken for a hub name"):
-        load_model(str(tmp_path / "none"), config, "model_name_or_path", "float32")
-    with pytest.raises(UserError, match="cannot load a tokenizer"):
+    with pytest.raises(UserError, match=r"model_name_or_path: cannot load a model .*taken for a hub name"):
+        load_model("no--hub..name", config, "model_name_or_path", "float32")
+    with pytest.raises(UserError, match=r"cannot load a model .*there is no such folder in .* is OWNER/NAME$"):
+        load_model("path/to/student", config, "model_name_or_path", "float32")
+    with pytest.raises(UserError, match=r"cannot load a tokenizer .*there is no such folder in .* is OWNER/NAME$"):
         load_tokenizer(str(tmp_path / "none"), config, "model_name_or_path")
     model = tiny.make_model(0)
     with torch.no_grad():

@@ -262,7 +262,10 @@ def read(path):
         ({"backend": "gpu"}, "the loss refuses these settings: backend must be one of"),
         ({"precision": "rough"}, "the loss refuses these settings: precision"),
         ({"report_to": "wandbb"}, "report_to: 'wandbb' is not installed"),
-        ({"teacher_model_name_or_path": "/none"}, "teacher_model_name_or_path: cannot load '/none'"),
+        (
+            {"teacher_model_name_or_path": "/none"},
+            "teacher_model_name_or_path: cannot load a model from '/none'",
+        ),
     ],
 )
 def test_refused_at_the_start(trainer, changes, message):

@@ -687,21 +687,35 @@ def test_the_deadline_does_not_include_the_import(custom: Callable[[str, str], N
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("no_such_module:verify", "No module named 'no_such_module'"),
-        ("customs:no_such_function", "no_such_function"),
-        ("customs:CUSTOM", "CUSTOM"),
-        ("broken:verify", "half a module"),
+        ("no_such_module:verify", "there is no module 'no_such_module'"),
+        ("brokn:verify", "did you mean 'broken:verify'?"),
+        ("broken.py:verify", "importing broken.py fails at"),
+        ("customs.py:verify", "did you mean 'customs:verify'?"),
+        ("customs:verfy", "customs.py has no 'verfy'; did you mean 'verify'?"),
+        ("customs:verify.strictly", "has no 'strictly'. Write module:function"),
+        ("customs:__name__", "expected a function (response: str, example: dict)"),
+        ("broken:verify", "broken.py, line 2: ValueError: half a module"),
+        ("misspelt:verify", "misspelt.py, line 3: IndentationError: unindent"),
+        ("lacking:verify", "lacking.py, line 1: ModuleNotFoundError: No module named 'no_such_library'"),
+        ("greedy:verify", "greedy.py, line 1: MemoryError. If it is memory that is short, raise memory_mb"),
         ("suicidal:verify", "exit status 7"),
     ],
 )
-def test_a_verifier_that_cannot_start_is_an_error(custom: Callable[[str, str], None], spec: str, message: str) -> None:
-    custom("broken", "raise ValueError('half a module')")
+def test_a_verifier_that_cannot_start_is_an_error(
+    custom: Callable[[str, str], None], spec: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    custom("broken", "\nraise ValueError('half a module')")
+    custom("misspelt", "def verify(response, example):\n    return True\n  return False\n")
+    custom("lacking", "import no_such_library")
+    custom("greedy", "everything = bytes(2**42)")
     custom("suicidal", "import os; os._exit(7)")
+    monkeypatch.chdir(tmp_path)
     with VerifierPool(spec) as pool:
         for _ in range(2):
             with pytest.raises(RuntimeError, match="start") as error:
                 pool.check_golds([])
             assert message in str(error.value)
+            assert "Traceback" not in str(error.value) and "\n" not in str(error.value)
         with pytest.raises(RuntimeError, match="start"):
             pool.verify(["a"], [{"answer": "a"}])
 
@@ -983,6 +997,7 @@ def test_a_worker_killed_while_idle_costs_nothing(custom: object) -> None:
     ("arguments", "message"),
     [
         ({"kind": "maths"}, "did you mean 'math'"),
+        ({"kind": "mine/my_verifier.py:even"}, "for a function of mine/my_verifier.py, 'mine.my_verifier:function'"),
         ({"kind": "my module"}, "package.module:function"),
         ({"workers": 0}, "workers is 0"),
         ({"timeout": 0.0}, "timeout is 0.0"),
