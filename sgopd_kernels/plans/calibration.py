@@ -95,11 +95,11 @@ class BlockNumbers:
     rounding: float = 1.65e-3
     both: float = 6e-6  # likewise with two numbers each
     # Fitted: the hidden gradient's error against that of independent entries and rows of one norm, and the weight's.
-    hidden: float = 1.5
-    weight: float = 1.5
+    hidden: float = 1.55
+    weight: float = 1.35
     share: float = 0.3  # tuned: of the budget, what rounding may take; less is more blocks with two
     # Fitted: noise of fp32 logits in dH against errors that are independent.
-    coherence: float = 5.0
+    coherence: float = 9.2
     mass: float = 1e-3  # tuned: probability from which a logit is computed again in fp32
     kl: float = 2e-11  # tuned: where fp32 logits leave room, at a budget of 1: the noise goes with 1 / sqrt(KL)
     worthwhile: float = 2.0**28  # tuned: multiply-adds of one projection below which a call is exact

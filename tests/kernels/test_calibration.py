@@ -32,12 +32,16 @@ def too_small(factors: list[str]) -> list[dict[str, Any]]:
         (QUANTIZED, "quantized", "coherence"),
         (["residual"], "residual", "coherence"),
         (["spread"], "residual", "spread"),
+        (["blocks, hidden"], "blocks", "hidden"),
+        (["blocks, weight"], "blocks", "weight"),
+        (["blocks, noise"], "blocks", "coherence"),
     ],
     ids=lambda value: value if isinstance(value, str) else value[0],
 )
 def test_a_factor_covers_what_was_measured(calibrate: Any, factors: list[str], part: str, number: str) -> None:
     measured = {row["model"] for row in RECORDED if row.get("factor") in factors and tool.matters(row)}
-    assert measured == set(calibration.FITTED.models)
+    # On a processor with tiles one of the two models was measured so far.
+    assert measured == set(calibration.FITTED.models[:1] if part == "blocks" else calibration.FITTED.models)
     assert too_small(factors) == []
     calibrate(**{part: {number: 0.9 * getattr(getattr(calibration.FITTED, part), number)}})
     assert too_small(factors) != [], "a factor a tenth smaller would show"
@@ -50,7 +54,7 @@ def test_the_guard_of_a_gates_sign_has_room() -> None:
 
 def test_the_prompts_held_out_are_covered() -> None:
     held_out = [row for row in RECORDED if "plan" in row and row["held_out"] and row["plan"] != "exact"]
-    assert len(held_out) >= 15
+    assert len(held_out) >= 80
     assert sum(row["covered"] for row in held_out) >= 0.99 * len(held_out)
 
 
