@@ -194,8 +194,8 @@ class Config:
 
     # --- loss (sgopd_kernels.gated_kl_loss) ---
     gate: str = free(
-        "sg-opd, opd, opdvr, protect, half, trust, q-protect, exopd, rg-opd, r2-opd, inverse, verified-only, "
-        "failure-only, random, shuffled (docs/gates.md)",
+        "sg-opd, opd, opdvr, protect, half, trust, q-protect, exopd, rg-opd, r2-opd, tgopd, diffgate, inverse, "
+        "verified-only, failure-only, random, shuffled (docs/gates.md)",
         "sg-opd",
     )
     gate_agree: float | list[float] | None = free(
@@ -206,10 +206,16 @@ class Config:
     )
     gate_neutral: float | None = free("weight where neither: d within the tolerance, or no verdict; the preset's", None)
     gate_tolerance: float | None = free("nats around d = 0 that count as neither; the preset's", None)
+    gate_reliability: Literal["preset", "conflict", "scale", "cap"] = free(
+        "how a pass rate r of the teacher on a prompt enters: in conflicts (teacher_reliability); or in an incorrect "
+        "rollout, every weight times r, or at most r; the preset's",
+        "preset",
+    )
     gate_margin: float = free(
         "of gate rg-opd: nats a whole rollout between teacher and student that count as neither", 0.0
     )
     gate_sharpness: float = free("of gate r2-opd: its beta; 0 is plain distillation, a large one drops conflicts", 1e-3)
+    gate_bound: float = free("of gate diffgate: nats at which its pull to the teacher levels off", 1.0)
     prompt_weight: list[float] | None = free(
         "[a, b]: a prompt weighs p^a (1 - p)^b, p the student's share of correct answers to it so far; null is off",
         None,
@@ -220,6 +226,13 @@ class Config:
     jsd_beta: float = free("of divergence jsd, in (0, 1); 0.5 is the symmetric one", 0.5)
     precision: float | str = free("exact, bf16, auto, or a relative gradient error such as 1e-3", "auto")
     backend: str = free("kernel: auto, torch, cpu, triton or cuda", "auto")
+
+    # --- task reward ---
+    reward_weight: float = free(
+        "weight, beside the distillation loss, of the policy gradient on being correct: a student rollout's advantage "
+        "is its reward, 1 or 0, less the mean of its prompt's rollouts; 0 is off",
+        0.0,
+    )
 
     # --- phased teacher sampling ---
     cold_start_steps: int = free("updates during which teacher rollouts may fill slots; 0 is off", 0)
@@ -329,6 +342,13 @@ class Config:
         two = exponents is None or (len(exponents) == 2 and min(exponents) >= 0)
         self._expect("prompt_weight", two, "two exponents >= 0, such as [1, 1]")
         self._expect("position_half_life", half_life is None or half_life > 0, "> 0 tokens")
+        self._expect("gate_bound", self.gate_bound > 0, "> 0 nats")
+        self._expect("reward_weight", self.reward_weight >= 0, ">= 0")
+        if self.reward_weight:
+            alone = "with reward_weight: a rollout is compared with the others of its prompt"
+            self._expect("num_generations", self.num_generations > 1, f">= 2 {alone}")
+            fresh = "1 with reward_weight: its gradient is only right on fresh rollouts"
+            self._expect("num_iterations", self.num_iterations == 1, fresh)
         for name in ("gate_margin", "gate_sharpness"):
             self._expect(name, getattr(self, name) >= 0, ">= 0")
         for name in (

@@ -106,12 +106,15 @@ class Phases:
         """
         config = self.config
         rates = self.attempts if config.teacher_reliability_source == "student" else self.probes
-        prior = float(self.whole) if config.teacher_reliability_prior is None else config.teacher_reliability_prior
+        prior, threshold = config.teacher_reliability_prior, config.teacher_reliability_threshold
+        if config.gate == "tgopd":  # the paper's
+            prior, threshold = prior or 0.0, 2 / 3 if threshold is None else threshold
+        prior = float(self.whole) if prior is None else prior
         if not (self.whole or prior or example in rates):
             return 0.0
         rate = rates.rate(example, prior, unknown=float(self.whole))
-        if config.teacher_reliability_threshold is not None:
-            return float(rate >= config.teacher_reliability_threshold)
+        if threshold is not None:
+            return float(rate >= threshold)
         return rate**config.teacher_reliability_power
 
     def state_dict(self) -> dict[str, Any]:

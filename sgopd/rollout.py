@@ -68,6 +68,7 @@ class Rollout:
     reason: str = ""  # the verifier's
     reliability: float = 0.0  # how far the teacher is trusted in conflicts, in [0, 1]
     weight: float = 1.0  # of all its tokens in the distillation loss, beside the gate's
+    advantage: float = 0.0  # of all its tokens in the task reward's term
     token_stats: Tensor | None = None  # [8, T] of the last update on it: sgopd.completions.keep_token_stats
 
     def __len__(self) -> int:

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from transformers import PreTrainedModel
 
 from sgopd.config import Config
-from sgopd.models import Head, head_arguments, head_of, hidden_states
+from sgopd.models import head_arguments, head_of, hidden_states
 from sgopd.rollout import Batch
 from sgopd.teachers import Hidden, Targets, TopK
 from sgopd.weights import Rule, token_weights, weigh
@@ -27,6 +27,7 @@ class Measured(NamedTuple):
     teacher_rollouts: Tensor | None  # the loss on the others, if there are any; in the loss already
     teacher_stats: Stats | None  # of the others, where their loss has any
     importance: Tensor | None  # weights of the student's own rollouts, where they are corrected
+    reward: Tensor | None  # the task reward's term before its weight, where there is one; in the loss already
 
 
 class StudentLoss(nn.Module):
@@ -93,25 +94,25 @@ class StudentLoss(nn.Module):
         if config.importance_clip is not None:
             importance = self.importance(hidden_NH.detach(), batch, config.importance_clip)
             choices["token_weight"] = importance[rows[own]]
-            importance = importance[rows[own].unique()]
         loss, stats = gated(own, **choices)
+        reward = None
+        if config.reward_weight:
+            advantage = torch.tensor([one.advantage for one in batch.rollouts], device=rows.device)
+            advantage = (advantage if importance is None else advantage * importance)[rows]
+            reward = self.nll(hidden_NH, batch.token_ids, advantage.nonzero().squeeze(-1), advantage) / num_items
+            loss, reward = loss + config.reward_weight * reward, reward.detach()
+        if importance is not None:
+            importance = importance[rows[own].unique()]
         if not len(theirs):
-            return loss, Measured(own, stats, None, None, importance)
+            return loss, Measured(own, stats, None, None, importance, reward)
         their_stats = None
         if config.teacher_rollout_loss == "nll":
-            total = nll(
-                hidden_NH[theirs],
-                head_of(self.student),
-                batch.token_ids[theirs],
-                self.vocabulary,
-                config.temperature,
-            )
-            their_loss = total / num_items
+            their_loss = self.nll(hidden_NH, batch.token_ids, theirs) / num_items
         elif config.teacher_rollout_loss == "forward-kl":
             their_loss, their_stats = gated(theirs, estimator="full", divergence="forward-kl")
         else:
             their_loss, their_stats = gated(theirs)
-        return loss + their_loss, Measured(own, stats, their_loss.detach(), their_stats, importance)
+        return loss + their_loss, Measured(own, stats, their_loss.detach(), their_stats, importance, reward)
 
     @torch.no_grad()
     def logprobs(self, batch: Batch, temperature: float) -> Tensor:
@@ -154,6 +155,23 @@ class StudentLoss(nn.Module):
         then = torch.cat([rollout.completion.logprobs for rollout in batch.rollouts]).to(now)
         total = now.new_zeros(len(batch.rollouts)).index_add(0, batch.rows, now - then)
         return total.clamp(max=math.log(clip)).exp()
+
+    def nll(self, hidden_NH: Tensor, token_ids: Tensor, part: Tensor, factor: Tensor | None = None) -> Tensor:
+        """Sum over the positions `part` of -log pi_S(token), times factor [N]. With an advantage for a factor, its
+        gradient is the policy gradient. 1,024 tokens at a time; the backward pass makes the logits again."""
+        head = head_of(self.student)
+
+        def piece(hidden: Tensor, ids: Tensor, factor: Tensor | None) -> Tensor:
+            logits = head.logits(hidden)[:, : self.vocabulary].float() / self.config.temperature
+            if factor is None:
+                return nn.functional.cross_entropy(logits, ids, reduction="sum")
+            return (factor * nn.functional.cross_entropy(logits, ids, reduction="none")).sum()
+
+        pieces = [
+            recomputed(piece, hidden_NH[at], token_ids[at], None if factor is None else factor[at], use_reentrant=False)
+            for at in part.split(1024)
+        ]
+        return torch.stack(pieces).sum()
 
     def gated(
         self,
@@ -201,14 +219,3 @@ class StudentLoss(nn.Module):
         loss, stats = gated_kl_loss(*heads, token_ids, verdict, return_stats=True, **(settings | choices))
         assert isinstance(stats, Stats)
         return loss, stats
-
-
-def nll(hidden_NH: Tensor, head: Head, token_ids: Tensor, vocabulary: int, temperature: float) -> Tensor:
-    """Sum of -log pi_S(token) over N tokens, 1,024 at a time; the backward pass makes the logits again."""
-
-    def piece(hidden: Tensor, ids: Tensor) -> Tensor:
-        logits = head.logits(hidden)[:, :vocabulary].float() / temperature
-        return nn.functional.cross_entropy(logits, ids, reduction="sum")
-
-    pieces = zip(hidden_NH.split(1024), token_ids.split(1024))
-    return torch.stack([recomputed(piece, hidden, ids, use_reentrant=False) for hidden, ids in pieces]).sum()

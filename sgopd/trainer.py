@@ -62,7 +62,7 @@ from sgopd.teachers import Hidden, Teacher
 from sgopd.teachers.local import LocalTeacher
 from sgopd.verdicts import VerdictWatch, verifying
 from sgopd.verifier import Verdict
-from sgopd.weights import RULES, Rule
+from sgopd.weights import RULES, Rule, share_out, weighs_rollouts
 from sgopd_kernels import CORRECT, INCORRECT, PRESETS, UNKNOWN, Gate, resolve_gate
 
 Record = dict[str, Any]
@@ -185,7 +185,7 @@ class Trainer:
             num_training_steps=config.max_steps,
         )
 
-        self.state = RunState(Phases(config, whole=self.gate.needs_reliability))
+        self.state = RunState(Phases(config, whole=self.gate.needs_reliability or config.gate == "tgopd"))
         self.stopped_by: int | None = None  # the signal that ended `train` early
         if resume_from is not None:
             self.restore(resume_from)
@@ -308,12 +308,14 @@ class Trainer:
         add_verifier_metrics(sums, [verdict.reason for verdict in verdicts])
 
         self.see_attempts(rollouts)
-        if self.loss.takes_reliability:
+        if self.loss.takes_reliability or config.gate == "tgopd":
             self.trust(rollouts, sums)
-        if config.prompt_weight is not None:
-            for rollout in rollouts:
-                rollout.weight = self.state.phases.prompt_weight(rollout.example)
+        share_out(rollouts, config, self.state.phases)
+        for rollout in rollouts:
+            if weighs_rollouts(config):
                 sums.add("rollout/weight", rollout.weight, 1)
+            if config.reward_weight:
+                sums.add("reward/taught", rollout.advantage != 0, 1)
         add_rollout_metrics(sums, rollouts)
         sums.count("phase/teacher_proposed", sum(offered))
         sums.count("phase/teacher_endorsed", sum(filled))
@@ -334,8 +336,10 @@ class Trainer:
         config, phases = self.config, self.state.phases
         if self.gate.needs_reliability:
             asking = [one for one in rollouts if one.verdict == INCORRECT]
+        elif config.teacher_reliability == "all" or config.gate == "tgopd":
+            asking = rollouts
         else:
-            asking = [one for one in rollouts if config.teacher_reliability == "all" or one.verdict != CORRECT]
+            asking = [one for one in rollouts if one.verdict != CORRECT]
         examples = list(dict.fromkeys(one.example for one in asking))
         of = dict(zip(examples, examples))
         if config.teacher_reliability_source == "dealt":  # control: another prompt's, once round a random circle
@@ -468,7 +472,7 @@ class Trainer:
         targets = self.teacher.score(batch)
         reference = self.reference.score(batch) if self.reference is not None else None
         loss, measured = self.engine.forward(batch, verdicts, targets, reference, num_items, generator)
-        own, stats, their_loss, their_stats, importance = measured
+        own, stats, their_loss, their_stats, importance, reward = measured
         if importance is not None and config.importance_clip is not None:
             sums.add("importance/mean", importance.sum(), len(importance))
             sums.add("importance/clipped", (importance >= config.importance_clip).sum(), len(importance))
@@ -483,6 +487,8 @@ class Trainer:
             keep_token_stats(rollouts, "teacher", their_stats, verdicts, self.gate.tolerance)
         if their_loss is not None:
             sums.add("loss/teacher_rollouts", their_loss * num_items, len(batch.rows) - len(own))
+        if reward is not None:
+            sums.add("loss/reward", reward * num_items, len(own))
         sums.count("loss", loss.detach())  # added up over micro-batches and processes: the loss of the update
         return loss
 
@@ -685,6 +691,7 @@ class Trainer:
 def gate_of(config: Config) -> tuple[Gate, Rule | None]:
     """The preset, or the rule's gate, with the config's numbers in place of its own; and the rule, if it is one."""
     numbers = {name: getattr(config, f"gate_{name}") for name in ("agree", "conflict", "neutral", "tolerance")}
+    numbers["reliability"] = None if config.gate_reliability == "preset" else config.gate_reliability
     rule = RULES.get(config.gate)
     try:
         if rule is None and config.gate not in PRESETS:
@@ -693,16 +700,18 @@ def gate_of(config: Config) -> tuple[Gate, Rule | None]:
         gate = dataclasses.replace(preset, **{k: v for k, v in numbers.items() if v is not None})
     except ValueError as error:
         raise UserError(str(error)) from error
-    if rule is not None and rule.argument == "reliability" and config.teacher_reliability != "off":
+    own = config.gate == "tgopd" or (rule is not None and rule.argument == "reliability")
+    if own and config.teacher_reliability != "off":
         raise UserError(
             f"teacher_reliability: got {config.teacher_reliability!r}, expected off with gate {config.gate}, which has"
             " one of its own"
         )
     measured = config.teacher_probes > 0 or config.cold_start_steps * config.teacher_share > 0
-    if gate.needs_reliability and config.teacher_reliability_source != "student" and not measured:
+    asks = config.gate == "tgopd" or (gate.needs_reliability and not own)
+    if asks and config.teacher_reliability_source != "student" and not measured:
         raise UserError(
-            f"gate: {config.gate} weighs an incorrect rollout by the teacher's pass rate on the prompt, and nothing "
-            "would measure it: set teacher_probes to 1 or more, or cold_start_steps (or teacher_reliability_source to "
+            f"gate: {config.gate} weighs rollouts by the teacher's pass rate on the prompt, and nothing would measure "
+            "it: set teacher_probes to 1 or more, or cold_start_steps (or teacher_reliability_source to "
             "student, for the student's own)"
         )
     if config.gate == "exopd" and config.reference_model_name_or_path is None:
@@ -710,7 +719,12 @@ def gate_of(config: Config) -> tuple[Gate, Rule | None]:
             "gate: exopd extrapolates from a reference to the teacher, and without one it is opd with a larger loss: "
             "set reference_model_name_or_path (the teacher before its reinforcement learning, or the student)"
         )
-    return gate, rule
+    if config.gate in ("tgopd", "diffgate") and not config.reward_weight:
+        raise UserError(
+            f"gate: {config.gate} teaches some rollouts by the task reward alone, and reward_weight is 0: set it, to 1 "
+            "for a start"
+        )
+    return gate, rule if rule and rule.weigh else None
 
 
 def due(step: int, every: int | None) -> bool:

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from sgopd.config import Config
+from sgopd.phases import Phases
 from sgopd.rollout import Batch, Rollout
-from sgopd_kernels import Gate, Stats
+from sgopd_kernels import CORRECT, UNKNOWN, Gate, Stats
 
 
 class Told(NamedTuple):
@@ -27,6 +28,7 @@ class Told(NamedTuple):
     teacher_logprob: Tensor  # [T]; -inf in a column that it masks
     verdict: int  # as the gate is told: 1, -1, 0
     truncated: bool = False  # it ran out of tokens
+    kl: Tensor | None = None  # [T] divergence from the teacher; None: only the sampled token's ratio is known
 
     @property
     def logratio(self) -> Tensor:
@@ -36,9 +38,11 @@ class Told(NamedTuple):
 
 
 class Rule(NamedTuple):
+    """A gate of the loop's own."""
+
     gate: Gate  # of the second call
-    argument: Literal["reliability", "token_weight"]  # of the loss, that `weigh` gives
-    weigh: Callable[[Told, Config], Tensor]  # -> [T] float64
+    argument: Literal["reliability", "token_weight"] = "token_weight"  # of the loss, that `weigh` gives
+    weigh: Callable[[Told, Config], Tensor] | None = None  # -> [T] float64; None: `share_out` says all
 
 
 def q_protect(told: Told, config: Config) -> Tensor:
@@ -75,10 +79,21 @@ def r2_opd(told: Told, config: Config) -> Tensor:
     return gate * (size[finite].sum() / kept if kept > 0 else 2.0)  # all d are 0: every g is 1/2
 
 
+def diffgate(told: Told, config: Config) -> Tensor:
+    """DiffGate's bound (arXiv 2610.04596): tanh(x) / x, x = gap / `gate_bound`, so that what a token pulls levels off.
+    The gap is the estimator's: the token's divergence under full, |d| under sampled. Which rollouts are pulled, and how
+    much, says `share_out`. The paper's public text says "smoothly bounded" of the gap; tanh is this project's."""
+    gap = told.kl if told.kl is not None and config.estimator == "full" else told.logratio
+    x = gap.abs() / config.gate_bound
+    return torch.where(x > 0, x.tanh() / x.clamp(min=1e-300), 1.0)
+
+
 RULES: dict[str, Rule] = {
     "q-protect": Rule(Gate(1.0, 0.0), "reliability", q_protect),
     "rg-opd": Rule(Gate(1.0, 1.0), "token_weight", rg_opd),
     "r2-opd": Rule(Gate(1.0, 1.0), "token_weight", r2_opd),
+    "tgopd": Rule(Gate(1.0, 1.0)),
+    "diffgate": Rule(Gate(1.0, 1.0, keep="incorrect"), "token_weight", diffgate),
 }
 
 
@@ -92,20 +107,53 @@ def weigh(
         rows: [n] the place in `rollouts` of a token's; a rollout's tokens stand together.
         verdict: [n] as the gate is told.
     """
+    assert rule.weigh is not None
     found, counts = rows.unique_consecutive(return_counts=True)
-    columns = stats.student_logprob.double(), stats.teacher_logprob.double(), verdict
+    columns = stats.student_logprob.double(), stats.teacher_logprob.double(), verdict, stats.kl.double()
     parts = zip(found.tolist(), *(column.split(counts.tolist()) for column in columns))
     told = [
-        Told(student, teacher, int(words[0]), rollouts[row].completion.truncated)
-        for row, student, teacher, words in parts
+        Told(ours, theirs, int(words[0]), rollouts[row].completion.truncated, None if kl.isnan().all() else kl)
+        for row, ours, theirs, words, kl in parts
     ]
     return torch.cat([rule.weigh(one, config) for one in told]).float() if told else verdict.float()
 
 
+def share_out(rollouts: Sequence[Rollout], config: Config, phases: Phases) -> None:
+    """Gives rollouts their `weight` in the distillation loss and their `advantage` in the task reward's term.
+
+    The advantage of a student rollout is its reward, 1 correct and 0 incorrect, less the mean reward of its prompt's
+    student rollouts in the batch (not divided by their deviation: as in TGOPD, and Dr. GRPO, arXiv 2503.20783). One
+    without a verdict has none and counts for none; the teacher's are not of the student's policy.
+
+    tgopd (arXiv 2609.02998, Eq. 6): a prompt on which the teacher is reliable, its pass rate at least 2/3, is distilled
+    alone; on the others the reward alone teaches. diffgate (arXiv 2610.04596): the reward everywhere, and an incorrect
+    rollout is distilled with the share of its prompt's rollouts that failed.
+    """
+    groups: dict[int, list[Rollout]] = {}
+    for one in rollouts:
+        if config.prompt_weight is not None:
+            one.weight = phases.prompt_weight(one.example)
+        if one.source == "student" and one.verdict != UNKNOWN:
+            groups.setdefault(one.example, []).append(one)
+    for group in groups.values():
+        mean = sum(one.verdict == CORRECT for one in group) / len(group)
+        for one in group:
+            one.advantage = (one.verdict == CORRECT) - mean
+            if config.gate == "diffgate":
+                one.weight *= 1.0 - mean
+    if config.gate == "tgopd":
+        for one in rollouts:
+            one.weight, one.advantage = one.weight * one.reliability, one.advantage * (1.0 - one.reliability)
+
+
+def weighs_rollouts(config: Config) -> bool:
+    return config.prompt_weight is not None or config.gate in ("tgopd", "diffgate")
+
+
 def token_weights(batch: Batch, config: Config) -> Tensor | None:
-    """Weights [N] float32 that need no model: of a rollout's prompt, times 2^(-t / h) for the t-th token of its
+    """Weights [N] float32 that need no model: the rollout's, times 2^(-t / h) for the t-th token of its
     completion (t from 0, h `position_half_life`). None: all are 1."""
-    if config.prompt_weight is None and config.position_half_life is None:
+    if not weighs_rollouts(config) and config.position_half_life is None:
         return None
     rollouts, device = batch.rollouts, batch.rows.device
     weights = torch.tensor([one.weight for one in rollouts], device=device)[batch.rows]

@@ -52,6 +52,7 @@ RUNS = {
         "thought_tags": [["[", "]"]],
         "eval_temperature": 0.0,
         "gate_agree": [1.5, 2.0],
+        "gate_reliability": "cap",
         "gate_conflict": 0.5,
         "gate_tolerance": 0.01,
         "precision": "exact",
@@ -63,6 +64,12 @@ RUNS = {
         "apply_chat_template": True,
         "system_prompt": "1+1",
         "max_prompt_length": 12,
+    },
+    "task reward": {
+        "gate": "diffgate",
+        "gate_bound": 2.0,
+        "reward_weight": 0.5,
+        "num_generations": 4,
     },
     "forward KL on teacher rollouts": {
         "cold_start_steps": 2,

@@ -58,7 +58,8 @@ def fixed_batch(trainer):
         ids = torch.randint(3, 20, (length,), generator=generator)
         source = "teacher" if number == 7 else "student"
         completion = Completion(ids, -torch.rand(length, generator=generator), False, "")
-        rollouts.append(Rollout(0, [5, 6, 7 + number], completion, source, False, number % 3 - 1, ""))
+        told = {"weight": 0.5 + number / 8, "advantage": 0.0 if source == "teacher" else number / 4 - 1}
+        rollouts.append(Rollout(0, [5, 6, 7 + number], completion, source, False, number % 3 - 1, "", **told))
     share = 8 // trainer.processes.count
     return rollouts[trainer.processes.rank * share :][:share], {}
 
@@ -162,6 +163,41 @@ def test_shards_are_whole_for_a_server_and_compared_with_it(run, tiny, tmp_path)
     assert stub.loaded == [f"step-{step:06d}" for step in range(2)]
     for record in records(folder):
         assert record["sampler/gap_max"] < 1e-4 and record["engine/logprob_gap_max"] < 1e-4
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_weights_of_rollouts_and_the_reward_are_the_same_on_two_processes(run, fsdp):
+    changes = {"gate": "r2-opd", "gate_sharpness": 0.5, "prompt_weight": [1.0, 1.0], "position_half_life": 5.0}
+    changes |= {"reward_weight": 0.5, "num_generations": 2, "fixed": True}
+    one, two = run(1, "one", **changes), run(2, "two", fsdp=fsdp, **changes)
+    start, ours, theirs = (
+        load_file(path / "model.safetensors")
+        for path in (two / "checkpoints" / "step-000002", two / "final", one / "final")
+    )
+    assert any(not torch.equal(start[name], weight) for name, weight in ours.items())
+    assert all((theirs[name] - weight).abs().max() < 1e-5 for name, weight in ours.items())
+    for a, b in zip(records(one), records(two), strict=True):
+        for name in ("loss", "loss/reward", "gate/mean", "optim/grad_norm"):
+            assert a[name] == pytest.approx(b[name], rel=1e-4), name
+
+
+def test_what_is_known_of_prompts_is_shared_by_the_processes_and_kept(run, tmp_path):
+    changes = {
+        "gate": "tgopd",
+        "teacher_probes": 1,
+        "reward_weight": 1.0,
+        "num_generations": 2,
+        "max_completion_length": 3,
+    }
+    changes |= {"prompt_weight": [1.0, 1.0]}
+    whole = run(2, "whole", **changes)
+    state = json.loads((whole / "checkpoints" / f"step-{STEPS:06d}" / "state.json").read_text())["phases"]
+    assert sum(tried for tried, _ in state["probes"].values()) == STEPS * 4  # prompts of both processes
+    assert set(state["attempts"]) <= set(state["probes"])
+    resumed = run(2, "resumed", resume_from_checkpoint=str(whole / "checkpoints" / "step-000002"), **changes)
+    assert (resumed / "final" / "model.safetensors").read_bytes() == (
+        whole / "final" / "model.safetensors"
+    ).read_bytes()
 
 
 def test_a_lost_process_ends_the_run_in_words_and_resuming_gives_the_same_bits(start, run, tiny, tmp_path):

@@ -17,8 +17,11 @@ from sgopd.weights import RULES as WEIGHTS
 from sgopd.weights import Told
 
 
-def read_slowly(trainer, rollouts, weigh, sampled=False):
-    """Loss and gradients with `weigh(d, log_q, verdict, rollout)` -> a weight for each token, in float64."""
+def read_slowly(trainer, rollouts, weigh, sampled=False, advantage=None):
+    """Loss and gradients with `weigh(d, log_q, verdict, rollout)` -> a weight for each token, in float64.
+
+    `advantage(rollout)`: of the task reward's term, if there is one. `rollout.kls` gets its tokens' divergences.
+    """
     student, temperature = copy.deepcopy(trainer.student).double(), trainer.config.temperature
     teacher = copy.deepcopy(trainer.teacher.model).double()
     student.zero_grad()
@@ -31,20 +34,24 @@ def read_slowly(trainer, rollouts, weigh, sampled=False):
             log_q = torch.log_softmax(teacher(ids).logits[0, start - 1 : -1] / temperature, -1)
         p_y, q_y = log_p.gather(-1, y).squeeze(-1), log_q.gather(-1, y).squeeze(-1)
         d = (q_y - p_y).detach()
+        kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+        rollout.kls = kl.tolist()
         weights = torch.tensor(weigh(d.tolist(), q_y.tolist(), rollout.verdict, rollout), dtype=torch.float64)
-        losses = -d * p_y if sampled else (log_p.exp() * (log_p - log_q)).sum(-1)
+        losses = -d * p_y if sampled else kl
+        if advantage is not None:
+            total = total - trainer.config.reward_weight * advantage(rollout) * p_y.sum()
         total, tokens = total + (weights * losses).sum(), tokens + len(y)
     (total / tokens).backward()
     return (total / tokens).item(), {name: parameter.grad for name, parameter in student.named_parameters()}
 
 
-def assert_update(trainer, rollouts, weigh, value=True):
+def assert_update(trainer, rollouts, weigh, value=True, advantage=None):
     """An update of the trainer has the slow reading's gradient, and loss if `value`."""
     captured = []
     trainer.optimizer.step = lambda: captured.append(
         {name: parameter.grad.clone() for name, parameter in trainer.student.named_parameters()}
     )
-    loss, expected = read_slowly(trainer, rollouts, weigh, trainer.config.estimator == "sampled")
+    loss, expected = read_slowly(trainer, rollouts, weigh, trainer.config.estimator == "sampled", advantage)
     record = trainer.update(rollouts, fresh=True)
     assert not value or record["loss"] == pytest.approx(loss, rel=1e-5)
     for name, gradient in expected.items():
@@ -131,7 +138,7 @@ def test_what_is_infinite_in_a_rollout_weighs_a_finite_number(settings):
     config = Config.load(None, settings(gate_sharpness=1.0))
     masked = [-1.0, -2.0, -INF, -INF, -1.0], [-2.0, -INF, -1.0, -INF, -1.5]  # d = -1, -inf, inf, none, -0.5
     for verdict in (1, -1, 0):
-        for rule in WEIGHTS.values():
+        for rule in (one for one in WEIGHTS.values() if one.weigh):
             assert all(math.isfinite(w) and w >= 0 for w in rule.weigh(told(*masked, verdict), config).tolist())
     assert q_of(told(*masked, -1), config) == 1.0, "a rollout that the teacher cannot write is no conflict of its own"
     # the finite |d| are 1, 0, 0.5: nu = 0.5
@@ -171,9 +178,10 @@ def test_trust_weighs_incorrect_rollouts_by_the_teachers_pass_rate(trainer, tmp_
     assert len({r.reliability for r in incorrect}) > 1
     assert record["phase/reliability"] == pytest.approx(sum(r.reliability for r in incorrect) / len(incorrect))
     assert_update(one, rollouts, trust)
-    for name, ceiling, way in (("c r", 0.5, lambda r: 0.5 * r), ("r", 1.0, lambda r: r)):
-        gate = {"gate_agree": [1.0, ceiling], "gate_conflict": [0.0, ceiling]}
-        two = trainer(**changes, **gate, output_dir=str(tmp_path / name))
+    at = {"gate": "half", "gate_reliability": "cap"}
+    ways = {"c r": ({**at, "gate_reliability": "scale"}, lambda r: 0.5 * r), "min(c, r)": (at, lambda r: min(0.5, r))}
+    for name, (gate, way) in ways.items():
+        two = trainer(**(changes | gate), output_dir=str(tmp_path / name))
 
         def expected(d, log_q, verdict, rollout, way=way):
             return [way(rollout.reliability)] * len(d) if verdict == -1 else trust(d, log_q, verdict, rollout)
@@ -269,7 +277,7 @@ def test_prompts_weigh_by_the_students_pass_rate_and_tokens_by_their_place(train
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"gate": "trust"}, "gate: trust weighs an incorrect rollout by the teacher's pass rate .* set teacher_probes"),
+        ({"gate": "trust"}, "gate: trust weighs rollouts by the teacher's pass rate .* set teacher_probes"),
         ({"gate": "exopd"}, "gate: exopd extrapolates from a reference .* set reference_model_name_or_path"),
         ({"gate": "q-protect", "teacher_reliability": "all"}, "expected off with gate q-protect"),
         ({"teacher_reliability_prior": -1.0}, "teacher_reliability_prior: got -1.0, expected >= 0"),
@@ -277,6 +285,18 @@ def test_prompts_weigh_by_the_students_pass_rate_and_tokens_by_their_place(train
         ({"gate_margin": -1.0}, "gate_margin: got -1.0, expected >= 0"),
         ({"prompt_weight": [1.0]}, "prompt_weight: got .* expected two exponents >= 0"),
         ({"position_half_life": 0.0}, "position_half_life: got 0.0, expected > 0 tokens"),
+        (
+            {"gate": "tgopd", "teacher_probes": 3},
+            "gate: tgopd teaches some rollouts by the task reward alone, .* set it",
+        ),
+        ({"gate": "tgopd", "reward_weight": 1.0, "num_generations": 2}, "nothing would measure it: set teacher_probes"),
+        ({"reward_weight": 1.0}, "num_generations: got 1, expected >= 2 with reward_weight"),
+        (
+            {"reward_weight": 1.0, "num_generations": 2, "num_iterations": 2},
+            "num_iterations: got 2, expected 1 with reward",
+        ),
+        ({"reward_weight": -1.0}, "reward_weight: got -1.0, expected >= 0"),
+        ({"gate_bound": 0.0}, "gate_bound: got 0.0, expected > 0 nats"),
         ({"gate": "q_protect"}, "did you mean 'q-protect'"),
     ],
 )
@@ -294,12 +314,108 @@ def test_exopd_is_its_lambda_towards_the_reference(trainer, tiny, tmp_path):
     assert record["gate/mean"] == pytest.approx(1.25)
 
 
+# --- the task reward beside it ---
+
+
+def advantages(rollouts):
+    """Of each rollout, by its place: its reward less the mean of its prompt's student rollouts with a verdict."""
+    found = {}
+    for one in rollouts:
+        group = [r.verdict == 1 for r in rollouts if r.example == one.example and r.source == "student" and r.verdict]
+        own = one.source == "student" and one.verdict != 0
+        found[id(one)] = (one.verdict == 1) - sum(group) / len(group) if own else 0.0
+    return found
+
+
+REWARDED = {
+    "plain": {"gate": "opd", "reward_weight": 0.7},
+    "sampled, micro-batches": {
+        "gate": "opd",
+        "reward_weight": 0.7,
+        "estimator": "sampled",
+        "temperature": 0.8,
+        **MICRO,
+    },
+    "beside teacher rollouts": {"gate": "protect", "reward_weight": 2.0, "cold_start_steps": 9, "teacher_share": 0.4},
+    "tgopd": {"gate": "tgopd", "reward_weight": 1.0, "teacher_probes": 3, "per_device_train_batch_size": 36},
+    "diffgate": {"gate": "diffgate", "reward_weight": 1.0, "gate_bound": 0.5},
+    "diffgate, sampled": {"gate": "diffgate", "reward_weight": 1.0, "gate_bound": 0.5, "estimator": "sampled", **MICRO},
+}
+
+
+@pytest.mark.parametrize("case", REWARDED)
+def test_the_task_reward_is_the_policy_gradient_on_the_groups_advantage(trainer, case):
+    changes = {"per_device_train_batch_size": 12, "num_generations": 3, "max_completion_length": 5, **REWARDED[case]}
+    words = (True, False, None, False, True)
+    one = trainer(lambda text: words[sum(map(ord, text)) % 5], max_grad_norm=0.0, **changes)
+    rollouts, record = one.make_batch()
+    gate, sampled = one.config.gate, one.config.estimator == "sampled"
+    own = advantages(rollouts)
+    groups = [[own[id(r)] != 0 for r in rollouts if r.example == e] for e in {r.example for r in rollouts}]
+    assert any(map(any, groups)) and not all(map(any, groups)), "groups that teach, and such that are all alike"
+    probes = one.state.phases.probes
+    admitted = {e: 3 * passed >= 2 * tried for e, (tried, passed) in probes.items()}
+    if gate == "tgopd":
+        assert {admitted[r.example] for r in rollouts if own[id(r)]} == {True, False}
+
+    def advantage(rollout):
+        return 0.0 if gate == "tgopd" and admitted[rollout.example] else own[id(rollout)]
+
+    def weigh(d, log_q, verdict, rollout):
+        if gate == "tgopd":
+            return [float(admitted[rollout.example])] * len(d)
+        if gate == "diffgate":
+            group = [r.verdict for r in rollouts if r.example == rollout.example and r.verdict]
+            failed = group.count(-1) / len(group) if verdict == -1 else 0.0
+            gaps = [abs(x) / 0.5 for x in (d if sampled else rollout.kls)]
+            return [failed * (math.tanh(x) / x) for x in gaps]
+        return [0.0 if gate == "protect" and verdict == 1 and x < 0 else 1.0 for x in d]
+
+    assert record["reward/taught"] == pytest.approx(sum(advantage(r) != 0 for r in rollouts) / len(rollouts))
+    updated = assert_update(one, rollouts, weigh, advantage=advantage)
+    assert updated["loss/reward"] != 0
+
+
+def test_a_reward_that_is_the_same_for_all_teaches_nothing(trainer, tmp_path):
+    plain = trainer(num_generations=4, gate="opd")
+    rollouts, _ = plain.make_batch()
+    base = plain.update([copy.copy(r) for r in rollouts], fresh=True)
+    for word in (True, False, None):
+        one = trainer(
+            lambda text, word=word: word,
+            num_generations=4,
+            gate="opd",
+            reward_weight=5.0,
+            output_dir=str(tmp_path / str(word)),
+        )
+        batch, record = one.make_batch()
+        assert record["reward/taught"] == 0 and [r.completion.text for r in batch] == [
+            r.completion.text for r in rollouts
+        ]
+        after = one.update(batch, fresh=True)
+        assert after["loss/reward"] == 0 and after["loss"] == base["loss"]
+        assert all(torch.equal(a, b) for a, b in zip(one.student.parameters(), plain.student.parameters()))
+
+
+def test_the_reward_alone_raises_what_is_rewarded(trainer):
+    nothing = {"gate_agree": 0.0, "gate_conflict": 0.0, "gate_neutral": 0.0}
+    changes = {"num_generations": 8, "per_device_train_batch_size": 32, "max_steps": 25, **nothing}
+    one = trainer(lambda text: "1" in text, reward_weight=1.0, **changes)
+    accuracy = []
+    for _ in range(25):
+        rollouts, record = one.make_batch()
+        accuracy.append(record["rollout/accuracy"])
+        one.update(rollouts, fresh=True)
+    assert sum(accuracy[-5:]) > sum(accuracy[:5]) + 0.5
+
+
 # --- a run that stops and goes on ---
 
 
 @pytest.mark.parametrize("changes", [
     {"gate": "trust", "teacher_probes": 1, "teacher_reliability_source": "dealt"},
     {"gate": "trust", "teacher_reliability_source": "student"},
+    {"gate": "tgopd", "teacher_probes": 2, "reward_weight": 1.0, "num_generations": 4},
     {"gate": "q-protect", "cold_start_steps": 2, "prompt_weight": [1.0, 1.0]},
 ], ids=str)  # fmt: skip
 def test_a_resumed_run_ends_with_the_same_bits(settings, tmp_path, changes):
