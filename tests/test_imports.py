@@ -12,8 +12,8 @@ ROOMS = {
     "sgopd_kernels": (
         "_extension _checks gate options problem oracle values backends plans driver ops loss api",
         {
-            "plans": "calibration base directions exact pairs columns quantized blocks",
-            "backends": "torch native triton_kernels cpu cuda triton __init__",
+            "plans": "calibration base directions exact pairs quantized blocks",
+            "backends": "torch native tensor_cores triton_kernels cpu cuda triton __init__",
         },
     ),
 }
