@@ -12,7 +12,8 @@
 #     chaos           training runs broken in every way, and whether they lose anything (an hour)
 #     soak            an hour of training, watched for what grows (MINUTES=60)
 #     fuzz            random calls of the native extension (MINUTES=10)
-#     sanitize        the kernel tests under AddressSanitizer, UBSan and ThreadSanitizer (minutes)
+#     sanitize        the kernel tests under AddressSanitizer, UBSan and ThreadSanitizer; CUDA's kernel on threads (minutes)
+#     sass            registers, spills and loads of the CUDA kernels on four targets: needs nvcc (minutes)
 #     hostile         the verifier under attack, and its accuracy beside plain math-verify (minutes)
 #     wheel-check     sdist and wheel built twice: the same bytes? and tested in a clean environment (minutes)
 #     versions        the tests with the oldest and the newest transformers, accelerate and datasets (minutes)
@@ -29,7 +30,7 @@ PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
 # One virtual environment: pip must not work in it twice at once.
 .NOTPARALLEL:
-LONG := browser chaos soak fuzz sanitize hostile wheel-check versions hosts
+LONG := browser chaos soak fuzz sanitize sass hostile wheel-check versions hosts
 .PHONY: install quickstart test test-versions lint docs format bench evidence evidence-smoke long $(addprefix long-,$(LONG)) long-vllm gpu-suite lock sbom clean
 .DEFAULT_GOAL := quickstart
 
@@ -134,6 +135,13 @@ long-fuzz: $(VENV)/.test
 long-sanitize: $(VENV)/.test
 	$(PIP) -r requirements/build.txt
 	PATH="$$PWD/$(VENV)/bin:$$PATH" $(VENV)/bin/python tests/sanitize.py
+	for kind in thread address,undefined; do \
+	  SGOPD_CUDA_HOST=$$kind $(VENV)/bin/pytest tests/kernels/test_cuda_host.py -q || exit 1; done
+
+# Needs nvcc.
+long-sass: $(VENV)/.test
+	$(VENV)/bin/python tests/cuda_host/sass.py
+	! $(VENV)/bin/python tests/cuda_host/sass.py --plant --targets 90a
 
 long-hostile: $(VENV)/.test
 	$(VENV)/bin/python tools/verifier_accuracy.py --wrong

@@ -43,6 +43,7 @@ class Defect(NamedTuple):
 ROWS = "csrc/cpu/rows.cpp"
 TORCH = "sgopd_kernels/backends/torch.py"
 TRITON = "sgopd_kernels/backends/triton_kernels.py"
+CUDA_ROWS = "csrc/cuda/rows.cuh"
 TENSOR_CORES = "sgopd_kernels/backends/tensor_cores.py"
 ROWS_OF_DATA = "sgopd/rows.py"
 CHAT = "sgopd/chat.py"
@@ -102,6 +103,11 @@ DEFECTS = [
     Defect("blocks: what rounding costs not estimated", "sgopd_kernels/plans/blocks.py", "factors * numbers.rounding**2 * left", "0 * numbers.rounding**2 * left"),
     Defect("blocks: the noise of fp32 logits not estimated", "sgopd_kernels/plans/blocks.py", "self.numbers.coherence * noise)", "0.0 * noise)"),
     Defect("blocks: rows that weigh nothing take another's place", "sgopd_kernels/plans/blocks.py", "chunk.positions[self.rows]", "chunk.positions[: self.rows.numel()]"),
+    Defect("cuda: a barrier less", CUDA_ROWS, "    __syncthreads();  // the previous use of `shared` is over\n", ""),
+    Defect("cuda: a cluster's sums read before they are there", CUDA_ROWS, "    cluster_sync();\n    for (int i = thread()", "    for (int i = thread()"),
+    Defect("cuda: sums of one call over those of another", CUDA_ROWS, "    turn ^= 1;\n", ""),
+    Defect("cuda: copies not waited for", CUDA_ROWS, "    copied();\n", ""),
+    Defect("cuda: every block has the first one's columns", CUDA_ROWS, "* blocks + rank) * kThreads", "* blocks) * kThreads"),
     Defect("device: launched while another one is current", "sgopd_kernels/driver.py", "with device_guard(device), without_autocast(device):", "with without_autocast(device):", device=True),
     Defect("device: the host waits twice a chunk", "sgopd_kernels/plans/exact.py", "torch.stack([count, late.sum()]).tolist()", "(int(count), int(late.sum()))", device=True),
     Defect("device: num_items is copied from the host", "sgopd_kernels/loss.py", 'torch.full((), number("num_items", value, expected, 0.0)', 'torch.tensor(number("num_items", value, expected, 0.0)', device=True),
@@ -265,7 +271,7 @@ DEFECTS += [
 # fmt: on
 KERNEL_TESTS = [
     f"tests/kernels/test_{name}.py"
-    for name in ("products", "blocks", "parity", "api", "ops", "options", "sparse", "fuzz_native", "door")
+    for name in ("products", "blocks", "parity", "api", "ops", "options", "sparse", "fuzz_native", "door", "cuda_host")
 ]
 INTERPRETED = ["tests/triton/test_plan.py", "tests/triton/interpreted.py"]
 

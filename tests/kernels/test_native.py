@@ -105,8 +105,11 @@ def test_cuda_extension_is_built_where_nvcc_is_and_refuses_without_a_device(kit:
     from sgopd_kernels import _cuda
 
     given, held = arguments()
-    with pytest.raises(RuntimeError, match="CUDA row pass"):
-        _cuda.rows(**given)
+    for isa in ({}, {"isa": "block"}, {"isa": "cluster"}):
+        with pytest.raises(RuntimeError, match="CUDA row pass"):
+            _cuda.rows(**given, **isa)
+    with pytest.raises(ValueError, match="isa: expected 'block' or 'cluster'"):
+        _cuda.rows(**given, isa="sse9")
     assert held
 
 
