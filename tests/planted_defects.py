@@ -246,7 +246,7 @@ DEFECTS += [
     Defect("verifier: the trainer dies before a worker does", WORKER, 'write_text("1000")', 'write_text("0")', "verifier::test_a_worker_is_limited_and_goes_before_the_trainer"),
     Defect("verifier: late replies read as the next ones", VERIFIER, "if worker.task is not None]:\n                    self._discard(worker)", "if False]:\n                    self._discard(worker)", "verifier::test_an_interrupt_leaves_no_stale_reply"),
     Defect("verifier: a truncated response is read", VERIFIER, "skip = cut and self.truncated_is_incorrect", "skip = False", "verifier::test_truncated_responses"),
-    Defect("verifier: one that cannot start shows a traceback", WORKER, "    except CannotStart as error:", "    except KeyError as error:", "verifier::test_a_verifier_that_cannot_start_is_an_error"),
+    Defect("verifier: one that cannot start shows our exception's name", WORKER, "    except CannotStart as error:", "    except KeyError as error:", "verifier::test_a_verifier_that_cannot_start_is_an_error"),
     Defect("verifier: a crash is an incorrect answer", VERIFIER, '"crashed": UNKNOWN', '"crashed": INCORRECT', "verifier::test_a_bad_response_harms_only_itself"),
     Defect("verifier: an error while reading ends the run", VERIFIER, "except Exception as error:  # whatever a model", "except MemoryError as error:  # whatever a model", "hostile::test_an_error_while_reading_an_answer_is_a_verdict"),
     Defect("health: nothing is said in time", TRAINER, "                    self.check_health()\n", "                    pass\n", "watch"),
