@@ -6,6 +6,7 @@ sgopd evaluate RUN_DIR|CONFIG.yaml [--key …]  avg@k and pass@k of a trained mo
 sgopd watch RUN_DIR                           a run in this terminal: at work in another process, or finished
 sgopd report RUN_DIR                          report.html anew
 sgopd report RUN_DIR RUN_DIR … [--output FILE]  comparison.html: curves over each other, paired differences
+sgopd plan CONFIG.yaml [--key value …]        memory and seconds of a step, before anything is loaded
 sgopd serve-teacher MODEL                     a teacher for trainers on other machines (docs/scaling.md)
 
 Every setting of a config file is a flag: `sgopd train --help` lists them. On several processes or GPUs:
@@ -34,6 +35,7 @@ if TYPE_CHECKING:  # torch and transformers take seconds to import: `--help` doe
     from sgopd.report.run import Run
 
 Record = dict[str, Any]
+OWN = ("benchmarks", "device", "processes", "prompt_tokens", "measured")  # of `evaluate` and `plan`, beside settings
 UNSET = ("watch", "report", "serve-teacher")  # commands that take no settings
 
 
@@ -49,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         assert path is not None
         if command == "watch":
             return watch(path)
+        if command == "plan":
+            return show_plan(path, **overrides)
         if command == "serve-teacher":
             from sgopd.teachers.serve import Options, serve
 
@@ -71,6 +75,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[str, Path | None, dict[str, 
         ("train", "CONFIG.yaml", "train a student"),
         ("quickstart", None, "train the shipped example"),
         ("evaluate", "RUN_DIR|CONFIG.yaml", "evaluate a trained model; JSON lines if the output is not a terminal"),
+        ("plan", "CONFIG.yaml", "say what memory and seconds a step takes, and whether it fits (docs/scaling.md)"),
         ("watch", "RUN_DIR", "show a run that is at work in another process, or a finished one"),
         ("report", "RUN_DIR", "write report.html from a run directory, or comparison.html from several"),
     ):
@@ -84,6 +89,12 @@ def parse(arguments: Sequence[str] | None) -> tuple[str, Path | None, dict[str, 
         if name == "report":
             command.add_argument("others", type=Path, metavar="RUN_DIR", nargs="*", help="runs to compare it with")
             command.add_argument("--output", type=Path, metavar="FILE", help="of the comparison: comparison.html")
+        if name == "plan":
+            what = "h100, h200, a100, l40s or cpu (default: %(default)s)"
+            command.add_argument("--device", default="h100", help=what)
+            command.add_argument("--processes", type=int, default=1, help="one a device (default: %(default)s)")
+            command.add_argument("--prompt_tokens", type=int, default=256, help="of a prompt (default: %(default)s)")
+            command.add_argument("--measured", type=Path, metavar="RUN_DIR", help="a run whose seconds are scaled")
         if name in UNSET:
             continue
         for field in dataclasses.fields(Config):
@@ -113,8 +124,8 @@ def parse(arguments: Sequence[str] | None) -> tuple[str, Path | None, dict[str, 
         values["name"] = values["name"] or str(path_given)
     if command_name in UNSET:
         return command_name, path_given, values
-    benchmarks = {"benchmarks": values.pop("benchmarks")} if "benchmarks" in values else {}
-    return command_name, path_given, {name: parse_flag(name, text) for name, text in values.items()} | benchmarks
+    own = {name: values.pop(name) for name in OWN if name in values}
+    return command_name, path_given, {name: parse_flag(name, text) for name, text in values.items()} | own
 
 
 def quickstart(overrides: dict[str, Any]) -> int:
@@ -174,6 +185,28 @@ def evaluate(path: Path, overrides: dict[str, Any]) -> int:
     else:
         for record in records:
             print(json.dumps(record))
+    return 0
+
+
+def show_plan(
+    path: Path, device: str, processes: int, prompt_tokens: int, measured: Path | None, **overrides: Any
+) -> int:
+    """What a step takes; on a terminal as a table, else as JSON lines."""
+    from sgopd import plan
+
+    if device not in plan.DEVICES:
+        raise UserError(unknown("device", device, plan.DEVICES))
+    config, one = Config.load(path, overrides), plan.DEVICES[device]
+    stages = plan.plan(config, one, processes, prompt_tokens)
+    if measured is not None:
+        stages = plan.as_in(measured, stages, one, processes, prompt_tokens)
+    if sys.stdout.isatty():
+        Console().print(plan.table(stages))
+    else:
+        for stage in stages:
+            print(json.dumps({**dataclasses.asdict(stage), "memory": stage.memory}))
+    for line in plan.warnings_of(stages, one, config, processes):
+        print(line, file=sys.stderr)
     return 0
 
 

@@ -1,0 +1,121 @@
+"""`sgopd plan`: what it counts is what there is, and what does not fit is said."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import yaml
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CONFIG_MAPPING
+
+from sgopd import plan
+from sgopd.cli import main
+from sgopd.config import Config, UserError
+from sgopd.models import hidden_states
+
+GB = 1e9
+
+
+@pytest.fixture
+def config(settings):
+    return lambda **changes: Config.load(None, settings(**changes))
+
+
+def qwen3(folder, layers, width, middle, heads, tied):
+    """Qwen3's shapes, without weights."""
+    shape = {"num_hidden_layers": layers, "hidden_size": width, "intermediate_size": middle, "vocab_size": 151_936}
+    shape |= {"num_attention_heads": heads, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": tied}
+    CONFIG_MAPPING["qwen3"](**shape).save_pretrained(folder)
+    return str(folder)
+
+
+def test_sizes_are_the_models_own(tiny, tmp_path, config):
+    model = tiny.make_model(1, 32, 3, num_key_value_heads=1)
+    model.save_pretrained(tmp_path / "model")
+    sizes = plan.sizes_of(str(tmp_path / "model"), torch.float32, config(), "model_name_or_path")
+    assert sizes.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert sizes.block == sum(parameter.numel() for parameter in model.model.layers[0].parameters())
+    assert sizes.body == sizes.parameters - 2 * sizes.head
+    ids = torch.zeros(2, 9, dtype=torch.long)
+    cache = model(ids, use_cache=True).past_key_values
+    numbers = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
+    assert sizes.cache * ids.numel() == numbers
+
+
+def test_operations_of_a_forward_are_two_a_parameter(tiny, tmp_path, config):
+    tiny.make_model(1, 64, 4).save_pretrained(tmp_path / "model")
+    sizes = plan.sizes_of(str(tmp_path / "model"), torch.float32, config(), "model_name_or_path")
+    ids = torch.zeros(4, 8, dtype=torch.long, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        hidden_states(sizes.model, ids, torch.ones(4, 1, 8, 8, dtype=torch.bool, device="meta"))
+    assert counter.get_total_flops() == pytest.approx(2 * sizes.body * ids.numel(), rel=0.1)
+
+
+def test_what_is_kept_for_backward_is_what_a_forward_keeps(tiny):
+    """Counted without data, beside the same count on a real forward with fused attention."""
+    model = tiny.make_model(1, 32, 2)
+    counted = plan.kept_for_backward(model.to("meta"), 3, 11)
+    model, kept = tiny.make_model(1, 32, 2), {}
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    ids = torch.zeros(3, 11, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = hidden_states(model, ids, torch.ones_like(ids))
+        real = sum(storage.nbytes() for storage in kept.values())
+    assert output.requires_grad and counted == pytest.approx(real, rel=0.15)
+
+
+def test_large_students_fit_where_they_should_and_what_does_not_is_said(tmp_path, config):
+    small = qwen3(tmp_path / "0.6B", 28, 1024, 3072, 16, True)
+    large = qwen3(tmp_path / "32B", 64, 5120, 25_600, 64, False)
+    changes = {"max_completion_length": 2048, "per_device_train_batch_size": 4, "dtype": "float32", "bf16": True}
+    changes |= {"teacher_dtype": "bfloat16", "gradient_checkpointing": True, "teacher_model_name_or_path": large}
+    one = config(model_name_or_path=small, **changes)
+    device = plan.DEVICES["h100"]
+    stages = plan.plan(one, device, 1, 256)
+    assert stages[0].parts["student"] == pytest.approx(0.596 * 4 * GB, rel=0.01)
+    assert stages[0].parts["teacher"] == pytest.approx(32.76 * 2 * GB, rel=0.01)
+    assert not plan.warnings_of(plan.plan(one, plan.DEVICES["h200"], 1, 256), plan.DEVICES["h200"], one, 1)
+    both = config(model_name_or_path=large, **changes)
+    (said,) = plan.warnings_of(plan.plan(both, device, 1, 256), device, both, 1)
+    assert said.startswith("warning: ") and "does not fit: " in said and "teacher_url, " in said
+    sharded = config(
+        model_name_or_path=large, **changes, fsdp=True, fsdp_teacher=True, sampler="vllm", sampler_url="http://x"
+    )
+    many = plan.plan(sharded, device, 64, 256)
+    assert [stage.name for stage in many] == ["sync", "rollout", "verify", "update"]
+    assert not plan.warnings_of(many, device, sharded, 64)
+    alone = plan.plan(both, device, 1, 256)
+    assert many[1].memory < alone[0].memory / 8 and all(stage.seconds > 0 for stage in many if stage.name != "verify")
+
+
+def test_the_command_scales_by_a_run(settings, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sgopd.trainer.write_report", lambda run_dir: None)
+    path = tmp_path / "settings.yaml"
+    path.write_text(yaml.safe_dump(settings()))
+    assert main(["train", str(path)]) == 0
+    capsys.readouterr()
+    words = ["plan", str(path), "--device", "cpu", "--prompt_tokens", "6"]
+    assert main(words) == 0
+    rollout, verify, update = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert rollout["source"] == "arithmetic" and verify["seconds"] is None and update["memory"] > 0
+    measured = [*words, "--measured", str(tmp_path / "run")]
+    assert main([*measured, "--max_completion_length", "24"]) == 0
+    longer, verify, _ = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert main(measured) == 0
+    same, *_ = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert 2 < longer["seconds"] / same["seconds"] < 3, "twice the steps, over a longer cache"
+    assert verify["seconds"] is not None
+    assert "scaled from" in same["source"]
+    assert main(["plan", str(path), "--device", "h10"]) == 1
+    assert "unknown device 'h10'; did you mean 'h100'?" in capsys.readouterr().err
+    with pytest.raises(UserError, match="cannot read the shape of"):
+        plan.sizes_of(str(tmp_path), torch.float32, Config.load(path), "model_name_or_path")
