@@ -196,7 +196,7 @@ def plan(config: Config, device: Device, processes: int, prompt: int) -> list[St
         **fixed,
         "gradient": trained * width_O / shards,
         "kept for backward": kept,
-        "loss": (2**31 if device.bf16 > 1e13 else 2**28) + 4 * student.head + 8 * micro * answer * student.width,
+        "loss": (5 * 2**29 if device.bf16 > 1e13 else 2**28) + 4 * student.head + 8 * micro * answer * student.width,
     }
     if config.fsdp:
         updating["gathered"] = (rest + student.block) * width_S
