@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import os
 import re
+from pathlib import Path
 
 import pyarrow.parquet
 import pytest
@@ -350,7 +352,24 @@ def test_the_records(whole_run):
         assert r["rollout/correct"] + r["rollout/incorrect"] + r["rollout/unknown"] + r["phase/teacher_rollouts"] == 8
 
 
-def test_every_metric_is_defined_in_the_docs(whole_run, root):
+@pytest.fixture(scope="module")
+def weighted_run(whole_run, tmp_path_factory):
+    """The settings that have metrics of their own."""
+    config = dataclasses.replace(
+        whole_run[0],
+        output_dir=str(tmp_path_factory.mktemp("weighted") / "run"),
+        prompt_weight=[1, 1],
+        reward_weight=1.0,
+        importance_clip=2.0,
+        num_generations=2,
+        max_steps=1,
+        eval_on_start=False,
+    )
+    sgopd.trainer.train(config, say=lambda line: None)
+    return config, Path(config.output_dir)
+
+
+def test_every_metric_is_defined_in_the_docs(whole_run, weighted_run, root):
     text, _, _ = (root / "docs" / "metrics.md").read_text().partition("## Completions")
     defined = set(re.findall(r"^\| `([^`]+)`", text, re.MULTILINE))
     expanded = set()
@@ -362,12 +381,14 @@ def test_every_metric_is_defined_in_the_docs(whole_run, root):
         expanded |= set(names)
     written = {
         key
-        for record in read(whole_run[1] / "metrics.jsonl")
+        for _, run_dir in (whole_run, weighted_run)
+        for record in read(run_dir / "metrics.jsonl")
         for key in record
         if record["kind"] != "config" and key not in ("step", "kind")
     }
     assert written - expanded == set()
     sometimes = {"loss/teacher_rollouts", "phase/acceptance", "phase/reliability", "time/total"}
+    sometimes |= {"sampler/gap_mean", "sampler/gap_max", "time/sync"}  # of a server: test_samplers.py reads them
     conditional = {name for name in expanded if name.startswith("cell/")}
     assert expanded - written - sometimes - conditional == set(), "defined, and never written"
 
