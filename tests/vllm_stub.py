@@ -1,10 +1,15 @@
-"""vLLM's dialect of the OpenAI API, over a small model in this process: rollouts, and new weights from a folder."""
+"""Servers in this process in place of vLLM's: what any of them does; and one of rollouts, with weights from a folder.
+
+The one of a teacher's log-probabilities is in test_teachers.py.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -13,27 +18,29 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 
-class Stub(ThreadingHTTPServer):
-    """vLLM's dialect, over a model in this process. The head is a packed copy, as on vLLM's CPUs.
+class Server(ThreadingHTTPServer):
+    """`faults` are taken one a request of completions; `spoil` changes every answer."""
 
-    `faults` are taken one a request of completions; `spoil` changes every answer of rollouts.
-    """
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.model = AutoModelForCausalLM.from_pretrained(path).eval()
-        self.head = self.model.lm_head.weight.detach().clone()
-        self.generator = torch.Generator().manual_seed(0)
+    def __init__(self, handler: type[Answers]) -> None:
+        super().__init__(("127.0.0.1", 0), handler)
         self.faults: list[str] = []
         self.spoil = lambda choices: choices
-        self.mode = "processed"
-        self.room, self.dev, self.paused, self.loaded = 256, True, False, []
+        self.room = 256
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
-        self.lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def serving(self) -> Iterator[Server]:
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+        try:
+            yield self
+        finally:
+            self.shutdown()
+            self.server_close()
 
 
-class Handler(BaseHTTPRequestHandler):
-    server: Stub
+class Answers(BaseHTTPRequestHandler):
+    server: Server
+    DEAD, SLOW = "engine is dead", 0.5  # the text of a 500, seconds
 
     def log_message(self, *_: object) -> None:
         pass
@@ -45,14 +52,50 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
+    def models(self, name: str) -> None:
+        self.reply(200, {"data": [{"id": name, "owned_by": "vllm", "max_model_len": self.server.room}]})
+
+    def body(self) -> dict:
+        return json.loads(self.rfile.read(int(self.headers["Content-Length"])) or "{}")
+
+    def fails(self) -> bool:
+        """Takes the next fault, if there is one; whether the request has had its end by that."""
+        fault = self.server.faults.pop(0) if self.server.faults else ""
+        if fault == "500":
+            self.reply(500, {"error": self.DEAD})
+        elif fault == "cut":
+            self.connection.close()
+        elif fault == "slow":
+            time.sleep(self.SLOW)
+        return fault in ("500", "cut")
+
+
+class Stub(Server):
+    """vLLM's dialect, over a model in this process. The head is a packed copy, as on vLLM's CPUs.
+
+    `spoil` changes every answer of rollouts.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(Handler)
+        self.model = AutoModelForCausalLM.from_pretrained(path).eval()
+        self.head = self.model.lm_head.weight.detach().clone()
+        self.generator = torch.Generator().manual_seed(0)
+        self.mode = "processed"
+        self.dev, self.paused, self.loaded = True, False, []
+        self.lock = threading.Lock()
+
+
+class Handler(Answers):
+    server: Stub
+
     def do_GET(self) -> None:
         if self.path == "/is_paused":
             return self.reply(200 if self.server.dev else 404, {"is_paused": self.server.paused})
-        self.reply(200, {"data": [{"id": "small", "owned_by": "vllm", "max_model_len": self.server.room}]})
+        self.models("small")
 
     def do_POST(self) -> None:
-        stub = self.server
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or "{}")
+        stub, body = self.server, self.body()
         match self.path:
             case "/pause?mode=wait":
                 stub.paused = True
@@ -64,13 +107,8 @@ class Handler(BaseHTTPRequestHandler):
             case "/resume":
                 stub.paused = False
             case "/v1/completions":
-                fault = stub.faults.pop(0) if stub.faults else ""
-                if fault == "500":
-                    return self.reply(500, {"error": "engine is dead"})
-                if fault == "cut":
-                    return self.connection.close()
-                if fault == "slow":
-                    time.sleep(0.5)
+                if self.fails():
+                    return None
                 with stub.lock:
                     choices = [self.choice(index, ids, body) for index, ids in enumerate(body["prompt"])]
                 choices = choices if "prompt_logprobs" in body else stub.spoil(choices)

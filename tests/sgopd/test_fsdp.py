@@ -11,7 +11,6 @@ import re
 import signal
 import socket
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -155,11 +154,9 @@ def test_shards_are_whole_for_a_server_and_compared_with_it(run, tiny, tmp_path)
 
     tiny.make_model(1, tie_word_embeddings=True).save_pretrained(tmp_path / "student")
     tiny.make_tokenizer().save_pretrained(tmp_path / "student")
-    stub = Stub(tmp_path / "student")
-    threading.Thread(target=stub.serve_forever, daemon=True).start()
-    changes = {"model_name_or_path": str(tmp_path / "student"), "sampler": "vllm", "sampler_url": stub.url}
-    folder = run(2, "served", fsdp=True, **changes, sampler_tolerance=1e-4, learning_rate=1e-2, max_steps=2)
-    stub.shutdown()
+    with Stub(tmp_path / "student").serving() as stub:
+        changes = {"model_name_or_path": str(tmp_path / "student"), "sampler": "vllm", "sampler_url": stub.url}
+        folder = run(2, "served", fsdp=True, **changes, sampler_tolerance=1e-4, learning_rate=1e-2, max_steps=2)
     assert stub.loaded == [f"step-{step:06d}" for step in range(2)]
     for record in records(folder):
         assert record["sampler/gap_max"] < 1e-4 and record["engine/logprob_gap_max"] < 1e-4

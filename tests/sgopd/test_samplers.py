@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -35,11 +34,8 @@ def student(tiny, tmp_path):
 
 @pytest.fixture
 def stub(student):
-    server = Stub(student)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with Stub(student).serving() as server:
+        yield server
 
 
 @pytest.fixture(autouse=True)

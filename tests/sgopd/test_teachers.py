@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
+import sys
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -26,47 +26,31 @@ from sgopd.teachers.serve import Options, application
 from sgopd.teachers.served import request
 from sgopd.trainer import Trainer
 
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+import vllm_stub
 
-class Stub(ThreadingHTTPServer):
-    """vLLM's prompt_logprobs, from a model in this process; `faults` are taken one a request, "scores" spoils all."""
+
+class Stub(vllm_stub.Server):
+    """vLLM's prompt_logprobs, from a model in this process."""
 
     def __init__(self, model, tokenizer) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__(Handler)
         self.model, self.tokenizer = model, tokenizer
-        self.faults: list[str] = []
-        self.spoil = lambda choices: choices
-        self.room, self.requests, self.busy, self.most = 256, 0, 0, 0
-        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+        self.requests, self.busy, self.most = 0, 0, 0
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(vllm_stub.Answers):
     server: Stub
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-    def reply(self, status: int, body: object) -> None:
-        data = json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
+    DEAD, SLOW = "out of memory", 1.0
 
     def do_GET(self) -> None:
-        models = [{"id": "big", "owned_by": "vllm", "max_model_len": self.server.room}]
-        self.reply(200, {"object": "list", "data": models})
+        self.models("big")
 
     def do_POST(self) -> None:
-        stub = self.server
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        stub, body = self.server, self.body()
         stub.requests += 1
-        fault = stub.faults.pop(0) if stub.faults else ""
-        if fault == "500":
-            return self.reply(500, {"error": "out of memory"})
-        if fault == "cut":
-            return self.connection.close()
-        if fault == "slow":
-            time.sleep(1.0)
+        if self.fails():
+            return None
         assert self.path == "/v1/completions" and body["temperature"] == 1 and body["max_tokens"] == 1
         if max(map(max, body["prompt"])) >= stub.model.config.vocab_size:
             return self.reply(400, {"error": "Token id 40 is out of vocabulary"})
@@ -114,11 +98,8 @@ def settings(settings, tiny):
 def stub(tiny):
     from transformers import AutoModelForCausalLM
 
-    server = Stub(AutoModelForCausalLM.from_pretrained(tiny.teacher), tiny.make_tokenizer())
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with Stub(AutoModelForCausalLM.from_pretrained(tiny.teacher), tiny.make_tokenizer()).serving() as server:
+        yield server
 
 
 @pytest.fixture(autouse=True)
