@@ -176,7 +176,7 @@ class Call:
         widest = max(h.weight.shape[1] for h in problem.heads)
         fixed, row_bytes = plan.held_bytes()
         row_bytes += 4 * (v * blocks + 3 * widest)  # logits; gathered hidden states and a gradient row
-        room = (problem.options.workspace or self.backend.default_workspace) - fixed
+        room = self.backend.workspace(problem) - fixed
         rows = max(1, room // row_bytes)
         if rows >= valid:
             return max(1, valid)

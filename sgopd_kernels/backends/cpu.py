@@ -60,7 +60,7 @@ class CpuBackend(NativeBackend):
 
     def scratch(self, problem: Problem) -> int:
         """What products pack and threads hold: 25 MiB of 256 were measured, less in a smaller workspace."""
-        return (problem.options.workspace or self.default_workspace) // 8
+        return self.workspace(problem) // 8
 
     def held_bytes(self, problem: Problem, narrow: bool) -> tuple[int, int]:
         """Beside a tile of a head: the fp32 sum of a bf16 head's gradient, which at the most halves the chunks."""
@@ -70,7 +70,7 @@ class CpuBackend(NativeBackend):
         fixed, row_bytes = super().held_bytes(problem, narrow)
         head = problem.student.weight
         total = 4 * head.numel() if head.dtype == torch.bfloat16 else 0
-        return fixed + scratch + min(total, 4 * scratch), row_bytes
+        return fixed + scratch + min(total, self.workspace(problem) // 2), row_bytes
 
     def logits(self, rows: int, columns: int, device: torch.device) -> Tensor:
         """Rows an odd number of cache lines apart: a column's entries then lie in different sets of a cache."""

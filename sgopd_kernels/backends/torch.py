@@ -123,6 +123,10 @@ class TorchBackend:
     row_multiple = 16  # tokens a chunk
     waits = False  # whether the host waits for the device where a plan reads a value
 
+    def workspace(self, problem: Problem) -> int:
+        """Bytes that a call may hold above inputs and gradients."""
+        return problem.options.workspace or self.default_workspace
+
     def held_bytes(self, problem: Problem, narrow: bool) -> tuple[int, int]:
         """(bytes, bytes a token of the chunk) that `rows` and the products hold beside logits, for the plan's count."""
         return self.cast_bytes(problem) + _block_bytes(problem.token_ids.device.type), 0
