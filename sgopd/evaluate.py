@@ -119,9 +119,11 @@ def evaluate_models(config: Config, benchmarks: dict[str, Config] | None = None)
             model = move(model, processes.device).eval()
             eos_ids, vocabulary = eos_ids_of(model, tokenizer), head_of(model).weight.shape[0]
             whole = functools.partial(contextlib.nullcontext, model)
-            sampler: Sampler = PlainSampler(whole, tokenizer)
-            if own:
-                sampler = student_sampler(config, processes, model, tokenizer, whole, vocabulary)
+            sampler: Sampler = (
+                student_sampler(config, processes, model, tokenizer, whole, vocabulary)
+                if own
+                else PlainSampler(whole, tokenizer)
+            )
             with contextlib.closing(sampler):
                 for name, of in sets.items():
                     questions = load_prompts(of, tokenizer, "eval")

@@ -199,12 +199,9 @@ def in_force() -> dict[str, float]:
     numbers = calibration.FITTED
     settings = {name_of(s): numbers.quantized.coherence for s in numbers.quantized.settings}
     rest = {"residual": numbers.residual.coherence, "spread": numbers.residual.spread}
-    blocks = {f"blocks, {name}": value for name, value in of_blocks(numbers.blocks).items()}
+    tiles = numbers.blocks
+    blocks = {"blocks, hidden": tiles.hidden, "blocks, weight": tiles.weight, "blocks, noise": tiles.coherence}
     return {**settings, "log-ratio": 1.0, **rest, **blocks}
-
-
-def of_blocks(numbers: calibration.BlockNumbers) -> dict[str, float]:
-    return {"hidden": numbers.hidden, "weight": numbers.weight, "noise": numbers.coherence}
 
 
 def name_of(setting: calibration.Setting) -> str:
@@ -303,6 +300,7 @@ def whole(chunk: Chunk, true: Gradients, precision: float) -> dict[str, Any]:
 def measure(
     paths: list[Path], teachers: list[str], fit: int, held_out: int, precision: float
 ) -> Iterator[dict[str, Any]]:
+    of_plan = factors_of_blocks if CpuBackend().kernels().tiles else factors
     for path in paths:
         for chunk in chunks(path, teachers):
             if chunk.prompt // 2 >= (held_out if chunk.held_out else fit):
@@ -311,8 +309,7 @@ def measure(
             about = {"model": chunk.model, "states": chunk.states, "teacher": chunk.teacher, "kl": kl}
             about |= {"prompt": chunk.prompt, "held_out": chunk.held_out, "tokens": len(chunk.operands[4])}
             if not chunk.held_out:
-                backend = CpuBackend()
-                for name, found in (factors_of_blocks if backend.kernels().tiles else factors)(chunk, true):
+                for name, found in of_plan(chunk, true):
                     yield {**about, "factor": name, **found}
             yield {**about, **whole(chunk, true, precision)}
 
