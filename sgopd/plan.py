@@ -21,13 +21,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from sgopd.config import Config, UserError
 from sgopd.models import head_of, hidden_states
 from sgopd.report.run import read_metrics
+from sgopd_kernels import backends
 
 GB = 1e9
-COMPUTE, STREAM, FULL = (
-    0.4,
-    0.5,
-    0.92,
-)  # assumed shares: of the peak rate, of the bandwidth, of memory before it is tight
+# Assumed shares: of the peak rate, of the bandwidth, and of memory before it is tight.
+COMPUTE, STREAM, FULL = 0.4, 0.5, 0.92
 DISK = 1e9  # bytes a second, of the folder through which a sampler's server gets the weights
 
 
@@ -192,11 +190,12 @@ def plan(config: Config, device: Device, processes: int, prompt: int) -> list[St
     elif config.bf16 and config.dtype == "float32":  # half as wide, beside autocast's copies of the weights
         kept = kept // 2 + student.parameters * 2
     rest = student.parameters - student.layers * student.block
+    workspace = backends.get("cpu" if device is DEVICES["cpu"] else "triton").default_workspace
     updating = {
         **fixed,
         "gradient": trained * width_O / shards,
         "kept for backward": kept,
-        "loss": (5 * 2**29 if device.bf16 > 1e13 else 2**28) + 4 * student.head + 8 * micro * answer * student.width,
+        "loss": workspace + 4 * student.head + 8 * micro * answer * student.width,
     }
     if config.fsdp:
         updating["gathered"] = (rest + student.block) * width_S
