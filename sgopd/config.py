@@ -267,6 +267,11 @@ class Config:
     max_steps: int = free("optimiser updates", 1000)
     per_device_train_batch_size: int = free("rollouts per process and forward pass", 8)
     gradient_accumulation_steps: int = free("forward passes per update", 1)
+    max_tokens_per_device_batch: int | None = free(
+        "tokens of a forward pass, padding among them, at most: an update's rollouts, per_device_train_batch_size x "
+        "gradient_accumulation_steps of each process, are divided into forward passes by this instead",
+        None,
+    )
     num_iterations: int = fixed("updates made on each batch of rollouts", 1)
     learning_rate: float = free("peak learning rate of AdamW", 1e-6)
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"] = (
@@ -330,7 +335,7 @@ class Config:
             "verifier_memory_mb per_device_train_batch_size gradient_accumulation_steps num_iterations eval_steps "
             "num_generations_eval eval_k per_device_eval_batch_size logging_steps save_steps save_total_limit "
             "max_prompt_length generation_batch_size num_threads max_skipped_steps teacher_top_k teacher_connections "
-            "lora_r lora_alpha sampler_connections",
+            "lora_r lora_alpha sampler_connections max_tokens_per_device_batch",
         }
         for least, names in at_least.items():
             for name in names.split():

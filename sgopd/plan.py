@@ -148,6 +148,8 @@ def plan(config: Config, device: Device, processes: int, prompt: int) -> list[St
     rollouts, micro = config.rollouts_per_batch, config.per_device_train_batch_size
     answer = config.max_completion_length
     length = prompt + answer
+    if config.max_tokens_per_device_batch is not None:
+        micro = min(rollouts, max(1, config.max_tokens_per_device_batch // length))
     low = config.bf16 or config.dtype == "bfloat16"
     peak = device.bf16 if low else device.fp32
 
@@ -199,9 +201,7 @@ def plan(config: Config, device: Device, processes: int, prompt: int) -> list[St
     }
     if config.fsdp:
         updating["gathered"] = (rest + student.block) * width_S
-    moved = (
-        3 * student.parameters * width_S * config.gradient_accumulation_steps if config.fsdp else 2 * trained * width_O
-    )
+    moved = 3 * student.parameters * width_S * -(-rollouts // micro) if config.fsdp else 2 * trained * width_O
     seconds = learning / (peak * COMPUTE) + 7 * trained * width_O / shards / (device.bandwidth * STREAM)
     seconds += moved * (1 - 1 / processes) / device.link
     stages = [
@@ -255,9 +255,13 @@ def warnings_of(stages: list[Stage], device: Device, config: Config, processes: 
     worst = max(stages, key=lambda stage: stage.memory)
     if worst.memory <= FULL * device.memory:
         return []
+    by_rollouts = config.max_tokens_per_device_batch is None
     remedies = [
         ("gradient_checkpointing", not config.gradient_checkpointing and worst.name == "update"),
-        ("a smaller per_device_train_batch_size", config.per_device_train_batch_size > 1 and worst.name == "update"),
+        (
+            "a smaller " + ("per_device_train_batch_size" if by_rollouts else "max_tokens_per_device_batch"),
+            (config.per_device_train_batch_size > 1 or not by_rollouts) and worst.name == "update",
+        ),
         ("a smaller generation_batch_size", worst.name == "rollout"),
         ("teacher_dtype bfloat16", config.teacher_dtype == "float32" and config.teacher_url is None),
         ("fsdp", not config.fsdp and processes > 1),

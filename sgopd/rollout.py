@@ -7,6 +7,7 @@ from a generator that the caller names) and because at 100k parameters half of g
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -289,6 +290,27 @@ def collate(rollouts: Sequence[Rollout]) -> tuple[Tensor, Tensor, Tensor]:
         mask_BT[row, :end] = 1
         predicts_BT[row, start - 1 : end - 1] = True
     return ids_BT, mask_BT, predicts_BT
+
+
+def parts_by_tokens(lengths: Sequence[int], limit: int) -> list[slice]:
+    """Divides texts, sorted by length, into as few parts as keep rows times longest within `limit` tokens.
+
+    A text that is longer is a part of its own.
+    """
+    starts = [0]
+    for end, length in enumerate(lengths):
+        if length * (end + 1 - starts[-1]) > limit and end > starts[-1]:
+            starts.append(end)
+    return [slice(*ends) for ends in itertools.pairwise([*starts, len(lengths)])]
+
+
+def in_parts(parts: list[slice], count: int) -> list[slice]:
+    """Halves the part with the most texts until there are `count`; there must be as many texts."""
+    while len(parts) < count:
+        at = max(range(len(parts)), key=lambda at: parts[at].stop - parts[at].start)
+        start, stop = parts[at].start, parts[at].stop
+        parts[at : at + 1] = [slice(start, (start + stop) // 2), slice((start + stop) // 2, stop)]
+    return parts
 
 
 def whole_texts(texts: Sequence[list[int]]) -> list[Rollout]:

@@ -475,6 +475,13 @@ def check_prompts(
     plain = isinstance(prompts.examples[0]["prompt"], str)
     if plain and tokenizer.chat_template is not None and not config.apply_chat_template:
         findings.append("prompts are plain text: the chat template is not used (apply_chat_template: true would)")
+    most, limit = max(map(len, prompts.ids)) + config.max_completion_length, config.max_tokens_per_device_batch
+    if limit is not None and limit < most:
+        raise UserError(
+            f"max_tokens_per_device_batch: got {limit}, expected {most} or more: a rollout can have so many "
+            f"tokens with its prompt ({most - config.max_completion_length} at most), and is not divided. Or lower "
+            "max_prompt_length or max_completion_length"
+        )
     lengths = [len(ids) for ids in [*prompts.ids, *(questions.ids if questions else [])]]
     longest = max(lengths) + config.max_completion_length
     for whose, model in models.items():

@@ -55,7 +55,7 @@ from sgopd.processes import Interrupt, Processes
 from sgopd.report import write_report
 from sgopd.report.checks import Health
 from sgopd.report.run import read_metrics
-from sgopd.rollout import Rollout, batch_of, sampling_of, whole_texts
+from sgopd.rollout import Rollout, batch_of, in_parts, parts_by_tokens, sampling_of, whole_texts
 from sgopd.samplers import Sampler, student_sampler
 from sgopd.student_loss import StudentLoss
 from sgopd.teachers import Hidden, Teacher
@@ -416,8 +416,7 @@ class Trainer:
 
         # Every gradient is divided by the tokens of the whole update, over all micro-batches and processes.
         tokens = self.processes.sum(sum(len(rollout.completion.ids) for rollout in rollouts))
-        for start in range(0, len(rollouts), config.per_device_train_batch_size):
-            part = slice(start, start + config.per_device_train_batch_size)
+        for part in self.parts_of(rollouts):
             loss = self.loss_of(rollouts[part], verdicts[part], tokens, generator, sums, fresh)
             self.engine.backward(loss)
         self.engine.reduce()
@@ -448,6 +447,15 @@ class Trainer:
             "time/update": time.perf_counter() - began,
         }
 
+    def parts_of(self, rollouts: Sequence[Rollout]) -> list[slice]:
+        """An update's rollouts, sorted by length, as micro-batches: as many on every process."""
+        size, limit = self.config.per_device_train_batch_size, self.config.max_tokens_per_device_batch
+        if limit is None:
+            return [slice(start, start + size) for start in range(0, len(rollouts), size)]
+        parts = parts_by_tokens([len(rollout) for rollout in rollouts], limit)
+        # With models in shards the processes meet in each forward pass. All have as many rollouts.
+        return in_parts(parts, max(self.processes.gather([len(parts)])))
+
     def check_weights(self) -> None:
         """A finite gradient can still make a weight overflow; then nothing is of use, least of all a checkpoint."""
         if not self.engine.finite():
@@ -469,6 +477,10 @@ class Trainer:
         """The loss of a micro-batch of B rollouts, divided by `num_items`; adds what it measured to `sums`."""
         config, batch = self.config, batch_of(rollouts, self.device)
         verdicts = verdicts.to(self.device)
+        if config.max_tokens_per_device_batch is not None:
+            positions = batch.ids_BT.numel()
+            sums.add("update/padding", positions - sum(map(len, rollouts)), positions)
+            sums.count("update/forward_passes", 1 / self.processes.count)
         targets = self.teacher.score(batch)
         reference = self.reference.score(batch) if self.reference is not None else None
         loss, measured = self.engine.forward(batch, verdicts, targets, reference, num_items, generator)

@@ -211,6 +211,8 @@ DEFECTS += [
     Defect("serve-teacher: positions one late", SERVE, "start - 1 : len(text) - 1]", "start : len(text)]", "teachers"),
     Defect("a run in the folder of another", STARTUP, "        if used:\n            raise", "        if False:\n            raise", "cli::test_a_run_is_never_overwritten"),
     Defect("update: a gradient that is not finite applied", TRAINER, '(("loss", measured["loss"]), ("gradient", norm))', '(("loss", measured["loss"]),)', "numbers"),
+    Defect("update: forward passes beyond the limit of tokens", "sgopd/rollout.py", "length * (end + 1 - starts[-1]) > limit", "length * (end - starts[-1]) > limit", "trainer::test_forward_passes_by_tokens_are_the_update_of_fixed_ones"),
+    Defect("update: some processes make more forward passes", TRAINER, "max(self.processes.gather([len(parts)]))", "len(parts)", "fsdp::test_shards_train_as_one_process_does_and_go_on_with_another_number_of_them"),
     Defect("update: left out without being counted", TRAINER, "            self.state.skipped += 1\n", "", "numbers"),
     Defect("update: no limit to those left out", TRAINER, "if (skipped := self.state.skipped) >= config.max_skipped_steps:", "if (skipped := 0):", "numbers"),
     Defect("rollouts: logits that are not finite sampled from", "sgopd/rollout.py", "if broken := int((~largest.isfinite()).sum()):", "if broken := 0:", "numbers"),

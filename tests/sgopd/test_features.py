@@ -97,6 +97,7 @@ RUNS = {
         "gate_neutral": 0.5,
         "run_name": "a name",
         "max_skipped_steps": 3,
+        "max_tokens_per_device_batch": 40,
         "dataset_test_split": None,
     },
 }

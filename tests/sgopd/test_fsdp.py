@@ -115,6 +115,7 @@ def test_shards_train_as_one_process_does_and_go_on_with_another_number_of_them(
     run(2, "two", **shards, max_steps=2)
     run(1, "again", **shards, max_steps=4)
     options = {"fsdp_teacher": True, "gradient_checkpointing": True, "report_to": "none"}
+    options |= {"max_tokens_per_device_batch": 18}  # two forward passes of two short rollouts, or one
     several = run(4, "four", **shards, **options, max_steps=6)
     said = (tmp_path / "four.0.txt").read_text()
     assert "step-000004 was written by 1 processes, this run has 4: weights and optimiser go on, with other" in said
@@ -166,7 +167,7 @@ def test_shards_are_whole_for_a_server_and_compared_with_it(run, tiny, tmp_path)
 def test_weights_of_rollouts_and_the_reward_are_the_same_on_two_processes(run, fsdp):
     changes = {"gate": "r2-opd", "gate_sharpness": 0.5, "prompt_weight": [1.0, 1.0], "position_half_life": 5.0}
     changes |= {"reward_weight": 0.5, "num_generations": 2, "fixed": True}
-    one, two = run(1, "one", **changes), run(2, "two", fsdp=fsdp, **changes)
+    one, two = run(1, "one", **changes), run(2, "two", fsdp=fsdp, **changes, max_tokens_per_device_batch=30)
     start, ours, theirs = (
         load_file(path / "model.safetensors")
         for path in (two / "checkpoints" / "step-000002", two / "final", one / "final")

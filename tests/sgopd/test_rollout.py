@@ -17,7 +17,7 @@ from transformers import (
 from sgopd.config import UserError
 from sgopd.grading import THOUGHT_TAGS
 from sgopd.models import head_of, hidden_states
-from sgopd.rollout import Rollout, Sampling, collate, filtered, generate, sample, texts_of
+from sgopd.rollout import Rollout, Sampling, collate, filtered, generate, in_parts, parts_by_tokens, sample, texts_of
 from sgopd.startup import check_sampling
 
 PROMPTS = ["1+2=", "12345+6=", "7", "0+0+0+0+0="]
@@ -195,6 +195,18 @@ def test_filters():
         assert int((filtered(probs, 0, top_p) > 0).sum()) == kept, top_p
     # top-p counts the mass that top-k left
     assert int((filtered(probs, 2, 0.75) > 0).sum()) == 2
+
+
+def test_texts_are_divided_by_tokens():
+    assert parts_by_tokens([2, 2, 3, 5, 5, 9], 10) == [slice(0, 3), slice(3, 5), slice(5, 6)]
+    assert parts_by_tokens([2, 2, 3, 5, 5, 9], 54) == [slice(0, 6)]
+    assert parts_by_tokens([11, 11], 10) == [slice(0, 1), slice(1, 2)], "more than the limit goes alone"
+    for count in range(1, 7):
+        parts = in_parts([slice(0, 1), slice(1, 7)], count)
+        assert len(parts) == max(2, count)
+        assert [index for part in parts for index in range(7)[part]] == list(range(7)) and all(
+            range(7)[p] for p in parts
+        )
 
 
 def test_collate_marks_what_predicts_the_completion(model, tokenizer):

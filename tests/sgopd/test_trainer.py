@@ -90,6 +90,25 @@ def test_an_update_is_the_gradient_of_the_gated_kl_per_token_of_the_whole_batch(
     assert_gradients(gradients[0], expected)
 
 
+def test_forward_passes_by_tokens_are_the_update_of_fixed_ones(trainer, tmp_path):
+    changes = {"max_grad_norm": 0.0, "precision": "exact", "cold_start_steps": 4, "seed": 1}
+    one = trainer(**changes)
+    rollouts, _ = one.make_batch()
+    expected, record = capture_gradients(one), one.update(rollouts, fresh=True)
+    limit = max(map(len, rollouts)) + 12
+    other = trainer(**changes, max_tokens_per_device_batch=limit, output_dir=str(tmp_path / "other"))
+    sizes, forward = [], other.engine.forward
+    other.engine.forward = lambda batch, *rest: sizes.append(batch.ids_BT.shape) or forward(batch, *rest)
+    found, again = capture_gradients(other), other.update(rollouts, fresh=True)
+    assert all(rows * longest <= limit for rows, longest in sizes) and len({rows for rows, _ in sizes}) > 1, sizes
+    assert again["update/forward_passes"] == len(sizes) > 2
+    tokens = sum(map(len, rollouts))
+    assert again["update/padding"] == pytest.approx(1 - tokens / sum(rows * longest for rows, longest in sizes))
+    assert again["loss"] == pytest.approx(record["loss"], rel=1e-6)
+    for name, gradient in expected[0].items():
+        assert (found[0][name] - gradient).norm() <= 1e-6 * gradient.norm(), name
+
+
 @pytest.mark.parametrize("teacher_loss", ["same", "forward-kl", "nll"])
 def test_the_loss_on_teacher_rollouts_is_the_chosen_one(trainer, teacher_loss):
     one = trainer(
@@ -261,6 +280,7 @@ def read(path):
     [
         ({"gate": "sg_opd"}, "unknown gate 'sg_opd'; did you mean 'sg-opd'"),
         ({"gate_conflict": [1.0, 2.0, 3.0]}, "pair"),
+        ({"max_tokens_per_device_batch": 16}, "max_tokens_per_device_batch: got 16, expected 17 or more"),
         ({"backend": "gpu"}, "the loss refuses these settings: backend must be one of"),
         ({"precision": "rough"}, "the loss refuses these settings: precision"),
         ({"report_to": "wandbb"}, "report_to: 'wandbb' is not installed"),
@@ -362,6 +382,7 @@ def weighted_run(whole_run, tmp_path_factory):
         reward_weight=1.0,
         importance_clip=2.0,
         num_generations=2,
+        max_tokens_per_device_batch=40,
         max_steps=1,
         eval_on_start=False,
     )
@@ -426,7 +447,7 @@ def test_a_model_with_dropout_resumes_to_the_same_weights(settings, tiny, tmp_pa
     """Dropout takes the global generators, which are the only random state that has to be kept."""
     tiny.make_model(1, attention_dropout=0.5).save_pretrained(tmp_path / "student")
     tiny.make_tokenizer().save_pretrained(tmp_path / "student")
-    changes = {"model_name_or_path": str(tmp_path / "student"), "save_steps": 2}
+    changes = {"model_name_or_path": str(tmp_path / "student"), "save_steps": 2, "max_tokens_per_device_batch": 30}
 
     def run(**more):
         return Trainer(Config.load(None, settings(**changes, **more)), say=lambda line: None).train()
