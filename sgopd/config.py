@@ -65,6 +65,8 @@ ELSEWHERE = {
     **dict.fromkeys(("lora", "peft"), "use_peft"),
     "resume": "resume_from_checkpoint",
     "wandb": "report_to",
+    **dict.fromkeys(("packing", "use_remove_padding", "remove_padding"), "padding_free"),
+    **dict.fromkeys(("ppo_max_token_len_per_gpu", "use_dynamic_bsz"), "max_tokens_per_device_batch"),
 }
 
 
@@ -271,6 +273,11 @@ class Config:
         "tokens of a forward pass, padding among them, at most: an update's rollouts, per_device_train_batch_size x "
         "gradient_accumulation_steps of each process, are divided into forward passes by this instead",
         None,
+    )
+    padding_free: bool = free(
+        "put the rollouts of a forward pass one after another in one row, where attention keeps them apart "
+        "(docs/scaling.md)",
+        False,
     )
     num_iterations: int = fixed("updates made on each batch of rollouts", 1)
     learning_rate: float = free("peak learning rate of AdamW", 1e-6)

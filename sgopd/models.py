@@ -64,12 +64,19 @@ def head_arguments(student: Head, teacher: Head) -> dict[str, Any]:
     }
 
 
-def hidden_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Last hidden states [B, T, H], after the final norm, of right-padded input_ids [B, T]; no logits are made."""
+def hidden_states(
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None = None
+) -> Tensor:
+    """Last hidden states [B, T, H], after the final norm, of right-padded input_ids [B, T]; no logits are made.
+
+    Or of texts one after another in one row: position_ids [1, T] then count each from 0, and there is no mask.
+    transformers keeps them apart by their positions: by cu_seqlens in flash attention, by a mask elsewhere.
+    """
     base = model.base_model
     if base is model:  # the class gives its base model another name than it has (Llama 4's text model)
         base = model.model
-    return base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    given = {} if position_ids is None else {"position_ids": position_ids}
+    return base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **given).last_hidden_state
 
 
 @torch.no_grad()

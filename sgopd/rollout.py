@@ -292,14 +292,16 @@ def collate(rollouts: Sequence[Rollout]) -> tuple[Tensor, Tensor, Tensor]:
     return ids_BT, mask_BT, predicts_BT
 
 
-def parts_by_tokens(lengths: Sequence[int], limit: int) -> list[slice]:
-    """Divides texts, sorted by length, into as few parts as keep rows times longest within `limit` tokens.
+def parts_by_tokens(lengths: Sequence[int], limit: int, padding_free: bool = False) -> list[slice]:
+    """Divides texts, sorted by length, into as few parts of consecutive ones as keep each within `limit` tokens: rows
+    times longest, or without padding the sum.
 
     A text that is longer is a part of its own.
     """
     starts = [0]
     for end, length in enumerate(lengths):
-        if length * (end + 1 - starts[-1]) > limit and end > starts[-1]:
+        texts = lengths[starts[-1] : end + 1]
+        if (sum(texts) if padding_free else length * len(texts)) > limit and end > starts[-1]:
             starts.append(end)
     return [slice(*ends) for ends in itertools.pairwise([*starts, len(lengths)])]
 
@@ -325,14 +327,22 @@ class Batch(NamedTuple):
     """Rollouts as the models take them, and the N positions at which a token of a completion is predicted."""
 
     rollouts: Sequence[Rollout]
-    ids_BT: Tensor
-    mask_BT: Tensor
-    rows: Tensor  # [N]
-    columns: Tensor  # [N]
+    inputs: tuple[Tensor, Tensor | None, Tensor | None]  # ids, mask, positions, as `hidden_states` takes them
+    at: tuple[Tensor, Tensor]  # [N] each: where in the hidden states
+    rows: Tensor  # [N]: the rollout
+    columns: Tensor  # [N]: the position in it
     token_ids: Tensor  # [N]: the token that is predicted there
 
 
-def batch_of(rollouts: Sequence[Rollout], device: torch.device) -> Batch:
+def batch_of(rollouts: Sequence[Rollout], device: torch.device, padding_free: bool = False) -> Batch:
+    """`padding_free`: one after another in one row, in place of a padded row each."""
     ids_BT, mask_BT, predicts_BT = (tensor.to(device) for tensor in collate(rollouts))
-    rows, columns = predicts_BT.nonzero(as_tuple=True)
-    return Batch(rollouts, ids_BT, mask_BT, rows, columns, ids_BT[rows, columns + 1])
+    rows, columns = at = predicts_BT.nonzero(as_tuple=True)
+    token_ids = ids_BT[rows, columns + 1]
+    if not padding_free:
+        return Batch(rollouts, (ids_BT, mask_BT, None), at, rows, columns, token_ids)
+    there, lengths = mask_BT.bool(), mask_BT.sum(1)
+    positions = torch.arange(ids_BT.shape[1], device=device).expand_as(ids_BT)[there]
+    starts = lengths.cumsum(0) - lengths
+    packed = ids_BT[there].unsqueeze(0), None, positions.unsqueeze(0)
+    return Batch(rollouts, packed, (torch.zeros_like(rows), starts[rows] + columns), rows, columns, token_ids)

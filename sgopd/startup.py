@@ -255,6 +255,8 @@ def check_model(model: PreTrainedModel, setting: str, prompts: Prompts, config: 
     check_head(model, setting, tokens)
     if samples:
         check_sampling(model, setting, tokens, config.bf16)
+    if config.padding_free:
+        check_packing(model, setting, tokens, config.bf16)
 
 
 def check_head(model: PreTrainedModel, setting: str, tokens: Sequence[int] = range(8)) -> None:
@@ -323,6 +325,42 @@ def check_sampling(model: PreTrainedModel, setting: str, tokens: Sequence[int] =
             f"{setting}: what {type(model).__name__} of transformers {transformers.__version__} computes token by "
             f"token, with its cache, differs from what it computes at once by {error:.2g} relative, so rollouts would "
             "not be its own. Use another model, or another version of transformers"
+        )
+
+
+def check_packing(model: PreTrainedModel, setting: str, tokens: Sequence[int] = range(33), bf16: bool = False) -> None:
+    """Refuses a model that does not keep texts in one row apart (`padding_free`).
+
+    Which models do depends on the model, its attention and the version of transformers, so they are tried: three texts,
+    packed and each alone. Windows and chunks of attention are made shorter than the texts for that long.
+    """
+    head = head_of(model)
+    stream = [token % head.weight.shape[0] for token in repeated(tokens, 33)]
+    texts = [torch.tensor([stream[start:end]], device=model.device) for start, end in ((0, 12), (12, 13), (13, 33))]
+    positions = torch.cat([torch.arange(ids.shape[1], device=model.device) for ids in texts]).unsqueeze(0)
+    dtype = torch.bfloat16 if bf16 else head.weight.dtype
+    shape = model.config.get_text_config(decoder=True)
+    reach = {name: size for name in ("sliding_window", "attention_chunk_size") if (size := getattr(shape, name, None))}
+    try:
+        for name in reach:
+            setattr(shape, name, 5)
+        with (
+            trying(model, setting, "given several texts in one row (padding_free: false does without)"),
+            torch.autocast(model.device.type, torch.bfloat16, enabled=bf16),
+        ):
+            packed = head.logits(hidden_states(model, torch.cat(texts, 1), None, positions))[0]
+            alone = [head.logits(hidden_states(model, ids, torch.ones_like(ids)))[0] for ids in texts]
+    finally:
+        for name, size in reach.items():
+            setattr(shape, name, size)
+    parts = packed.split([ids.shape[1] for ids in texts])
+    error = max(difference(ours, expected, dtype) for ours, expected in zip(parts, alone))
+    if not error <= TOLERANCES[dtype]:
+        raise UserError(
+            f"padding_free: {type(model).__name__} ({setting}) of transformers {transformers.__version__} does not "
+            f"keep texts in one row apart: its logits differ by {error:.2g} relative from those of each alone. Layers "
+            "with a state or a convolution do not, nor do masks without positions. Set padding_free to false: "
+            "max_tokens_per_device_batch keeps padding low, too"
         )
 
 

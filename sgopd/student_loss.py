@@ -64,7 +64,7 @@ class StudentLoss(nn.Module):
         """The loss divided by `num_items`. `verdict` is [B]; targets and reference are of the N positions."""
         config, rows = self.config, batch.rows
         with torch.autocast(rows.device.type, torch.bfloat16, enabled=config.bf16):
-            hidden_NH = hidden_states(self.student, batch.ids_BT, batch.mask_BT)[rows, batch.columns]
+            hidden_NH = hidden_states(self.student, *batch.inputs)[batch.at]
         reliability = torch.tensor([rollout.reliability for rollout in batch.rollouts], device=rows.device)[rows]
         from_teacher = torch.tensor([one.source == "teacher" for one in batch.rollouts], device=rows.device)[rows]
         verdict = verdict[rows]
@@ -120,9 +120,9 @@ class StudentLoss(nn.Module):
         was_training = self.student.training
         self.student.eval()
         with torch.autocast(batch.rows.device.type, torch.bfloat16, enabled=self.config.bf16):
-            hidden_BTH = hidden_states(self.student, batch.ids_BT, batch.mask_BT)
+            hidden_NH = hidden_states(self.student, *batch.inputs)[batch.at]
         self.student.train(was_training)
-        return self.token_logprobs(hidden_BTH[batch.rows, batch.columns], batch.token_ids, temperature)
+        return self.token_logprobs(hidden_NH, batch.token_ids, temperature)
 
     def token_logprobs(self, hidden_NH: Tensor, token_ids: Tensor, temperature: float) -> Tensor:
         """[N], as the loss computes them, without a gradient."""

@@ -452,7 +452,7 @@ class Trainer:
         size, limit = self.config.per_device_train_batch_size, self.config.max_tokens_per_device_batch
         if limit is None:
             return [slice(start, start + size) for start in range(0, len(rollouts), size)]
-        parts = parts_by_tokens([len(rollout) for rollout in rollouts], limit)
+        parts = parts_by_tokens([len(rollout) for rollout in rollouts], limit, self.config.padding_free)
         # With models in shards the processes meet in each forward pass. All have as many rollouts.
         return in_parts(parts, max(self.processes.gather([len(parts)])))
 
@@ -475,10 +475,10 @@ class Trainer:
         fresh: bool,
     ) -> Tensor:
         """The loss of a micro-batch of B rollouts, divided by `num_items`; adds what it measured to `sums`."""
-        config, batch = self.config, batch_of(rollouts, self.device)
+        config, batch = self.config, batch_of(rollouts, self.device, self.config.padding_free)
         verdicts = verdicts.to(self.device)
         if config.max_tokens_per_device_batch is not None:
-            positions = batch.ids_BT.numel()
+            positions = batch.inputs[0].numel()
             sums.add("update/padding", positions - sum(map(len, rollouts)), positions)
             sums.count("update/forward_passes", 1 / self.processes.count)
         targets = self.teacher.score(batch)

@@ -3,8 +3,9 @@
     python tests/architectures.py [NAME …]      (minutes)
 
 Each is put through the checks of a run's start (sgopd.startup.check_head and check_sampling), which say that it is
-exact or refuse it. Configs are the classes' own with their sizes made small; where that makes no valid one, the
-architecture is listed as not tried. Ends with 1 if a check raised anything but a UserError.
+exact or refuse it; an exact one through that of `padding_free` as well. Configs are the classes' own with their sizes
+made small; where that makes no valid one, the architecture is listed as not tried. Ends with 1 if a check raised
+anything but a UserError.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel  
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # noqa: E402
 
 from sgopd.config import UserError  # noqa: E402
-from sgopd.startup import check_head, check_sampling  # noqa: E402
+from sgopd.startup import check_head, check_packing, check_sampling  # noqa: E402
 
 SECONDS = 20  # that making or checking one may take
 # Sizes by the names that configs give them.
@@ -106,6 +107,10 @@ def verdict(kind: str) -> tuple[str, str]:
         return "refused", str(error).removeprefix("model: ")
     except Exception as error:
         return "FAULT", f"{type(error).__name__}: {error}"
+    try:
+        check_packing(model, "model", tokens)
+    except UserError:
+        return "exact", "not in one row with others (padding_free)"
     return "exact", ""
 
 
@@ -122,6 +127,8 @@ def main() -> int:
     for kind in sys.argv[1:] or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         word, why = verdict(kind)
         found.setdefault(word, []).append(kind)
+        if word == "exact" and not why:
+            found.setdefault("exact, also with padding_free", []).append(kind)
         print(f"{word:9} {kind:24} {' '.join(why.split())[:200]}".rstrip(), flush=True)
     for word, kinds in sorted(found.items()):
         print(f"\n{word}: {len(kinds)} of transformers {transformers.__version__}\n{' '.join(kinds)}")

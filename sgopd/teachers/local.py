@@ -25,8 +25,8 @@ class Body(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
-        return hidden_states(self.model, ids_BT, mask_BT)
+    def forward(self, *inputs: Tensor | None) -> Tensor:
+        return hidden_states(self.model, *inputs)
 
 
 class LocalTeacher:
@@ -48,8 +48,8 @@ class LocalTeacher:
     @torch.no_grad()
     def score(self, batch: Batch) -> Hidden:
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16):
-            hidden_BTH = self.body(batch.ids_BT, batch.mask_BT)
-        return Hidden(hidden_BTH[batch.rows, batch.columns], self.head)
+            hidden_BTH = self.body(*batch.inputs)
+        return Hidden(hidden_BTH[batch.at], self.head)
 
     def specimen(self) -> Hidden:
         return Hidden(self.head.weight.new_zeros(1, self.head.weight.shape[1]), self.head)

@@ -17,6 +17,7 @@ RUNS = {
         "gradient_accumulation_steps": 2,
         "num_generations": 2,
         "gradient_checkpointing": True,
+        "padding_free": True,
         "gate": "protect",
         "divergence": "jsd",
         "jsd_beta": 0.3,

@@ -167,7 +167,8 @@ def test_shards_are_whole_for_a_server_and_compared_with_it(run, tiny, tmp_path)
 def test_weights_of_rollouts_and_the_reward_are_the_same_on_two_processes(run, fsdp):
     changes = {"gate": "r2-opd", "gate_sharpness": 0.5, "prompt_weight": [1.0, 1.0], "position_half_life": 5.0}
     changes |= {"reward_weight": 0.5, "num_generations": 2, "fixed": True}
-    one, two = run(1, "one", **changes), run(2, "two", fsdp=fsdp, **changes, max_tokens_per_device_batch=30)
+    tokens = {"max_tokens_per_device_batch": 30, "padding_free": fsdp}
+    one, two = run(1, "one", **changes), run(2, "two", fsdp=fsdp, **changes, **tokens)
     start, ours, theirs = (
         load_file(path / "model.safetensors")
         for path in (two / "checkpoints" / "step-000002", two / "final", one / "final")

@@ -98,7 +98,7 @@ def test_forward_passes_by_tokens_are_the_update_of_fixed_ones(trainer, tmp_path
     limit = max(map(len, rollouts)) + 12
     other = trainer(**changes, max_tokens_per_device_batch=limit, output_dir=str(tmp_path / "other"))
     sizes, forward = [], other.engine.forward
-    other.engine.forward = lambda batch, *rest: sizes.append(batch.ids_BT.shape) or forward(batch, *rest)
+    other.engine.forward = lambda batch, *rest: sizes.append(batch.inputs[0].shape) or forward(batch, *rest)
     found, again = capture_gradients(other), other.update(rollouts, fresh=True)
     assert all(rows * longest <= limit for rows, longest in sizes) and len({rows for rows, _ in sizes}) > 1, sizes
     assert again["update/forward_passes"] == len(sizes) > 2
