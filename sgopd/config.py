@@ -324,6 +324,15 @@ class Config:
     run_name: str | None = free("name of the run at wandb and trackio; the folder's name by default", None)
     save_steps: int | None = free("checkpoint every so many updates; at the end only by default", None)
     save_total_limit: int | None = free("newest checkpoints kept, besides the best by avg@k; null keeps all", 2)
+    push_to_hub: bool = free(
+        "push final/, with a model card, to the Hugging Face Hub at the end, as whom HF_TOKEN or `hf auth login` says",
+        False,
+    )
+    hub_model_id: str | None = free("the repository there; by default the run directory's name, in your account", None)
+    hub_private_repo: bool | None = free("whether it becomes private where it is made; the account's custom", None)
+    hub_strategy: Literal["end", "every_save"] = free(
+        "push at the end alone, or each checkpoint's model as well", "end"
+    )
     resume_from_checkpoint: str | None = launch(
         "a checkpoint folder, or auto: the newest valid one of output_dir, else from the start", None
     )

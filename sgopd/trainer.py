@@ -35,6 +35,7 @@ from sgopd.engines import Engine, fsdp
 from sgopd.engines.ddp import DataParallel
 from sgopd.evaluate import evaluate
 from sgopd.files import make_folder, new_file, new_folder, remove_folder, remove_leftovers, writing
+from sgopd.hub import Hub
 from sgopd.metrics import (
     MetricsFile,
     Sums,
@@ -189,6 +190,12 @@ class Trainer:
         self.stopped_by: int | None = None  # the signal that ended `train` early
         if resume_from is not None:
             self.restore(resume_from)
+        self.hub: Hub | None = None  # on the main process
+        if config.push_to_hub:
+            processes.on_main(self.open_hub)
+
+    def open_hub(self) -> None:
+        self.hub = Hub(self.config, self.say)
 
     def open_run_dir(self) -> tuple[Path | None, list[str]]:
         """The checkpoint to resume from, and what to say, once no other run can change the folder any more."""
@@ -230,6 +237,8 @@ class Trainer:
             self.processes.accelerator.end_training()
             if self.processes.main:
                 write_report(self.run_dir)
+            if self.hub is not None and self.stopped_by is None:
+                self.hub.push_final(self.run_dir)
         finally:
             self.close()
         return self.run_dir
@@ -623,6 +632,8 @@ class Trainer:
         if self.state.saved_at != self.state.step:
             self.save_checkpoint(self.processes.gather([checkpoint.random_state()]))
             self.state.saved_at = self.state.step
+            if self.hub is not None and self.config.hub_strategy == "every_save":
+                self.hub.push_checkpoint(self.run_dir / "checkpoints" / f"step-{self.state.step:06d}", self.state.step)
 
     def save_checkpoint(self, random_states: list[dict[str, Any]]) -> None:
         folder = self.run_dir / "checkpoints"

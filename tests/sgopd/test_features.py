@@ -168,6 +168,10 @@ ELSEWHERE = [
     "teacher_copy",
     "teacher_timeout",
     "teacher_connections",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_private_repo",
+    "hub_strategy",
 ]
 
 
