@@ -55,6 +55,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "main": {},
     "phased": {"cold_start_steps": 25, "teacher_share": 0.5},
     "sampled": {"estimator": "sampled"},
+    "grouped": {"num_generations": 4},  # a task reward compares the rollouts of a prompt
     "real": REAL_SETTINGS,
 }
 
@@ -62,7 +63,7 @@ PARTS: dict[str, dict[str, Any]] = {
 class Arm(NamedTuple):
     name: str
     settings: dict[str, Any]
-    group: str  # "gate", "control", "constant", "learning rate", "trust"
+    group: str  # "gate", "control", "constant", "learning rate", "published", "trust", "grouped"
     says: str  # what it is, in the page's words
     rate: float = 1.0  # factor on the student's learning rate
 
@@ -72,6 +73,7 @@ def constant(correct_conflict: float, incorrect: float) -> dict[str, Any]:
 
 
 PROBES = {"teacher_probes": 4}
+REWARD = {"reward_weight": 1.0}
 TRUST = {"gate": "trust", **PROBES}
 PROTECTED_RANDOM = {"gate": "random", "gate_agree": 1.0, "gate_conflict": [0.0, 1.0]}
 ARMS = {
@@ -124,12 +126,19 @@ ARMS = {
             "trust",
             "the student's own pass rate",
         ),
+        Arm("opd, reward", {"gate": "opd", **REWARD}, "grouped", "and the task reward"),
+        Arm("half, reward", {"gate": "half", **REWARD}, "grouped", "and the task reward"),
+        Arm("reward alone", {**constant(0.0, 0.0), "gate_agree": 0.0, "gate_neutral": 0.0, **REWARD}, "grouped", ""),
+        Arm("tgopd", {"gate": "tgopd", "teacher_probes": 3, **REWARD}, "grouped", "arXiv 2609.02998"),
+        Arm("diffgate", {"gate": "diffgate", **REWARD}, "grouped", "arXiv 2610.04596"),
+        Arm("opd, p(1 − p)", {"gate": "opd", "prompt_weight": [1, 1]}, "grouped", "PACED, arXiv 2603.11178"),
     )
 }
 CORE = ("opd", "sg-opd", "opdvr", "protect", "half", "trust")
 CONTROLS = tuple(arm.name for arm in ARMS.values() if arm.group == "control")
 RATES = tuple(arm.name for arm in ARMS.values() if arm.group == "learning rate")
-REST = tuple(name for name in ARMS if name not in (*CORE, *CONTROLS, *RATES))
+GROUPED = tuple(arm.name for arm in ARMS.values() if arm.group == "grouped")  # beside CORE, in that part alone
+REST = tuple(name for name in ARMS if name not in (*CORE, *CONTROLS, *RATES, *GROUPED))
 
 
 class Cell(NamedTuple):
@@ -158,16 +167,19 @@ WAVES: tuple[tuple[str, str, tuple[str, ...], range], ...] = (  # part, student,
     ("main", "weak", REST, range(0, 1)),
     ("phased", "weak", CORE, range(0, 1)),
     ("sampled", "weak", CORE, range(0, 1)),
+    ("grouped", "weak", (*CORE, *GROUPED), range(0, 1)),
     ("main", "weak", (*CONTROLS, *RATES), range(2, 3)),
     ("main", "early", CORE, range(2, 3)),
     ("main", "weak", REST, range(1, 3)),
     ("phased", "weak", CORE, range(1, 3)),
     ("sampled", "weak", CORE, range(1, 3)),
+    ("grouped", "weak", (*CORE, *GROUPED), range(1, 3)),
     ("main", "weak", CORE, range(3, 8)),
     ("main", "early", (*CORE, *CONTROLS, *RATES), range(0, 8)),
     ("main", "weak", (*CORE, *CONTROLS, *RATES, *REST), range(3, 8)),
     ("phased", "weak", CORE, range(3, 8)),
     ("sampled", "weak", CORE, range(3, 8)),
+    ("grouped", "weak", (*CORE, *GROUPED), range(3, 8)),
     ("main", "early", (*CORE, *CONTROLS, *RATES, *REST), range(0, 8)),
 )
 

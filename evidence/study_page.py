@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from checkpoints import SAMPLES, STUDENTS
 from constructed import TASKS
-from study import ARMS, BASELINE, CONTROLS, CORE, RATES, REST, Cell
+from study import ARMS, BASELINE, CONTROLS, CORE, GROUPED, RATES, REST, Cell
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "tools"))
@@ -352,8 +352,17 @@ def write(path: Path, page: Path, figure: Path) -> None:
         "others": for_students(lambda student: table(results, student, against(others))),
         "others pass": for_students(lambda student: table(results, student, against(others), measure=passed)),
         "parts": "\n\n".join(
-            f"{title}:\n\n" + for_students(lambda student, part=part: table(results, student, against(CORE), part))
-            for part, title in (("phased", "With phased teacher sampling"), ("sampled", "The sampled-token estimator"))
+            f"{title}:\n\n"
+            + for_students(lambda student, arms=arms, part=part: table(results, student, against(arms), part))
+            for part, title, arms in (
+                ("phased", "With phased teacher sampling", CORE),
+                ("sampled", "The sampled-token estimator", CORE),
+                (
+                    "grouped",
+                    "16 prompts an update, four rollouts each, with and without a task reward",
+                    (*CORE, *GROUPED),
+                ),
+            )
         ),
     }
     real = Results(read(path.with_name("real.jsonl")))
