@@ -67,6 +67,8 @@ ELSEWHERE = {
     "wandb": "report_to",
     **dict.fromkeys(("packing", "use_remove_padding", "remove_padding"), "padding_free"),
     **dict.fromkeys(("ppo_max_token_len_per_gpu", "use_dynamic_bsz"), "max_tokens_per_device_batch"),
+    **dict.fromkeys(("teacher_key", "teacher_routing_column"), "teacher_column"),
+    **dict.fromkeys(("teachers", "teacher_models", "teacher_model_names_or_paths"), "teacher_model_name_or_path"),
 }
 
 
@@ -99,7 +101,9 @@ launch = functools.partial(setting, "launch")  # says where this process finds t
 class Config:
     # --- models ---
     model_name_or_path: str = fixed("the student: a folder or a hub name; it is trained")
-    teacher_model_name_or_path: str = content("the teacher: a folder or a hub name; it stays frozen")
+    teacher_model_name_or_path: str | dict = content(
+        "the teacher: a folder or a hub name; it stays frozen. Several: their names with theirs, {math: …, code: …}"
+    )
     # --- data ---
     dataset_name: str = content(
         "prompts: a .jsonl or .parquet file, a `datasets` name, or task:<name> (sgopd/tasks.py)"
@@ -112,12 +116,16 @@ class Config:
         "frozen reference policy: the gate's weight then extrapolates from it to the teacher (method.md, section 2)",
         None,
     )
-    teacher_url: str | None = content(
-        "address of a server that has the teacher (docs/scaling.md); teacher_model_name_or_path is its name there", None
+    teacher_column: str | None = content("with several teachers: column with the name of a prompt's teacher", None)
+    teacher_url: str | dict | None = content(
+        "address of a server that has the teacher (docs/scaling.md); teacher_model_name_or_path is its name there. Of "
+        "several teachers: one server for all, or the names of those that are elsewhere with their addresses",
+        None,
     )
     teacher_top_k: int = free("with teacher_url and estimator full: tokens a position that the server gives", 20)
-    teacher_copy: str | None = free(
-        "a copy of the served teacher, which its scores are compared with at the start", None
+    teacher_copy: str | dict | None = free(
+        "a copy of the served teacher, which its scores are compared with at the start; names with copies of several",
+        None,
     )
     teacher_timeout: float = free("seconds that the teacher's server may take for a request", 120.0)
     teacher_connections: int = free("requests to the teacher's server at once, of each process", 8)
@@ -408,11 +416,18 @@ class Config:
             self.divergence == "reverse-kl" or self.estimator == "full",
             "reverse-kl with estimator sampled, which is the policy gradient of that divergence. Use estimator full",
         )
-        if self.teacher_url is not None:
-            self._check_served()
-        self._expect(
-            "teacher_copy", self.teacher_copy is None or self.teacher_url is not None, "null without teacher_url"
-        )
+        if isinstance(self.teacher_model_name_or_path, dict):
+            self._check_several(self.teacher_model_name_or_path)
+        else:
+            several = "without several teachers in teacher_model_name_or_path"
+            self._expect("teacher_column", self.teacher_column is None, f"null {several}")
+            self._expect("teacher_url", not isinstance(self.teacher_url, dict), f"one address {several}")
+            self._expect("teacher_copy", not isinstance(self.teacher_copy, dict), f"one path {several}")
+            if self.teacher_url is not None:
+                self._check_served()
+            self._expect(
+                "teacher_copy", self.teacher_copy is None or self.teacher_url is not None, "null without teacher_url"
+            )
         self._expect(
             "sampler_url",
             (self.sampler_url is not None) == (self.sampler == "vllm"),
@@ -438,6 +453,43 @@ class Config:
         self._expect("teacher_probes", self.teacher_probes == 0, f"0 {why}")
         self._expect("eval_teacher", not self.eval_teacher, f"false {why}")
         self._expect("fsdp_teacher", not self.fsdp_teacher, "false with teacher_url: it is not in these processes")
+
+    def _check_several(self, paths: dict[str, Any]) -> None:
+        """Teachers under names, and what cannot be done with more than one."""
+        for name in ("teacher_model_name_or_path", "teacher_url", "teacher_copy"):
+            values = getattr(self, name)
+            right = not isinstance(values, dict) or (values and all(isinstance(one, str) for one in values.values()))
+            self._expect(name, bool(right), "a text for each name: {math: …, code: …}")
+        why = "with several teachers"
+        column = f"the column with the name of each prompt's teacher ({', '.join(paths)}) {why}"
+        self._expect("teacher_column", self.teacher_column is not None, column)
+        self._expect("teacher_copy", not isinstance(self.teacher_copy, str), f"a path for each name {why}")
+        for name in ("teacher_url", "teacher_copy"):
+            if isinstance(values := getattr(self, name), dict):
+                known = f"names of teacher_model_name_or_path: {', '.join(paths)}"
+                self._expect(name, values.keys() <= paths.keys(), known)
+        self._expect("eval_teacher", not self.eval_teacher, f"false {why}: evaluate each as a student, by itself")
+        self._expect("fsdp_teacher", not self.fsdp_teacher, f"false {why}: a process may have prompts of one alone")
+        _ = self.teachers  # each with its own checks
+
+    @property
+    def teachers(self) -> dict[str, Config]:
+        """For each teacher the settings of a run that had it alone: under its name, or "" where there is but one."""
+        paths = self.teacher_model_name_or_path
+        if not isinstance(paths, dict):
+            return {"": self}
+        urls = self.teacher_url if isinstance(self.teacher_url, dict) else dict.fromkeys(paths, self.teacher_url)
+        copies = self.teacher_copy if isinstance(self.teacher_copy, dict) else {}
+        return {
+            name: dataclasses.replace(
+                self,
+                teacher_model_name_or_path=path,
+                teacher_column=None,
+                teacher_url=urls.get(name),
+                teacher_copy=copies.get(name),
+            )
+            for name, path in paths.items()
+        }
 
     def _expect(self, name: str, right: bool, expected: str) -> None:
         if not right:
@@ -639,10 +691,14 @@ def default_text(field: dataclasses.Field[Any]) -> str:
 
 
 def parse_flag(name: str, text: str) -> Any:
-    """The value of `--name text`: as it stands for a text field, else read as YAML (so null, [0, 1], {a: 1} work)."""
+    """The value of `--name text`: as it stands for a text field, else read as YAML (so null, [0, 1], {a: 1} work).
+
+    Where a text or a mapping is expected, it is a mapping if it begins with a brace.
+    """
     hint = typing.get_type_hints(Config)[name]
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if all(kind is str or kind is types.NoneType or typing.get_origin(kind) is Literal for kind in kinds):
+    texts = all(kind is str or kind is types.NoneType or typing.get_origin(kind) is Literal for kind in kinds)
+    if texts or (str in kinds and dict in kinds and not text.startswith("{")):
         return None if text == "null" and types.NoneType in kinds else text
     try:
         return load_yaml(text, f"--{name}")

@@ -106,6 +106,7 @@ def evaluate_models(config: Config, benchmarks: dict[str, Config] | None = None)
 
     models = [("student", config.model_name_or_path, "model_name_or_path")]
     if config.eval_teacher:
+        assert isinstance(config.teacher_model_name_or_path, str)
         models.append(("teacher", config.teacher_model_name_or_path, "teacher_model_name_or_path"))
     sets = benchmarks or {"": config}
     records = []

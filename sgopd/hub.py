@@ -87,9 +87,9 @@ def first_line(error: BaseException) -> str:
 
 def card(config: Config, run_dir: Path, repository: str) -> str:
     """A model card: what it comes from, how it was trained, what it scored. Without paths of this machine."""
-    student, teacher, data = (
-        on_hub(name) for name in (config.model_name_or_path, config.teacher_model_name_or_path, config.dataset_name)
-    )
+    student, data = (on_hub(name) for name in (config.model_name_or_path, config.dataset_name))
+    paths = [str(one.teacher_model_name_or_path) for one in config.teachers.values()]
+    teachers = " and ".join(dict.fromkeys(on_hub(path) or "a teacher" for path in paths))
     facts: dict[str, Any] = {
         "library_name": "peft" if config.use_peft else "transformers",
         "pipeline_tag": "text-generation",
@@ -115,7 +115,7 @@ def card(config: Config, run_dir: Path, repository: str) -> str:
         "---",
         f"# {repository.rpartition('/')[2]}",
         "",
-        f"{student or 'A model'}, trained by on-policy distillation from {teacher or 'a teacher'} on its own rollouts, "
+        f"{student or 'A model'}, trained by on-policy distillation from {teachers} on its own rollouts, "
         f"with a verifier's verdicts, on {data or 'prompts'} (sgopd {__version__}).",
         "",
         *(["| | questions | avg@k |", "|---|---|---|", *scores, ""] if scores else []),

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sgopd.files import sync, writing
@@ -165,7 +166,7 @@ def add_token_metrics(
     if N == 0:
         return
     d = stats.logratio
-    known = {name: whole or not getattr(stats, name).isnan().all() for name in ("kl", "teacher_entropy")}
+    known = {name: whole or not getattr(stats, name).isnan().any() for name in ("kl", "teacher_entropy")}
     if known["kl"]:
         sums.add("kl", stats.kl.sum(), N)
     sums.add("logratio/mean", d.sum(), N)
@@ -195,6 +196,24 @@ def add_token_metrics(
         gap = (engine_logprob - stats.student_logprob).abs()
         sums.add("engine/logprob_gap_mean", gap.sum(), N)
         sums.largest("engine/logprob_gap_max", gap.max())
+
+
+def add_teacher_metrics(
+    sums: Sums, stats: Stats, rows: Tensor, names: Sequence[str], teachers: Iterable[str], whole: bool
+) -> None:
+    """What the student has of each of several teachers: share of N tokens of its rollouts, and divergence.
+
+    Args:
+        rows: [N] of which rollout each token is.
+        names: of each rollout's teacher.
+        whole: as for `add_token_metrics`.
+    """
+    for name in teachers:
+        inside = torch.tensor([one == name for one in names], device=rows.device)[rows]
+        sums.add(f"teacher/{name}/share", inside.sum(), len(rows))
+        sums.add(f"teacher/{name}/logratio_mean", stats.logratio[inside].sum(), inside.sum())
+        if whole or not stats.kl[inside].isnan().any():
+            sums.add(f"teacher/{name}/kl", stats.kl[inside].sum(), inside.sum())
 
 
 def add_rollout_metrics(sums: Sums, rollouts: Sequence[Rollout]) -> None:

@@ -159,12 +159,14 @@ def plan(config: Config, device: Device, processes: int, prompt: int) -> list[St
         "optimiser": 2 * trained * width_O / shards,
     }
     others = []
-    for whose, path in (
-        ("teacher", None if config.teacher_url else config.teacher_model_name_or_path),
-        ("reference", config.reference_model_name_or_path),
-    ):
+    paths: dict[str, Any] = {
+        f"teacher {name}".rstrip(): one.teacher_model_name_or_path
+        for name, one in config.teachers.items()
+        if one.teacher_url is None
+    }
+    for whose, path in {**paths, "reference": config.reference_model_name_or_path}.items():
         if path is not None:
-            other = sizes_of(path, dtype_of(config.teacher_dtype), config, f"{whose}_model_name_or_path")
+            other = sizes_of(path, dtype_of(config.teacher_dtype), config, f"{whose.split()[0]}_model_name_or_path")
             split = processes if whose == "teacher" and config.fsdp_teacher else 1
             width = dtype_of(config.teacher_dtype).itemsize
             fixed[whose] = ((other.parameters - other.head) / split + other.head) * width

@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,7 +50,25 @@ def load_rows(config: Config, split: str) -> list[Row]:
         rows = read_hub(name, part, config)
     if evaluating:
         rows = rows[:size]
+    elif config.teacher_column is not None:
+        for row in rows:
+            check_teacher(row, config.teacher_column, config.teachers)
     return [with_prompt_and_answer(row, columns, config) for row in rows]
+
+
+def check_teacher(row: Row, column: str, teachers: Collection[str]) -> None:
+    """Refuses a row that does not name one of several teachers."""
+    if column not in row.columns:
+        raise UserError(
+            f"{row.place} has no column {column!r}; its columns are {', '.join(map(str, row.columns)) or 'none'}. Name "
+            "the one with each prompt's teacher with teacher_column"
+        )
+    name = row.columns[column]
+    if not isinstance(name, str) or name not in teachers:
+        raise UserError(
+            f"{row.place}, column {column!r}: {shown(name)} is no teacher's name; those in "
+            f"teacher_model_name_or_path are {', '.join(teachers)}. Correct the row, or give that teacher there"
+        )
 
 
 def is_file(name: str) -> bool:

@@ -193,7 +193,7 @@ def compare_contents(now: dict[str, str | None], state: dict[str, Any], path: Pa
 
 CONTENTS = {
     "prompts": "the prompts (dataset_name and what is made of it: rows, their order, columns, template, tokens)",
-    "teacher": "the weights of teacher_model_name_or_path",
+    "teacher": "the weights of teacher_model_name_or_path (of several, each one's and which prompts it has)",
     "reference": "the weights of reference_model_name_or_path",
     "base": "the weights of the model that the adapters stand on (model_name_or_path, without its adapters)",
 }
@@ -384,22 +384,27 @@ def check_save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> No
 def check_models(
     config: Config, models: dict[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase, prompts: Prompts
 ) -> list[str]:
-    """All checks on `models`: the "student" and, compared with it, the "teacher" and perhaps the "reference"."""
+    """All checks on `models`: the "student" and, compared with it, the "teacher", or "teacher NAME" for each of
+    several, and perhaps the "reference"."""
     asked = (example["prompt"] for example in prompts.examples[:8])
     texts = [prompt if isinstance(prompt, str) else texts_of(prompt[-1]["content"])[0] for prompt in asked]
     teacher_samples = config.cold_start_steps * config.teacher_share > 0 or config.teacher_probes > 0
     teacher_samples |= config.eval_teacher and has_eval_data(config)
     findings = []
     for whose, model in models.items():
-        setting = "model_name_or_path" if whose == "student" else f"{whose}_model_name_or_path"
-        samples = whose == "student" or (whose == "teacher" and teacher_samples)
+        kind, _, name = whose.partition(" ")
+        setting = "model_name_or_path" if kind == "student" else f"{kind}_model_name_or_path"
+        path = getattr(config, setting)
+        if name:
+            setting, path = f"{setting} ({name})", path[name]
+        samples = kind == "student" or (kind == "teacher" and teacher_samples)
         check_model(model, setting, prompts, config, samples)
         if whose == "student":
             check_save(model, tokenizer)
             continue
-        path = getattr(config, setting)
         theirs = load_tokenizer(path, config, setting) if has_tokenizer(path) else None
-        findings += check_pair(models["student"], model, tokenizer, theirs, texts, whose)
+        said = check_pair(models["student"], model, tokenizer, theirs, texts, whose)
+        findings += [line for line in said if not (name and line in findings)]  # once for several teachers
     return findings
 
 

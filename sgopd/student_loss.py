@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,9 +15,10 @@ from transformers import PreTrainedModel
 from sgopd.config import Config
 from sgopd.models import head_arguments, head_of, hidden_states
 from sgopd.rollout import Batch
-from sgopd.teachers import Hidden, Targets, TopK
+from sgopd.teachers import Hidden, Routed, Targets, TopK
 from sgopd.weights import Rule, token_weights, weigh
 from sgopd_kernels import Gate, Stats, gated_kl_loss, gated_logprob_loss, gated_topk_kl_loss
+from sgopd_kernels.plans.base import KEPT
 
 
 class Measured(NamedTuple):
@@ -76,11 +78,8 @@ class StudentLoss(nn.Module):
             theirs = None if reference is None else reference.part(part)
             given = hidden_NH[part], targets.part(part), theirs, batch.token_ids[part], verdict[part]
             if self.rule is not None:
-                asked: dict[str, Any] = {"gate": "opd"}
-                if isinstance(targets, Hidden):
-                    asked["estimator"] = "full"  # the other refuses an infinite d, which the rule may weigh 0
-                with torch.no_grad():
-                    _, stats = self.gated(*given, **asked)
+                with torch.no_grad():  # estimator sampled refuses an infinite d, which the rule may weigh 0
+                    _, stats = self.gated(*given, gate="opd", estimator="full")
                 weight = weigh(self.rule, stats, rows[part], verdict[part], batch.rollouts, config)
                 if self.rule.argument == "token_weight":
                     weight = weight * choices.get("token_weight", 1.0)  # the rollouts' importance
@@ -182,7 +181,13 @@ class StudentLoss(nn.Module):
         verdict: Tensor,
         **choices: Any,
     ) -> tuple[Tensor, Stats]:
-        """The loss of sgopd_kernels for this kind of targets, with this run's settings, and its statistics."""
+        """The loss of sgopd_kernels for this kind of targets, with this run's settings, and its statistics.
+
+        `choices` are arguments of that call; tensors of them are of the N positions. Targets that are not a whole
+        distribution have an estimator of their own, whatever is chosen.
+        """
+        if isinstance(targets, Routed):
+            return self.gated_by_several(hidden_NH, targets, reference, token_ids, verdict, **choices)
         config, head = self.config, head_of(self.student)
         weight = head.weight
         if config.bf16:  # as autocast treats a head: bf16 operands (the kernel keeps its logits in fp32)
@@ -196,6 +201,7 @@ class StudentLoss(nn.Module):
                 "reference_softcap": reference.head.softcap,
             }
         if not isinstance(targets, Hidden):
+            choices.pop("estimator", None)
             own = {
                 "student_bias": head.bias,
                 "student_logit_scale": head.logit_scale,
@@ -219,3 +225,44 @@ class StudentLoss(nn.Module):
         loss, stats = gated_kl_loss(*heads, token_ids, verdict, return_stats=True, **(settings | choices))
         assert isinstance(stats, Stats)
         return loss, stats
+
+    def gated_by_several(
+        self,
+        hidden_NH: Tensor,
+        targets: Routed,
+        reference: Hidden | None,
+        token_ids: Tensor,
+        verdict: Tensor,
+        **choices: Any,
+    ) -> tuple[Tensor, Stats]:
+        """`gated`, one call a teacher: the sum of their losses, and their statistics in the order of the positions."""
+        places = [(targets.which_N == number).nonzero().squeeze(-1) for number in range(len(targets.targets))]
+        told: list[tuple[Tensor, Stats]] = []
+        for place, theirs in zip(places, targets.targets):
+            if len(place) or not (len(token_ids) or told):  # without any position, one call for a loss of 0
+                own = {
+                    name: value[place] if isinstance(value, Tensor) and value.shape == token_ids.shape else value
+                    for name, value in choices.items()
+                }
+                theirs_reference = None if reference is None else reference.part(place)
+                given = hidden_NH[place], theirs, theirs_reference, token_ids[place], verdict[place]
+                told.append(self.gated(*given, **own))
+        losses, stats = zip(*told)
+        order = torch.cat(places).argsort()
+        return torch.stack(losses).sum(), joined(stats, order)
+
+
+def joined(stats: Sequence[Stats], order: Tensor) -> Stats:
+    """The statistics of several calls as those of one, whose tokens are theirs in `order`."""
+    tensors = {
+        field.name: torch.cat([getattr(one, field.name) for one in stats])[order]
+        for field in dataclasses.fields(Stats)
+        if field.name not in ("backend", "report")
+    }
+    report = None
+    if all(one.report is not None for one in stats):
+        reports = torch.stack([one.report for one in stats if one.report is not None])
+        tokens = torch.tensor([len(one.gate) for one in stats], dtype=torch.float64, device=reports.device)
+        kept = (reports[:, KEPT] * tokens).sum() / tokens.sum().clamp(min=1)
+        report = torch.stack([reports[:, 0].max(), kept, reports[:, 2].max()])
+    return Stats(**tensors, backend=stats[0].backend, report=report)

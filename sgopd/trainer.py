@@ -40,6 +40,7 @@ from sgopd.metrics import (
     MetricsFile,
     Sums,
     add_rollout_metrics,
+    add_teacher_metrics,
     add_token_metrics,
     add_verifier_metrics,
     finite,
@@ -59,8 +60,9 @@ from sgopd.report.run import read_metrics
 from sgopd.rollout import Rollout, batch_of, in_parts, parts_by_tokens, sampling_of, whole_texts
 from sgopd.samplers import Sampler, student_sampler
 from sgopd.student_loss import StudentLoss
-from sgopd.teachers import Hidden, Teacher
+from sgopd.teachers import Teacher, whole
 from sgopd.teachers.local import LocalTeacher
+from sgopd.teachers.routed import RoutedTeacher
 from sgopd.verdicts import VerdictWatch, verifying
 from sgopd.verifier import Verdict
 from sgopd.weights import RULES, Rule, share_out, weighs_rollouts
@@ -118,36 +120,20 @@ class Trainer:
         self.tokenizer = load_tokenizer(source, config, "model_name_or_path")
         self.student, self.findings = lora.load_student(source, config)
         self.student.to(self.device).train()
-        models = {"student": self.student}
-        for whose in ("teacher", "reference"):
-            setting = f"{whose}_model_name_or_path"
-            if whose == "teacher" and config.teacher_url is not None:
-                continue
-            if (path := getattr(config, setting)) is not None:
-                models[whose], said = load_frozen(path, config, setting, self.device)
-                self.findings += said
+        self.models = {"student": self.student}
+        teachers = self.load_teachers()
+        self.reference: LocalTeacher | None = None
+        if (path := config.reference_model_name_or_path) is not None:
+            self.reference = self.load_local("reference", path, "reference_model_name_or_path")
         if config.gradient_checkpointing:
             recompute_activations(self.student)
-        frozen = {
-            whose: LocalTeacher(model, self.tokenizer, config.bf16)
-            for whose, model in models.items()
-            if whose != "student"
-        }
-        self.teacher: Teacher
-        if config.teacher_url is not None:
-            from sgopd.teachers.remote import remote_teacher  # it needs an extra
-
-            self.teacher = remote_teacher(config, self.tokenizer, self.device)
-        else:
-            self.teacher = frozen["teacher"]
-        self.opened.callback(self.teacher.close)
-        self.reference = frozen.get("reference")
 
         # --- data, and whether it all fits together ---
         self.prompts = load_prompts(config, self.tokenizer, "train")
+        self.teacher = teachers[""] if config.teacher_column is None else RoutedTeacher(teachers, self.prompts, config)
         self.questions = load_prompts(config, self.tokenizer, "eval") if has_eval_data(config) else None
-        self.findings += startup.check_models(config, models, self.tokenizer, self.prompts)
-        self.findings += startup.check_prompts(config, self.prompts, self.questions, self.tokenizer, models)
+        self.findings += startup.check_models(config, self.models, self.tokenizer, self.prompts)
+        self.findings += startup.check_prompts(config, self.prompts, self.questions, self.tokenizer, self.models)
         self.eos_ids = eos_ids_of(self.student, self.tokenizer)
         self.findings += self.teacher.check(self.prompts, self.questions, self.tokenizer)
         others = [self.teacher] if self.reference is None else [self.teacher, self.reference]
@@ -163,7 +149,8 @@ class Trainer:
             mesh = fsdp.mesh_of(processes)
             self.engine = fsdp.FullySharded(self.loss, processes, mesh)
             if config.fsdp_teacher:
-                fsdp.shard_teacher(frozen["teacher"], mesh)
+                assert isinstance(self.teacher, LocalTeacher)
+                fsdp.shard_teacher(self.teacher, mesh)
         else:
             self.engine = DataParallel(self.loss, processes)
         self.sampler = student_sampler(
@@ -196,6 +183,29 @@ class Trainer:
 
     def open_hub(self) -> None:
         self.hub = Hub(self.config, self.say)
+
+    def load_teachers(self) -> dict[str, Teacher]:
+        """By their names, "" where there is but one; names with the same settings share theirs."""
+        asked, found = self.config.teachers, dict[str, Teacher]()
+        for name, config in asked.items():
+            twin = next((found[other] for other in found if asked[other] == config), None)
+            if twin is not None:
+                found[name] = twin
+            elif config.teacher_url is not None:
+                from sgopd.teachers.remote import remote_teacher  # it needs an extra
+
+                found[name] = remote_teacher(config, self.tokenizer, self.device)
+                self.opened.callback(found[name].close)
+            else:
+                setting = "teacher_model_name_or_path" + f" ({name})" * bool(name)
+                found[name] = self.load_local(f"teacher {name}".rstrip(), config.teacher_model_name_or_path, setting)
+        return found
+
+    def load_local(self, whose: str, path: Any, setting: str) -> LocalTeacher:
+        """A frozen model in this process, which goes into `models`; what there is to say of it into `findings`."""
+        self.models[whose], said = load_frozen(path, self.config, setting, self.device)
+        self.findings += said
+        return LocalTeacher(self.models[whose], self.tokenizer, self.config.bf16)
 
     def open_run_dir(self) -> tuple[Path | None, list[str]]:
         """The checkpoint to resume from, and what to say, once no other run can change the folder any more."""
@@ -370,7 +380,7 @@ class Trainer:
         prompts = [self.prompts.ids[example] for example, _ in slots]
         sampling = sampling_of(config, self.eos_ids, self.vocabulary)
         seed = derive_seed(config.seed, source, self.state.step, self.processes.rank)
-        sampler, facts = self.sampler_of(source)
+        sampler, facts = self.sampler_of(source, [example for example, _ in slots])
         for name, value in facts.items():
             sums.count(name, value / self.processes.count)
         began = time.perf_counter()
@@ -395,12 +405,13 @@ class Trainer:
             rollout.verdict, rollout.reason = verdict.value, verdict.reason
         return rollouts
 
-    def sampler_of(self, whose: str) -> tuple[Sampler, Record]:
-        """The "student"'s, with its present weights and what that took, or the "teacher"'s."""
+    def sampler_of(self, whose: str, examples: Sequence[int] = ()) -> tuple[Sampler, Record]:
+        """The "student"'s, with its present weights and what that took, or the "teacher"'s for these examples."""
         if whose == "student":
             return self.sampler, self.sampler.sync(self.state.step, self.weights, self.logprobs)
-        assert self.teacher.sampler is not None
-        return self.teacher.sampler, {}
+        sampler = self.teacher.sampler_of(examples)
+        assert sampler is not None
+        return sampler, {}
 
     def weights(self) -> dict[str, Tensor]:
         """The student's with its adapters merged, whole on the main process."""
@@ -501,8 +512,10 @@ class Trainer:
         if fresh:
             logprobs = [rollout.completion.logprobs for rollout in rollouts]
             engine_logprob = torch.cat(logprobs).to(self.device)[own]
-        whole = isinstance(targets, Hidden)
-        add_token_metrics(sums, stats, verdicts[batch.rows][own], engine_logprob, self.gate.tolerance, whole)
+        add_token_metrics(sums, stats, verdicts[batch.rows][own], engine_logprob, self.gate.tolerance, whole(targets))
+        if config.teacher_column is not None:
+            names = [self.prompts.examples[one.example][config.teacher_column] for one in rollouts]
+            add_teacher_metrics(sums, stats, batch.rows[own], names, config.teachers, whole(targets))
         keep_token_stats(rollouts, "student", stats, verdicts, self.gate.tolerance)
         if their_stats is not None:
             keep_token_stats(rollouts, "teacher", their_stats, verdicts, self.gate.tolerance)
@@ -522,7 +535,8 @@ class Trainer:
         try:
             with torch.no_grad():
                 hidden_1H = weight.new_zeros(1, weight.shape[1])
-                self.loss.gated(hidden_1H, self.teacher.specimen(), reference, token, token, **choices)
+                for specimen in self.teacher.specimens():
+                    self.loss.gated(hidden_1H, specimen, reference, token, token, **choices)
         except (ValueError, TypeError, RuntimeError) as error:
             raise UserError(f"the loss refuses these settings: {error}") from error
 

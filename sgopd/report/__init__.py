@@ -258,6 +258,8 @@ def _score(record: Record, which: str) -> Score:
 
 
 def _model_name(path: Any) -> str | None:
+    if isinstance(path, dict):  # several teachers
+        return ", ".join(f"{name}: {_model_name(one)}" for name, one in path.items())
     return Path(str(path)).name if path else None
 
 

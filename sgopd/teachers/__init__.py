@@ -1,4 +1,4 @@
-"""What the teacher says of a batch: one file a teacher; `sgopd.trainer` knows the protocol alone.
+"""What the teacher says of a batch: one file a kind of teacher; `sgopd.trainer` knows the protocol alone.
 
 targets = teacher.score(batch)     # of the batch's N positions, in one of the forms below
 loss = StudentLoss(…)(batch, …, targets, …)
@@ -51,7 +51,27 @@ class Logprob:
         return Logprob(self.logprob_N[index])
 
 
-Targets: TypeAlias = Hidden | TopK | Logprob
+@dataclass(frozen=True)
+class Routed:
+    """Of several teachers: each position has one of them."""
+
+    which_N: Tensor  # the number of its teacher
+    targets: tuple[Hidden | TopK | Logprob, ...]  # each teacher's, of its positions in their order
+
+    def part(self, index: Tensor) -> Routed:
+        which, parts = self.which_N[index], []
+        for number, one in enumerate(self.targets):
+            place = (self.which_N == number).cumsum(0) - 1  # of the teacher's own positions among themselves
+            parts.append(one.part(place[index[which == number]]))
+        return Routed(which, tuple(parts))
+
+
+Targets: TypeAlias = Hidden | TopK | Logprob | Routed
+
+
+def whole(targets: Targets) -> bool:
+    """Whether they are of the whole distribution."""
+    return all(map(whole, targets.targets)) if isinstance(targets, Routed) else isinstance(targets, Hidden)
 
 
 class Teacher(Protocol):
@@ -59,9 +79,8 @@ class Teacher(Protocol):
 
     vocabulary: int  # rows of its head: no token beyond them is sampled
 
-    @property
-    def sampler(self) -> Sampler | None:
-        """Of its own rollouts, where it can write any."""
+    def sampler_of(self, examples: Sequence[int]) -> Sampler | None:
+        """Of its own rollouts for the prompts of these examples, where it can write any."""
         ...
 
     def start(self, rollouts: Sequence[Rollout]) -> None:
@@ -72,8 +91,8 @@ class Teacher(Protocol):
         """What it says of the batch's positions, as constants on the batch's device."""
         ...
 
-    def specimen(self) -> Targets:
-        """Of one position, in the form in which `score` gives them: for checks before there is a batch."""
+    def specimens(self) -> list[Targets]:
+        """Of one position, in each form in which `score` gives them: for checks before there is a batch."""
         ...
 
     def check(self, prompts: Prompts, questions: Prompts | None, tokenizer: PreTrainedTokenizerBase) -> list[str]:

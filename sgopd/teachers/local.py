@@ -15,7 +15,7 @@ from sgopd.data import Prompts
 from sgopd.models import head_of, hidden_states
 from sgopd.rollout import Batch, Rollout
 from sgopd.samplers.plain import PlainSampler
-from sgopd.teachers import Hidden
+from sgopd.teachers import Hidden, Targets
 
 
 class Body(nn.Module):
@@ -42,6 +42,9 @@ class LocalTeacher:
         self.vocabulary = self.head.weight.shape[0]
         self.sampler = PlainSampler(lambda: contextlib.nullcontext(model), tokenizer)
 
+    def sampler_of(self, examples: Sequence[int]) -> PlainSampler:
+        return self.sampler
+
     def start(self, rollouts: Sequence[Rollout]) -> None:
         pass
 
@@ -50,6 +53,9 @@ class LocalTeacher:
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16):
             hidden_BTH = self.body(*batch.inputs)
         return Hidden(hidden_BTH[batch.at], self.head)
+
+    def specimens(self) -> list[Targets]:
+        return [self.specimen()]
 
     def specimen(self) -> Hidden:
         return Hidden(self.head.weight.new_zeros(1, self.head.weight.shape[1]), self.head)

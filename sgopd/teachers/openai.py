@@ -92,11 +92,11 @@ class LogprobTeacher(RemoteTeacher):
     def logprobs(self, texts: Sequence[list[int]], scores: Sequence[tuple[list[int], list[Entry]]]) -> Tensor:
         return torch.tensor([entry[str(id)]["logprob"] for ids, entries in scores for id, entry in zip(ids, entries)])
 
-    def specimen(self) -> Targets:
+    def specimens(self) -> list[Targets]:
         if self.k == 0:
-            return Logprob(torch.full((1,), -1.0))
+            return [Logprob(torch.full((1,), -1.0))]
         K = min(self.k, self.vocabulary)
-        return TopK(torch.arange(K).unsqueeze(0), torch.full((1, K), -math.log(self.vocabulary)))
+        return [TopK(torch.arange(K).unsqueeze(0), torch.full((1, K), -math.log(self.vocabulary)))]
 
     def check_tokens(
         self, texts: Sequence[list[int]], scores: Sequence[Any], tokenizer: PreTrainedTokenizerBase

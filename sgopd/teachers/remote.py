@@ -41,8 +41,6 @@ class RemoteTeacher:
         vocabulary: ids that the server is taken to know.
     """
 
-    sampler = None
-
     def __init__(
         self, config: Config, server: Server, model: dict[str, Any], room: int | None, vocabulary: int
     ) -> None:
@@ -67,10 +65,13 @@ class RemoteTeacher:
         """[all tokens of the texts but each first] log-probabilities, of scores from 1 on."""
         raise NotImplementedError
 
-    def specimen(self) -> Targets:
+    def specimens(self) -> list[Targets]:
         raise NotImplementedError
 
     # --- of all ---
+
+    def sampler_of(self, examples: Sequence[int]) -> None:
+        return None  # it scores, and writes nothing
 
     def start(self, rollouts: Sequence[Rollout]) -> None:
         self.pending.clear()
@@ -136,6 +137,7 @@ class RemoteTeacher:
         ]
         if config.teacher_copy is None:
             return [*said, "warning: teacher_copy is not set, so nothing tells whether the served numbers are right"]
+        assert isinstance(config.teacher_copy, str)
         copy, _ = load_frozen(config.teacher_copy, config, "teacher_copy", torch.device("cpu"))
         distances = (logprobs_of(copy, self.probe) - self.probed).abs()
         if not distances.median() <= 0.05:
@@ -183,7 +185,7 @@ def remote_teacher(config: Config, tokenizer: PreTrainedTokenizerBase, device: t
     from sgopd.teachers.openai import LogprobTeacher
     from sgopd.teachers.served import HiddenTeacher
 
-    assert config.teacher_url is not None
+    assert isinstance(config.teacher_url, str)
     server = Server("teacher", config.teacher_url, config.teacher_timeout, config.teacher_connections)
     models = server.models()
     model = next((one for one in models if one["id"] == config.teacher_model_name_or_path), None)

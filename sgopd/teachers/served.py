@@ -20,7 +20,7 @@ from sgopd.config import Config, UserError
 from sgopd.models import Head
 from sgopd.rollout import Batch
 from sgopd.servers import Server
-from sgopd.teachers import Hidden
+from sgopd.teachers import Hidden, Targets
 from sgopd.teachers.remote import RemoteTeacher
 
 
@@ -62,8 +62,8 @@ class HiddenTeacher(RemoteTeacher):
             found.append(torch.log_softmax(logits, -1).gather(-1, ids[:, None]).squeeze(-1).cpu())
         return torch.cat(found)
 
-    def specimen(self) -> Hidden:
-        return Hidden(self.head.weight.new_zeros(1, self.head.weight.shape[1]), self.head)
+    def specimens(self) -> list[Targets]:
+        return [Hidden(self.head.weight.new_zeros(1, self.head.weight.shape[1]), self.head)]
 
 
 def request(texts: Sequence[list[int]], starts: Sequence[int]) -> dict[str, Tensor]:

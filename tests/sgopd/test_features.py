@@ -164,6 +164,7 @@ ELSEWHERE = [
     "fsdp",
     "fsdp_teacher",
     "teacher_url",
+    "teacher_column",
     "teacher_top_k",
     "teacher_copy",
     "teacher_timeout",

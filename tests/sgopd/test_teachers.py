@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import sys
@@ -312,6 +313,37 @@ def test_hidden_states_from_elsewhere_give_the_exact_loss(served, trainer, hidde
         for name in ("loss", "kl", "entropy/teacher"):
             assert a[name] == pytest.approx(b[name], rel=close), name
     assert all((ours[name] - weight).abs().max() < close for name, weight in weights.items())
+
+
+def test_several_teachers_in_the_process_and_on_servers_of_both_kinds(
+    served, trainer, tiny, stub, hidden_server, tmp_path, monkeypatch
+):
+    """Each prompt's from where its teacher is: the update of all three in the process, and they prefetch."""
+    monkeypatch.setenv("SGOPD_TEACHER_KEY", "secret")
+    rows = [json.loads(line) for line in tiny.data.read_text().splitlines()]
+    data = tmp_path / "routed.jsonl"
+    data.write_text("".join(json.dumps(row | {"who": "abc"[n % 3]}) + "\n" for n, row in enumerate(rows)))
+    changes = {"dataset_name": str(data), "teacher_column": "who", "precision": "exact", "max_steps": 3}
+    paths = {name: str(tiny.teacher) for name in "abc"}
+    expected, weights = updates(trainer(**changes, teacher_model_name_or_path=paths))
+    urls = {"b": stub.url, "c": hidden_server()}
+    elsewhere = {"teacher_model_name_or_path": {**paths, "b": "big", "c": "big"}, "teacher_url": urls}
+    one = served(**changes, **elsewhere, teacher_copy={"b": str(tiny.teacher)})
+    said = " ".join(one.findings)
+    assert said.count("asked twice, its log-probabilities differ") == 2 and said.count("warning: teacher_copy") == 1
+    found, ours = updates(one)
+    for a, b in zip(found, expected, strict=True):
+        names = [
+            "loss",
+            "gate/agree_fraction",
+            *(f"teacher/{name}/{what}" for name in "abc" for what in ("kl", "share")),
+        ]
+        assert all(a[name] == pytest.approx(b[name], rel=1e-4) for name in names)
+    assert all((ours[name] - weight).abs().max() < 1e-4 for name, weight in weights.items())
+    sampled = updates(served("sampled", **changes, **elsewhere, estimator="sampled"))[0]
+    assert all("teacher/a/kl" in one and "teacher/b/kl" not in one and "kl" not in one for one in sampled)
+    with pytest.raises(UserError, match="no model 'bigger'"):
+        served("bigger", **changes, **{**elsewhere, "teacher_model_name_or_path": {**paths, "b": "bigger", "c": "big"}})
 
 
 def test_the_server_of_hidden_states_refuses(served, hidden_server, monkeypatch, capsys):

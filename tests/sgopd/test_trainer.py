@@ -410,6 +410,7 @@ def test_every_metric_is_defined_in_the_docs(whole_run, weighted_run, root):
     assert written - expanded == set()
     sometimes = {"loss/teacher_rollouts", "phase/acceptance", "phase/reliability", "time/total"}
     sometimes |= {"sampler/gap_mean", "sampler/gap_max", "time/sync"}  # of a server: test_samplers.py reads them
+    sometimes |= {f"teacher/name/{what}" for what in ("share", "kl", "logratio_mean")}  # test_routed.py reads them
     conditional = {name for name in expanded if name.startswith("cell/")}
     assert expanded - written - sometimes - conditional == set(), "defined, and never written"
 
