@@ -177,18 +177,18 @@ def ours(backend: str = "auto", gate: str = "opd", **options: Any) -> Callable[.
 
 
 def our_plans(backend: str) -> list[Candidate]:
-    """`precision="auto"` rounds the gradient to bf16 before its products, "exact" doesn't: triton_kernels.py."""
+    """Of bf16 heads `precision="exact"` is the default, call for call: plans/narrow.py."""
 
     def plan(what: str, call: Callable[..., Any], model: str, **fields: Any) -> Candidate:
-        model = model if backend == "triton" else ""  # the others' products are fp32
+        model = model if backend == "triton" else ""  # the others have further passes
         return Candidate(f"sgopd {backend}, {what}", call, "ours", plan=model, backend=backend, **fields)
 
     half = ours(backend, "verified-only")
     return [
-        plan("default precision", ours(backend), "exact, G in bf16"),
-        plan("exact", ours(backend, precision="exact"), "exact, G in two bf16 parts"),
+        plan("default precision", ours(backend), "exact, G in fp16"),
+        plan("exact", ours(backend, precision="exact"), "exact, G in fp16"),
         plan("statistics", ours(backend), "statistics, no gradient", backward=False),
-        plan("gate density ½", half, "exact, G in bf16, gate density ½", compared=False),
+        plan("gate density ½", half, "exact, G in fp16, gate density ½", compared=False),
     ]
 
 
@@ -481,11 +481,12 @@ def swept(backend: str, shape: Shape, dry: bool) -> list[Candidate]:
     """Chunk sizes by their workspace, beside the products in chunks of as many tokens; then tiles of the row kernel."""
     tried = []
     for rows in (4,) if dry else (512, 1024, 2048, 4096, 8192):
-        workspace = int(1.03 * 8 * rows * shape.vocabulary) + 2**24
+        logits = int(1.03 * 8 * rows * shape.vocabulary) + 2**24
+        head = 2 * shape.vocabulary * shape.student  # in fp16: all of it, or two tiles
+        workspace = logits + (head if logits >= 3 * head else min(head, 2**15 * shape.student))
         name = f"{rows} rows"
-        for words, options in (("default precision", {}), ("exact", {"precision": "exact"})):
-            call = ours(backend, workspace=workspace, **options)
-            tried.append(Candidate(f"sgopd {backend}, {words}, {name}", call, "ours", backend=backend))
+        call = ours(backend, workspace=workspace)
+        tried.append(Candidate(f"sgopd {backend}, default precision, {name}", call, "ours", backend=backend))
         tried.append(products_alone(rows)[0])
     if backend == "triton":
         for block, warps in ((512, 4),) if dry else ((1024, 4), (2048, 4), (2048, 16), (4096, 8), (4096, 16)):

@@ -158,8 +158,9 @@ def gated_kl_loss(
             gradient may be off by a few per cent, one that is small against the others' by nearly all of it; where
             single rows matter pass "exact". `Stats.plan` and `Stats.error_estimate` say what came of it. The CPU
             backend has such plans for calls of 2^31.5 multiply-adds a projection or more (105 tokens of SmolLM2), with
-            AMX of 2^28. The Triton backend, from 2^33, rounds a bf16 head's gradient to bf16 for its products
-            (docs/gpu.md). All else is exact.
+            AMX of 2^28. On CUDA devices operands go to tensor cores as 16-bit numbers: from 2^33 within the budget
+            (3e-4 of fp32 ones), and of bf16 heads always, whose gradients are rounded to bf16, which costs eight
+            times as much (docs/gpu.md). All else is exact.
         backend: "auto", "cpu" (native), "triton" (CUDA devices), "torch" (any device), "reference" (plain autograd in
             float64, O(N V) memory, twice differentiable).
         generator: of the gate's controls ("random", "shuffled"). None: torch's default generator.
@@ -167,7 +168,7 @@ def gated_kl_loss(
             order of ranks and of one width in all heads, with the same hidden states, global token_ids and settings.
             Loss, stats and the hidden gradient are equal on all ranks, the heads' gradients are the slice's. Torch
             backend. Random draws are the first rank's.
-        workspace: bytes held above inputs and gradients. None: 256 MiB, 2.5 GiB with the Triton backend.
+        workspace: bytes held above inputs and gradients. None: 256 MiB, 3 GiB with the Triton backend.
         return_stats: also return `Stats`.
 
     Returns:

@@ -13,10 +13,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .backends.cpu import CpuBackend
+from .backends.tensor_cores import TensorCoreBackend
 from .backends.torch import TorchBackend, VocabularySlice, device_guard, without_autocast
 from .gate import draw_agreement
 from .oracle import STATS
-from .plans import calibration
+from .plans import calibration, narrow
 from .plans.base import Gradients, NeedsGrad, Plan, Report
 from .plans.blocks import blocks
 from .plans.directions import Residual
@@ -40,6 +41,13 @@ class Result:
 def gradient_dtype(leaf: Tensor) -> torch.dtype:
     """A leaf's dtype; fp32 for fp16, whose range a mean's gradient underflows before a loss scale has multiplied it."""
     return torch.float32 if leaf.dtype == torch.float16 else leaf.dtype
+
+
+def rounded(total: Tensor, unit: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """total * unit, in one pass."""
+    if unit is None:
+        return total.to(dtype)
+    return torch.mul(total, unit, out=total if dtype == total.dtype else torch.empty_like(total, dtype=dtype))
 
 
 def run(
@@ -131,7 +139,7 @@ class Call:
         return Result(
             stats,
             out.hidden,
-            None if out.weight is None else out.weight.to(gradient_dtype(head.weight)),
+            None if out.weight is None else rounded(out.weight, out.unit, gradient_dtype(head.weight)),
             None if out.bias is None or head.bias is None else out.bias.to(gradient_dtype(head.bias)),
             report.tensor(),
         )
@@ -141,12 +149,10 @@ class Call:
         problem, backend, numbers = self.problem, self.backend, calibration.FITTED
         vocabulary = self.shard.slice if self.shard else None
         budget, v, width = problem.budget, problem.vocabulary, problem.student.hidden.shape[1]
-        narrow = (
-            budget >= calibration.AUTO
-            and problem.student.hidden.numel() * v >= numbers.devices.narrow_worthwhile
-            and backend.narrows(problem.student.hidden, problem.student.weight)
-        )
-        exact = Exact(problem, backend, needs_grad, vocabulary=vocabulary, narrow=narrow)
+        exact = Exact(problem, backend, needs_grad, vocabulary=vocabulary)
+        if isinstance(backend, TensorCoreBackend) and self.shard is None and backend.narrows() and narrow.fits(problem):
+            scale = self.row_scale[self.positions]
+            return [narrow.Narrow(problem, backend, needs_grad, self.positions, self.valid, self.weights, scale)]
         if budget == 0 or self.shard is not None:
             return [exact]
         work = self.positions.numel() * v * width

@@ -188,6 +188,10 @@ class Chunk:
     stats: Tensor = field(default_factory=lambda: torch.empty(0))  # [n, 8] float64, in the order of oracle.STATS
     # [n, ceil(V / 32)] fp32 for the squares of the gradient, summed over 32 columns; None: they are not asked for
     energy: Tensor | None = None
+    # Of a gradient in fp16 (plans/narrow.py): [] fp32, a power of two that no row's coefficient exceeds, and what the
+    # row pass finds: [n] fp32 powers of two; the gradient is what it leaves, times both.
+    top: Tensor | None = None
+    units: Tensor | None = None
 
     def part(self, rows: slice) -> Chunk:
         """Some of its tokens, in the same space."""

@@ -44,6 +44,7 @@ ROWS = "csrc/cpu/rows.cpp"
 TORCH = "sgopd_kernels/backends/torch.py"
 TRITON = "sgopd_kernels/backends/triton_kernels.py"
 CUDA_ROWS = "csrc/cuda/rows.cuh"
+NARROW = "sgopd_kernels/plans/narrow.py"
 TENSOR_CORES = "sgopd_kernels/backends/tensor_cores.py"
 ROWS_OF_DATA = "sgopd/rows.py"
 CHAT = "sgopd/chat.py"
@@ -66,7 +67,7 @@ DEFECTS = [
     Defect("per-token incoming gradient ignored", "sgopd_kernels/ops.py", "grad_loss.contiguous(), constants", "torch.ones_like(grad_loss), constants"),
     Defect("a chunk's first weight gradient lost", "sgopd_kernels/plans/exact.py", "if out.weight is None:", "if out.weight is None or not out.weight.any():"),
     Defect("compacted rows not moved", TORCH, "            z[a].copy_(z[b])", "            pass"),
-    Defect("teacher's logits from the student's chunk", "sgopd_kernels/plans/exact.py", "p.teacher.hidden[at], p.teacher.weight", "p.teacher.hidden[: at.numel()], p.teacher.weight"),
+    Defect("teacher's logits from the student's chunk", "sgopd_kernels/plans/exact.py", "project(head.hidden[at],", "project(head.hidden[at if head is p.student else slice(at.numel())],"),
     Defect("fp32 products left to the global setting", TORCH, '                settings.fp32_precision = "ieee"', "                pass"),
     Defect("fp32 products: a setting that was inherited is pinned", TORCH, '            settings.fp32_precision = "none"  # what', "            pass  # what"),
     Defect("autocast reaches into the loss", "sgopd_kernels/driver.py", "with device_guard(device), without_autocast(device):", "with device_guard(device):"),
@@ -113,8 +114,12 @@ DEFECTS = [
     Defect("device: num_items is copied from the host", "sgopd_kernels/loss.py", 'torch.full((), number("num_items", value, expected, 0.0)', 'torch.tensor(number("num_items", value, expected, 0.0)', device=True),
     Defect("device: a value is looked at on the host", "sgopd_kernels/_checks.py", 'ok.device.type in ("cuda", "meta")', 'ok.device.type in ("cuda",)', device=True),
     Defect("duplicates of a top k not looked for", "sgopd_kernels/values.py", "        require(\n            distinct,", "        require(\n            distinct | True,"),
-    Defect("device: dW is filled, and then added to", "sgopd_kernels/plans/exact.py", "weight, add=not out.empty)", "weight.zero_() if out.empty else weight)", device=True),
-    Defect("device: a torch that can't add in place is not asked", TENSOR_CORES, "        elif adds_in_place(a.device):", "        elif True:", device=True),
+    Defect("device: dW is filled, and then added to", NARROW, "add=not out.empty)", "add=out.weight.zero_() is not None if out.empty else True)", device=True),
+    Defect("device: a torch that can't add in place is not asked", TENSOR_CORES, "elif adds_in_place(a.device) and (add or factor != 1):", "elif add or factor != 1:", device=True),
+    Defect("device: fp32 operands lose their low parts", TENSOR_CORES, "if i + j < 2)", "if i + j < 1)"),
+    Defect("device: parts of what ignored tokens hold", NARROW, "largest_of_rows(head.hidden)[self.tokens]", "largest_of_rows(head.hidden)"),
+    Defect("device: G in fp16 for fp32 heads by \"exact\"", NARROW, "return problem.budget >= error_of(problem) and worthwhile(problem)", "return worthwhile(problem)"),
+    Defect("device: tiles of the head but the last lost", NARROW, "add=first > 0)", "add=False)"),
     Defect("triton: the sign test turned round", TRITON, "    signed = d *", "    signed = -d *"),
     Defect("triton: columns beyond the row not masked", TRITON, 'tl.where(inside, z * inverse_temperature, float("-inf"))', "z * inverse_temperature"),
     Defect("triton: last column lost where it begins a block", TRITON, "for first in range(0, V, BLOCK):", "for first in range(0, V - 1, BLOCK):"),
@@ -122,6 +127,10 @@ DEFECTS = [
     Defect("triton: moments not centred at the sampled token", TRITON, "0.0, z_y - t_y)", "0.0, 0.0)"),
     Defect("triton: temperature missing in the gradient", TRITON, "scaled * student_scale * inverse_temperature", "scaled * student_scale"),
     Defect("triton: sums not rescaled at a new maximum", TRITON, "        sum_p *= factor", "        pass"),
+    Defect("triton: a bound that near models exceed", TRITON, "tl.sqrt(2.0 * p * value) + value", "2.0 * value"),
+    Defect("triton: units too small for G", TRITON, "e - 15 + tl.maximum(12 - e, 0) // 3", "e - 19 + tl.maximum(12 - e, 0) // 3"),
+    Defect("triton: a divergence's second-order terms by difference", TRITON, "near = tl.abs(u) < 0.2\n", "near = tl.abs(u) < 0.0\n"),
+    Defect("triton: a low part is the high one", TRITON, "part = low if (LOW >> i) & 1 else high", "part = high"),
     Defect("triton: a softcap unmasks a column", TRITON, 'tl.where(z == float("-inf"), z, softcap * _tanh(z / softcap))', "softcap * _tanh(z / softcap)"),
 ]
 

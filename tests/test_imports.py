@@ -12,7 +12,7 @@ ROOMS = {
     "sgopd_kernels": (
         "_extension _checks gate options problem oracle values backends plans driver ops loss api",
         {
-            "plans": "calibration base directions exact pairs quantized blocks",
+            "plans": "calibration base directions exact narrow pairs quantized blocks",
             "backends": "torch native tensor_cores triton_kernels cpu cuda triton __init__",
         },
     ),

@@ -14,15 +14,16 @@ launches that wait for the host. `tools/gpu_suite.py` puts its measurements besi
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import page
 
-# Kernels launched for one chunk. Exact: four products and the row pass, which tests/triton count, and eight small ones
-# (indexing of hidden states and statistics, a cast).
-LAUNCHES_EXACT, LAUNCHES_FORWARD = 13, 8
+# Kernels launched for one chunk. Exact: four products and the row pass, which tests/triton count, and 16 small ones
+# (indexing of hidden states and statistics, casts, units).
+LAUNCHES_EXACT, LAUNCHES_FORWARD = 21, 8
+PARTS_BYTES = 24 * 2**20  # of a head's parts at once, as backends/tensor_cores.py has it
 LAUNCH_GAP = 2e-6  # seconds between two kernels of a stream whose queue is never empty; assumed
 
 
@@ -73,17 +74,22 @@ class Shape:
 
 @dataclass(frozen=True)
 class Storage:
-    """Bytes an element of what a chunk leaves in memory between two kernels."""
+    """Bytes an element of operands, and of what a chunk leaves in memory between two kernels."""
 
     operand: int = 2  # bf16 hidden states and heads
+    parts: int = 1  # 16-bit numbers that an operand of a projection is made of
     logit: int = 4  # fp32
-    gradient: int = 2  # G as the row pass leaves it: rounded to bf16
-    parts: int = 1  # bf16 operands that G is multiplied as
+    gradient: int = 2  # G as the row pass leaves it, in fp16
     accumulator: int = 4  # fp32 dW
 
+    @property
+    def products(self) -> int:
+        """Of parts, for one of operands: two low parts are not multiplied."""
+        return 2 * self.parts - 1
 
-# G in fp32, multiplied as bf16(G) + bf16(G - bf16(G)): an error of 2^-17, for twice the gradient products.
-SPLIT = Storage(gradient=4, parts=2)
+
+# fp32 operands as two fp16 numbers each, which a kernel of its own writes for every chunk, three times 2 bytes.
+IN_PARTS = Storage(operand=4, parts=2)
 
 
 @dataclass(frozen=True)
@@ -120,35 +126,36 @@ class Cost:
         return sum(s.seconds(device) for s in self.stages) + self.launches * LAUNCH_GAP
 
 
-def product(name: str, shape: Shape, width: int, head: int, hidden: int, result: float) -> Stage:
-    """A projection of all chunks: the head is read again for each. `head`, `hidden`, `result`: bytes an element."""
-    traffic = shape.chunks * shape.vocabulary * width * head + shape.tokens * width * hidden + shape.logits * result
-    return Stage(name, 2.0 * shape.logits * width, traffic)
+def projection(who: str, shape: Shape, width: int, store: Storage) -> Iterator[Stage]:
+    """Of all chunks: the head is read again for each. The parts of fp32 operands are written first, and then read."""
+    head, hidden = shape.chunks * shape.vocabulary * width, shape.tokens * width
+    read = store.operand if store.parts == 1 else 2 * store.products
+    if store.parts > 1:
+        yield Stage(f"{who} parts", 0.0, (head + hidden) * (store.operand + read))
+    flop = 2.0 * shape.logits * width * store.products
+    yield Stage(f"{who} logits", flop, (head + hidden) * read + shape.logits * store.logit)
 
 
 def forward(shape: Shape, store: Storage) -> tuple[Stage, ...]:
-    return tuple(
-        product(f"{who} logits", shape, width, store.operand, store.operand, store.logit)
-        for who, width in (("student", shape.student), ("teacher", shape.teacher))
-    )
+    student, teacher = (projection(who, shape, getattr(shape, who), store) for who in ("student", "teacher"))
+    return *student, *teacher
 
 
 def gradients(shape: Shape, store: Storage, rows: float = 1.0) -> tuple[Stage, ...]:
-    """dH and dW over a share of the tokens."""
+    """dH and dW over a share of the tokens. Their other operands go to fp16 first: the head is read for its largest
+    element and read and written once a call, hidden states go by way of fp32 once a chunk."""
     v, hs = shape.vocabulary, shape.student
-    g = rows * shape.logits
-    head = shape.chunks * v * hs
-    hidden = rows * shape.tokens * hs
-    # A split reads G and writes its parts, for each of the two products; an operand of its own is read once a part.
-    split = g * (store.gradient + store.parts * 2) if store.parts > 1 else 0.0
-    operand = g * 2 * store.parts
-    flop = 2.0 * g * hs * store.parts
-    d_hidden = Stage("dH", flop, split + operand + store.parts * (head + hidden) * store.operand)
+    g, head, hidden = rows * shape.logits, shape.chunks * v * hs, rows * shape.tokens * hs
+    casts = v * hs * (2 * store.operand + 2) + shape.tokens * hs * store.operand + hidden * (store.operand + 4 + 4 + 2)
+    flop = 2.0 * g * hs
     # The first chunk writes the accumulator, the others read and write it; then it is read once and rounded.
-    passes = store.parts * (2 * shape.chunks - 1) * v * hs * store.accumulator if shape.chunks else 0
+    passes = (2 * shape.chunks - 1) * v * hs * store.accumulator if shape.chunks else 0
     rounding = v * hs * (store.accumulator + store.operand)
-    d_weight = Stage("dW", flop, split + operand + store.parts * hidden * store.operand + passes + rounding)
-    return d_hidden, d_weight
+    return (
+        Stage("operands to fp16", 0.0, casts),
+        Stage("dH", flop, 2 * (g + head + hidden)),
+        Stage("dW", flop, 2 * (g + hidden) + passes + rounding),
+    )
 
 
 def row_pass(shape: Shape, store: Storage, gradient: bool = True) -> Stage:
@@ -166,9 +173,11 @@ def exact(shape: Shape, store: Storage = Storage(), density: float = 1.0) -> Cos
         Stage("compaction", 0.0, moved),
         *gradients(shape, store, rows=density),
     )
-    # A split is made and multiplied tile by tile of 8,192 columns: three small kernels and two products, twice.
-    split = 10 * -(-shape.vocabulary // 8192) - 2 if store.parts > 1 else 0
-    return Cost(stages, shape.chunks * (LAUNCHES_EXACT + split))
+    # Parts are made and multiplied tile by tile of the head.
+    tiles = sum(
+        -(-shape.vocabulary * 2 * store.products * width // PARTS_BYTES) for width in (shape.student, shape.teacher)
+    )
+    return Cost(stages, shape.chunks * (LAUNCHES_EXACT + (2 * tiles if store.parts > 1 else 0)))
 
 
 def statistics(shape: Shape, store: Storage = Storage()) -> Cost:
@@ -179,14 +188,14 @@ def recomputed(shape: Shape, store: Storage = Storage()) -> Cost:
     """For scale: logits never stored, both projections again in the backward (TRL, cut-cross-entropy)."""
     seen = replace(store, logit=0, gradient=0)
     return Cost(
-        (*forward(shape, seen), *forward(shape, seen), *gradients(shape, seen)), shape.chunks * LAUNCHES_FORWARD
+        (*forward(shape, seen), *forward(shape, seen), *gradients(shape, seen)[1:]), shape.chunks * LAUNCHES_FORWARD
     )
 
 
 PLANS: dict[str, Callable[[Shape], Cost]] = {
-    "exact, G in bf16": exact,
-    "exact, G in two bf16 parts": lambda s: exact(s, SPLIT),
-    "exact, G in bf16, gate density ½": lambda s: exact(s, density=0.5),
+    "exact, G in fp16": exact,
+    "exact, G in fp16, gate density ½": lambda s: exact(s, density=0.5),
+    "fp32 operands, in parts": lambda s: exact(s, IN_PARTS),
     "statistics, no gradient": statistics,
     "everything recomputed (peers)": recomputed,
 }
@@ -233,7 +242,7 @@ def markdown(shape: Shape, chunks: Iterable[int]) -> str:
     lines += _table(["plan", "TFLOP", "GB moved", "launches", "arithmetic alone, H100", *names], rows)
     lines += ["", "Where two of them spend, by stage:", ""]
     rows = []
-    for name in ("exact, G in bf16", "exact, G in two bf16 parts"):
+    for name in ("exact, G in fp16", "fp32 operands, in parts"):
         for s in PLANS[name](shape).stages:
             if s.flop or s.traffic:
                 took = [_milliseconds(s.seconds(d)) for d in DEVICES]
@@ -241,8 +250,8 @@ def markdown(shape: Shape, chunks: Iterable[int]) -> str:
     lines += _table(["plan", "stage", "TFLOP", "GB moved", *names], rows)
     lines += ["", f"Chunk sizes, {DEVICES[0].name}:", ""]
     shown = [
-        "exact, G in bf16",
-        "exact, G in two bf16 parts",
+        "exact, G in fp16",
+        "fp32 operands, in parts",
         "statistics, no gradient",
     ]
     rows = []

@@ -91,7 +91,7 @@ class CpuBackend(NativeBackend):
                 pages.madvise(mmap.MADV_HUGEPAGE)
         return torch.frombuffer(pages, dtype=dtype).view(rows, columns)
 
-    def project(self, hidden: Tensor, weight: Tensor, out: Tensor) -> None:
+    def project(self, hidden: Tensor, weight: Tensor, out: Tensor, balance: Tensor | None = None) -> None:
         """bf16 operands on tiles or dot products where the processor has them: fp32 results without fp32 copies."""
         both = hidden.dtype == weight.dtype == torch.bfloat16 and hidden.stride(1) == weight.stride(1) == 1
         if both and self.has_tiles(weight):

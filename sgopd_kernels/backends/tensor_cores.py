@@ -1,17 +1,28 @@
-"""Products on tensor cores with fp32 results, for the backends of CUDA devices; cuBLAS computes them."""
+"""Products on tensor cores with fp32 results, for the backends of CUDA devices; cuBLAS computes them.
+
+Operands that are both bf16, or both fp16, are multiplied as they are. Of others, an fp32 one becomes the sum of two
+fp16 numbers, 22 bits: a product is then one product of operands three times as wide (two parts against two; what the
+two low ones make is left out), at 16-bit rates. That costs 2^-20 of the terms at the most, about as much as summing
+them in fp32 does: tests/kernels/test_tensor_cores.py holds it against float64. fp16 reaches from 6e-8 to 65504, so both
+operands are brought to one size first, by powers of two (`balance`), and elements down to about a thousandth of the
+largest keep all 22 bits.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from ..problem import Problem
-from .torch import TorchBackend
+from .._checks import require
+from ..options import Head
+from ..problem import Chunk, Problem
+from .torch import TorchBackend, Vocabulary
 
-SPLIT_COLUMNS = 8192  # of G that are split at once
+COLUMNS_AT_ONCE = 8192  # of a product that can't be added in place; of G or a head, brought to fp16
+SCALED = 2.0**-12  # what a product of operands in parts is multiplied by
+PARTS_BYTES = 24 * 2**20  # of a head's parts at once: they stay in the device's cache between two kernels
 
 
 @cache
@@ -26,67 +37,140 @@ def adds_in_place(device: torch.device) -> bool:
     return True
 
 
-class TensorCoreBackend(TorchBackend):
-    """Products whose operands are both bf16, or both fp16, as they are; of fp32 heads and of mixed types, in fp32."""
+def power_above(x: Tensor) -> Tensor:
+    """The power of two in (x, 2 x], exactly, of x >= 0 in fp32; x is taken to lie between 2^-100 and 2^100."""
+    x = x.clamp(2.0**-100, 2.0**100)
+    return x / torch.frexp(x).mantissa
 
-    # 2,048 tokens of two models with 152 thousand columns: below a thousand tokens a chunk, reading the heads and
-    # accumulating the weight's gradient decide.
-    default_workspace = 5 * 2**29
+
+def largest_of_rows(x: Tensor) -> Tensor:
+    """max |x| of each row [rows] of x [rows, columns] as fp32, without a copy of x; 0 where it is not finite."""
+    lowest, highest = torch.aminmax(x, dim=1)
+    return torch.maximum(-lowest, highest).float().nan_to_num(0.0, 0.0, 0.0)
+
+
+def unit_of(ratio: Tensor) -> Tensor:
+    """units [n] of plans/narrow.py, of bounds on the rows of G over top."""
+    e = torch.frexp(ratio.clamp(min=2.0**-60)).exponent.clamp(-24, 15)
+    return torch.ldexp(torch.ones_like(ratio), e - 15 + (12 - e).clamp(min=0) // 3)
+
+
+def part_pairs(a: Tensor, b: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Which part of a meets which part of b, of two tensors that are multiplied: 0 the high, 1 the low one.
+
+    What is no fp32 has one part. The smallest terms come first, and so are summed first.
+    """
+    counts = [2 if x.dtype == torch.float32 else 1 for x in (a, b)]
+    pairs = sorted(((i, j) for i in range(counts[0]) for j in range(counts[1]) if i + j < 2), key=sum, reverse=True)
+    return tuple(i for i, _ in pairs), tuple(j for _, j in pairs)
+
+
+class TensorCoreBackend(TorchBackend):
+    # 2,048 tokens of two models with 152 thousand columns, and the student's head in fp16: below a thousand tokens a
+    # chunk, reading the heads and accumulating the weight's gradient decide.
+    default_workspace = 3 * 2**30
     row_multiple = 128  # tokens a chunk: whole tiles of a product
     waits = True
+    narrowing_bytes = 6 * COLUMNS_AT_ONCE  # a token of a chunk: what G is brought from fp32 to fp16 by
 
     def held_bytes(self, problem: Problem, narrow: bool) -> tuple[int, int]:
-        if not self.takes(problem.student.hidden, problem.student.weight):
+        if not narrow:
             return self.cast_bytes(problem), 0
-        return 0, 0 if narrow else 8 * SPLIT_COLUMNS  # a tile in bf16 twice, and a difference in fp32
+        rows, width = self.narrow_rows(problem), problem.student.weight.shape[1]
+        fixed, row_bytes = 2 * min(2 * rows, problem.vocabulary) * width, self.narrowing_bytes  # two tiles: one is made
+        if any(not self.multiplies(h.hidden, h.weight) for h in problem.heads):  # parts, and what they are made by
+            fixed += 3 * PARTS_BYTES
+            row_bytes += 14 * max(h.weight.shape[1] for h in problem.heads)
+        return fixed, row_bytes
 
-    def takes(self, *operands: Tensor) -> bool:
-        """Whether products of G take these as they are."""
-        return all(t.dtype == torch.bfloat16 for t in operands) and torch.version.hip is None
+    def narrow_rows(self, problem: Problem) -> int:
+        """Rows of the student's head that are held in fp16: all, once a call, where that is a quarter of the workspace
+        or less; else a tile at a time, made anew for each chunk."""
+        head, v = problem.student.weight, problem.vocabulary
+        if head.dtype == torch.float16:
+            return 0
+        return v if 2 * v * head.shape[1] <= self.workspace(problem) // 4 else min(v, COLUMNS_AT_ONCE)
 
-    def multiply(self, a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
-        """out [fp32] = (out +) a @ b for 16-bit operands, with an fp32 accumulator throughout."""
+    def narrows(self) -> bool:
+        """Whether products of fp16 operands have fp32 results."""
+        return torch.version.hip is None
+
+    def gradient_of(self, z_student: Tensor, narrow: bool) -> Tensor:
+        """Where `rows` leaves the gradient: over the logits, row by row; a narrow one over each row's first half."""
+        return z_student.view(torch.float16)[:, : z_student.shape[1]] if narrow else z_student
+
+    def rows(
+        self, problem: Problem, chunk: Chunk, gradient: torch.dtype | None, vocabulary: Vocabulary | None = None
+    ) -> Tensor:
+        """Of a row pass that leaves G in fp32: in fp16 it comes by two passes more, its rows' bounds what they hold."""
+        stats = super().rows(problem, chunk, gradient, vocabulary)
+        if gradient == torch.float16:
+            assert chunk.top is not None
+            wide, narrow = (self.gradient_of(chunk.z_student, form) for form in (False, True))
+            chunk.units = unit_of(largest_of_rows(wide) / chunk.top)
+            inverse = (1 / chunk.units / chunk.top).unsqueeze(1)
+            for first in range(0, wide.shape[1], COLUMNS_AT_ONCE):  # ascending: what is written over has been read
+                columns = slice(first, first + COLUMNS_AT_ONCE)
+                narrow[:, columns] = (wide[:, columns] * inverse).half()
+        return stats
+
+    def multiplies(self, *operands: Tensor) -> bool:
+        """Whether a product takes these as they are."""
+        kinds = {t.dtype for t in operands}
+        return len(kinds) == 1 and kinds <= {torch.bfloat16, torch.float16} and self.narrows()
+
+    def balance(self, head: Head, of_hidden: Tensor) -> Tensor | None:
+        """[] fp32: what a head's hidden states are multiplied by; its weights are multiplied by 2^12 over it, so that
+        the largest of both lie in one binade or two. `of_hidden` []: the largest of the former. None: nothing is split.
+        """
+        if self.multiplies(head.hidden, head.weight):
+            return None
+        of_weight = largest_of_rows(head.weight).amax()
+        require(
+            of_hidden * of_weight < 2.0**17,
+            "hidden states and head: the largest elements of both must multiply to less than 131072 to be split into "
+            "fp16 numbers; pass precision='exact'",
+            lambda: f"got {float(of_hidden):g} and {float(of_weight):g}",
+        )
+        return power_above((0.5 / SCALED * power_above(of_weight) / power_above(of_hidden)).sqrt())
+
+    def multiply(self, a: Tensor, b: Tensor, out: Tensor, add: bool, factor: float = 1.0) -> None:
+        """out [fp32] = (out +) factor * a @ b for 16-bit operands, with an fp32 accumulator throughout."""
+        assert factor == 1 or not add
         if a.device.type == "cpu":  # interpreted: torch has no such product on the CPU
             wide = a.float() @ b.float()
-            out.add_(wide) if add else out.copy_(wide)
+            out.add_(wide) if add else torch.mul(wide, factor, out=out)
+        elif adds_in_place(a.device) and (add or factor != 1):
+            torch.addmm(out, a, b, out_dtype=torch.float32, beta=int(add), alpha=factor, out=out)
         elif not add:
             torch.mm(a, b, out_dtype=torch.float32, out=out)
-        elif adds_in_place(a.device):
-            torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+            if factor != 1:
+                out.mul_(factor)
         else:
-            for rows, part in zip(out.split(SPLIT_COLUMNS), a.split(SPLIT_COLUMNS)):
+            for rows, part in zip(out.split(COLUMNS_AT_ONCE), a.split(COLUMNS_AT_ONCE)):
                 rows.add_(torch.mm(part, b, out_dtype=torch.float32))
 
-    def project(self, hidden: Tensor, weight: Tensor, out: Tensor) -> None:
-        same = hidden.dtype == weight.dtype and hidden.dtype in (torch.bfloat16, torch.float16)
-        if same and torch.version.hip is None:
+    def project(self, hidden: Tensor, weight: Tensor, out: Tensor, balance: Tensor | None = None) -> None:
+        if self.multiplies(hidden, weight):
             self.multiply(hidden, weight.T, out, add=False)
-        else:
+        elif balance is None:
             super().project(hidden, weight, out)
+        else:
+            of_hidden, of_weight = part_pairs(hidden, weight)
+            wide, inverse = self.parts(hidden, balance, of_hidden), 1 / SCALED / balance
+            step = max(256, PARTS_BYTES // (2 * wide.shape[1]) // 256 * 256)
+            for first in range(0, weight.shape[0], step):
+                columns = slice(first, first + step)
+                part = self.parts(weight[columns], inverse, of_weight)
+                self.multiply(wide, part.T, out[:, columns], add=False, factor=SCALED)
 
-    def _parts(self, gradient: Tensor) -> Iterator[tuple[slice, list[Tensor]]]:
-        """(columns, the bf16 tensors whose sum the gradient is there)."""
-        if gradient.dtype == torch.bfloat16:
-            yield slice(None), [gradient]
-            return
-        for first in range(0, gradient.shape[1], SPLIT_COLUMNS):
-            columns = slice(first, first + SPLIT_COLUMNS)
-            high = gradient[:, columns].bfloat16()
-            yield columns, [high, (gradient[:, columns] - high).bfloat16()]
-
-    def add_hidden_gradient(self, gradient: Tensor, weight: Tensor, out: Tensor, add: bool = True) -> None:
-        if not self.takes(weight):
-            super().add_hidden_gradient(gradient, weight, out, add)
-            return
-        for columns, parts in self._parts(gradient):
-            for part in parts:
-                self.multiply(part, weight[columns], out, add)
-                add = True
-
-    def add_weight_gradient(self, gradient: Tensor, hidden: Tensor, out: Tensor, add: bool = True) -> None:
-        if not self.takes(hidden):
-            super().add_weight_gradient(gradient, hidden, out, add)
-            return
-        for columns, parts in self._parts(gradient):
-            for i, part in enumerate(parts):
-                self.multiply(part.T, hidden, out[columns], add or i > 0)
+    def parts(self, x: Tensor, unit: Tensor, which: tuple[int, ...]) -> Tensor:
+        """The parts of x [rows, H] times unit [], side by side: [rows, len(which) H] fp16. Those of fp32 add up to
+        2^-22 of it; what else has one."""
+        rows, width = x.shape
+        out = torch.empty(rows, len(which), width, dtype=torch.float16, device=x.device)
+        scaled = x.float() * unit
+        high = scaled.half()
+        for i, part in enumerate(which):
+            out[:, i] = high if part == 0 else scaled - high
+        return out.view(rows, -1)

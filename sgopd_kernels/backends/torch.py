@@ -140,10 +140,6 @@ class TorchBackend:
         """Whether a CUDA graph is being captured: nothing may depend on a value."""
         return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
-    def narrows(self, *operands: Tensor) -> bool:
-        """Whether the row pass can leave G in bf16, and its products with these take it so."""
-        return False
-
     def gradient_of(self, z_student: Tensor, narrow: bool) -> Tensor:
         """Where `rows` left the gradient in a chunk's logits."""
         return z_student
@@ -165,7 +161,8 @@ class TorchBackend:
         """[rows, columns], for the head's gradient. The first chunk writes all of it, whatever it holds."""
         return torch.empty(rows, columns, dtype=dtype, device=device)
 
-    def project(self, hidden: Tensor, weight: Tensor, out: Tensor) -> None:
+    def project(self, hidden: Tensor, weight: Tensor, out: Tensor, balance: Tensor | None = None) -> None:
+        """`balance`: fp32 operands may be split into parts (TensorCoreBackend)."""
         with ieee_matmul():
             hidden = hidden.float()
             for columns, tile in vocabulary_tiles(weight):

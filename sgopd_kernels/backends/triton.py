@@ -1,13 +1,7 @@
 """The Triton backend: cuBLAS products with fp32 results around one fused row pass (triton_kernels.py).
 
-Logits are fp32 whatever the operands; so are the accumulated gradients. What is a choice is the gradient's own operand
-G [n, V] in the products of bf16 heads:
-
-    bf16        the row pass writes G in bf16, over the student's logits. Costs 1.5e-3 of the gradients, as rounding the
-                result to bf16 does; taken where the error budget allows it (`gradient_error`).
-    split       G = bf16(G) + bf16(G - bf16(G)), two products. Costs 2^-17: what "exact" means on tensor cores.
-
-fp32 and fp16 heads, and heads whose hidden states have another dtype, go through fp32 products on cast tiles.
+Logits are fp32 whatever the operands; so are the accumulated gradients. The gradient G [n, V] is left in fp16 over the
+student's logits (plans/narrow.py), or in fp32 where a call is small or "exact" and its heads are not bf16.
 """
 
 from __future__ import annotations
@@ -23,7 +17,8 @@ from ..problem import Chunk, Problem
 from .tensor_cores import TensorCoreBackend
 from .torch import Vocabulary
 
-# Columns a program holds at once, and its warps. Fewer where a divergence takes float64, or a third model is there.
+# Columns a program holds at once, and its warps. Fewer where a divergence takes many operations, or a third model is
+# there.
 BLOCK, BLOCK_SMALL, WARPS = 2048, 1024, 8
 MOVE_BLOCK = 4096
 
@@ -37,6 +32,7 @@ def _kernels() -> Any:
 
 class TritonBackend(TensorCoreBackend):
     name = "triton"
+    narrowing_bytes = 0  # the kernel does it
 
     def available(self) -> bool:
         if importlib.util.find_spec("triton") is None:
@@ -59,13 +55,6 @@ class TritonBackend(TensorCoreBackend):
     def logits(self, rows: int, columns: int, device: torch.device) -> Tensor:
         return super().logits(rows, -(-columns // 16) * 16, device)[:, :columns]  # aligned rows
 
-    def narrows(self, *operands: Tensor) -> bool:
-        return self.takes(*operands)
-
-    def gradient_of(self, z_student: Tensor, narrow: bool) -> Tensor:
-        """Where `rows` leaves the gradient: over the logits, row by row; a narrow one over each row's first half."""
-        return z_student.view(torch.bfloat16)[:, : z_student.shape[1]] if narrow else z_student
-
     def rows(
         self, problem: Problem, chunk: Chunk, gradient: torch.dtype | None, vocabulary: Vocabulary | None = None
     ) -> Tensor:
@@ -78,7 +67,9 @@ class TritonBackend(TensorCoreBackend):
         if n == 0:
             return stats
         student, teacher, reference = problem.student, problem.teacher, problem.reference
-        g = None if gradient is None else self.gradient_of(z_student, gradient == torch.bfloat16)
+        g = None if gradient is None else self.gradient_of(z_student, gradient == torch.float16)
+        if gradient == torch.float16:
+            chunk.units = torch.empty(n, dtype=torch.float32, device=z_student.device)
 
         def flat(tensor: Tensor | None) -> Tensor | None:  # a number for all tokens comes expanded
             return None if tensor is None else tensor.contiguous()
@@ -94,6 +85,8 @@ class TritonBackend(TensorCoreBackend):
             student_stride=stride(z_student),
             gradient=g,
             gradient_stride=stride(g),
+            top=None if gradient != torch.float16 else chunk.top,
+            units=None if gradient != torch.float16 else chunk.units,
             teacher=z_teacher,
             teacher_stride=stride(z_teacher),
             reference=z_reference,
@@ -141,3 +134,22 @@ class TritonBackend(TensorCoreBackend):
                 BLOCK=MOVE_BLOCK,
                 num_warps=WARPS,
             )
+
+    def parts(self, x: Tensor, unit: Tensor, which: tuple[int, ...]) -> Tensor:
+        x = x if x.stride(1) == 1 else x.contiguous()
+        rows, width = x.shape
+        out = torch.empty(rows, len(which) * width, dtype=torch.float16, device=x.device)
+        self.launch(
+            _kernels().parts_kernel,
+            (rows, -(-width // MOVE_BLOCK)),
+            x=x,
+            stride=x.stride(0),
+            unit=unit,
+            out=out,
+            H=width,
+            COUNT=len(which),
+            LOW=sum(part << i for i, part in enumerate(which)),
+            BLOCK=MOVE_BLOCK,
+            num_warps=WARPS,
+        )
+        return out

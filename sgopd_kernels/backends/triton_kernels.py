@@ -175,44 +175,80 @@ def _summarise(
 
 
 @triton.jit
-def _log_mixture_ratio(u, b):
-    """log(m / p), m = b q + (1 - b) p, u = log q - log p, in fp64, where e^u - 1 does not cancel."""
-    near = tl.log(1.0 + b * (tl.exp(tl.minimum(u, 30.0)) - 1.0))
-    far = u + tl.log(b + (1.0 - b) * tl.exp(-tl.maximum(u, 0.0)))
-    return tl.where(u < 30.0, near, far)
+def _expm1(u):
+    """e^u - 1"""
+    series = u * (1 / 120 + u * (1 / 720 + u * (1 / 5040)))
+    series = u * (1.0 + u * (1 / 2 + u * (1 / 6 + u * (1 / 24 + series))))
+    return tl.where(tl.abs(u) < 0.4, series, tl.exp(u) - 1.0)
+
+
+@triton.jit
+def _log1p(x):
+    """log(1 + x), as 2 atanh(x / (2 + x)) near 0: a device's log has an absolute error near 1."""
+    s = x / (2.0 + x)
+    s2 = s * s
+    series = 2.0 * s * (1.0 + s2 * (1 / 3 + s2 * (1 / 5 + s2 * (1 / 7 + s2 * (1 / 9)))))
+    return tl.where(tl.abs(x) < 0.4, series, tl.log(1.0 + x))
+
+
+@triton.jit
+def _phi(x):
+    """(1 + x) log(1 + x) - x for |x| <= 0.25"""
+    series = x * (1 / 30 + x * (-1 / 42 + x * (1 / 56)))
+    series = 0.5 + x * (-1 / 6 + x * (1 / 12 + x * (-1 / 20 + series)))
+    return x * x * series
+
+
+@triton.jit
+def _exponential(u):
+    """(e^u - 1 - u) / u^2 near 0"""
+    return 0.5 + u * (1 / 6 + u * (1 / 24 + u * (1 / 120 + u * (1 / 720))))
 
 
 @triton.jit
 def _columns(p_in, p, q, u, a, DIVERGENCE: tl.constexpr):
-    """(p f(u), p s(u)) of a block for the divergences that are no KL, in fp64: csrc/divergence.h.
+    """(p f(u), p s(u)) of a block for the divergences that are no KL: column32 of csrc/divergence.h, term for term.
 
     `p_in`: where the student has a probability; elsewhere u must be 0.
     """
+    x = _expm1(tl.minimum(u, 0.25))
+    near = tl.abs(u) < 0.2
     if DIVERGENCE == ALPHA:
-        # p^a q^(1-a), from the larger of both: nothing overflows
-        power = tl.where(u > 0, q * tl.exp(-a * tl.maximum(u, 0.0)), p * tl.exp((1.0 - a) * tl.minimum(u, 0.0)))
-        value = (a * p + (1.0 - a) * q - power) / (a * (1.0 - a))
-        score = (p - power) / (1.0 - a)
+        c = 1.0 - a
+        v = c * u
+        power = tl.where(u > 0, q * tl.exp(-a * tl.maximum(u, 0.0)), p * tl.exp(tl.minimum(v, 0.0)))  # p^a q^(1-a)
+        score = -tl.where(u < 1, p * _expm1(tl.minimum(v, c)), power - p) / c
+        small = p * u * u * (_exponential(u) - c * _exponential(v)) / a
+        value = tl.where(near, small, (a * p + c * q - power) / (a * c))
         beyond = q / a
     else:
         b = a
         if DIVERGENCE == SKEW_REVERSE_KL:
             b = 1.0 - a
-        r = _log_mixture_ratio(u, b)
-        from_q = q * (u - r)
-        excess = p * (tl.exp(u - r) - 1.0)
+        rest = 1.0 - b
+        large = u > 0.2
+        inverse = tl.exp(tl.where(large, -u, 0.0))
+        mixture = tl.where(large, b + rest * inverse, 1.0 + b * x)  # m / q, or m / p
+        log_q = tl.log(tl.where(large, mixture, 1.0))
+        r = tl.where(large, u + log_q, _log1p(b * x))  # log(m / p)
+        excess = rest * tl.where(large, 1.0 - inverse, x) / mixture  # q / m - 1
+        from_q = tl.where(large, -q * log_q, q * (u - r))  # q log(q / m)
         if DIVERGENCE == JSD:
-            value = b * from_q - (1.0 - b) * p * r
-            score = -(1.0 - b) * p * r
+            value = tl.where(near, p * (b * _phi(x) - _phi(b * x)), b * from_q - rest * p * r)
+            score = -rest * p * r
             beyond = -b * tl.log(b) * q
         elif DIVERGENCE == SKEW_REVERSE_KL:
-            value = b * (q - p) - p * r
-            score = b * excess - p * r
+            y = b * x
+            # (y - log(1 + y)) / y^2
+            series = y * (1 / 8 + y * (-1 / 9 + y * (1 / 10 + y * (-1 / 11))))
+            series = y * (1 / 4 + y * (-1 / 5 + y * (1 / 6 + y * (-1 / 7 + series))))
+            value = tl.where(near, p * y * y * (0.5 + y * (-1 / 3) + y * series), b * (q - p) - p * r)
+            score = p * (b * excess - r)
             beyond = b * q
         else:
-            value = from_q - (1.0 - b) * (q - p)
-            score = -(1.0 - b) * excess
-            beyond = -(tl.log(b) + 1.0 - b) * q
+            value = tl.where(near, p * (_phi(x) - _phi(b * x) - rest * x * r), from_q - rest * (q - p))
+            score = -rest * p * excess
+            beyond = -(tl.log(b) + rest) * q
     return tl.where(p_in, value, beyond), tl.where(p_in, score, 0.0)
 
 
@@ -239,7 +275,8 @@ def _divergence(
     DIVERGENCE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """(divergence, E_p[s] if it is no KL, E_p[z - t] once more around itself where the models nearly agree)."""
+    """(divergence, E_p[s] and the largest p |s| if it is no KL, E_p[z - t] once more around itself where the models
+    nearly agree)."""
     lanes = tl.arange(0, BLOCK)
     log_p = tl.log(sum_p)
     log_q = tl.log(sum_q)
@@ -249,11 +286,19 @@ def _divergence(
     else:
         value = mean_p - dlse
     mean_score = value * 0.0
+    most_score = mean_score.to(tl.float32)
     mean = mean_p
-    if DIVERGENCE >= JSD:
-        total = tl.zeros((BLOCK,), tl.float64)
-        scores = tl.zeros((BLOCK,), tl.float64)
-        mass = tl.zeros((BLOCK,), tl.float64)
+    if (value < PRECISE) | (DIVERGENCE >= JSD):
+        dlse_hi = dlse.to(tl.float32)
+        dlse_lo = (dlse - dlse_hi).to(tl.float32)
+        mean_hi = mean_p.to(tl.float32)
+        mean_lo = (mean_p - mean_hi).to(tl.float32)
+        ip = (1.0 / sum_p).to(tl.float32)
+        iq = (1.0 / sum_q).to(tl.float32)
+        terms = tl.zeros((BLOCK,), tl.float32)
+        means = tl.zeros((BLOCK,), tl.float32)  # of a KL: what is left of z - t around its mean; else of the scores
+        mass = tl.zeros((BLOCK,), tl.float32)
+        most = tl.zeros((BLOCK,), tl.float32)
         for first in range(0, V, BLOCK):
             columns = first + lanes
             z, t = _pair(
@@ -270,47 +315,17 @@ def _divergence(
                 TARGET,
             )
             p_in = z != float("-inf")
-            q_in = t != float("-inf")
-            p = tl.exp((z - max_p).to(tl.float64) - log_p)
-            q = tl.exp((t - max_q).to(tl.float64) - log_q)
-            u = tl.where(p_in, dlse - (z.to(tl.float64) - t), 0.0)
-            part, score = _columns(p_in, p, tl.where(q_in, q, 0.0), u, parameter, DIVERGENCE)
-            total += part
-            scores += score
-            mass += tl.where(p_in, p, 0.0)
-        value = tl.sum(total, 0)
-        # The gradient sums to 0 only if the mean is taken under weights that sum to 1.
-        mean_score = tl.sum(scores, 0) / tl.sum(mass, 0)
-    else:
-        if value < PRECISE:
-            dlse_hi = dlse.to(tl.float32)
-            dlse_lo = (dlse - dlse_hi).to(tl.float32)
-            mean_hi = mean_p.to(tl.float32)
-            mean_lo = (mean_p - mean_hi).to(tl.float32)
-            ip = (1.0 / sum_p).to(tl.float32)
-            iq = (1.0 / sum_q).to(tl.float32)
-            terms = tl.zeros((BLOCK,), tl.float32)
-            drift = tl.zeros((BLOCK,), tl.float32)
-            for first in range(0, V, BLOCK):
-                columns = first + lanes
-                z, t = _pair(
-                    columns,
-                    columns < V,
-                    student,
-                    teacher,
-                    reference,
-                    student_bias,
-                    teacher_bias,
-                    reference_bias,
-                    heads,
-                    gate,
-                    TARGET,
-                )
-                p_in = z != float("-inf")
-                p = tl.where(p_in, tl.exp(z - max_p), 0.0) * ip
-                q = tl.where(t != float("-inf"), tl.exp(t - max_q), 0.0) * iq
-                delta = tl.where(p_in, z - t, 0.0)
-                u = tl.where(p_in, (dlse_hi - delta) + dlse_lo, 0.0)
+            p = tl.where(p_in, tl.exp(z - max_p), 0.0) * ip
+            q = tl.where(t != float("-inf"), tl.exp(t - max_q), 0.0) * iq
+            delta = tl.where(p_in, z - t, 0.0)
+            u = tl.where(p_in, (dlse_hi - delta) + dlse_lo, 0.0)
+            if DIVERGENCE >= JSD:
+                part, score = _columns(p_in, p, q, u, parameter, DIVERGENCE)
+                terms += part
+                means += score
+                mass += tl.where(p_in, p, 0.0)
+                most = tl.maximum(most, tl.abs(score))
+            else:
                 # e^u - 1 - u and e^u (u - 1) + 1, over u^2
                 if DIVERGENCE == FORWARD_KL:
                     s = u * (1 / 144 + u * (1 / 840))
@@ -321,23 +336,55 @@ def _divergence(
                     near = 0.5 + u * (1 / 6 + u * (1 / 24 + u * (1 / 120 + s)))
                     far = (q - p) - p * u
                 terms += tl.where((tl.abs(u) < 0.25) & p_in, p * u * u * near, far)
-                drift += tl.where(p_in, p * ((delta - mean_hi) - mean_lo), 0.0)
-            value = tl.sum(terms.to(tl.float64), 0)
-            mean = mean_p + tl.sum(drift.to(tl.float64), 0)
-    return value, mean_score, mean
+                means += tl.where(p_in, p * ((delta - mean_hi) - mean_lo), 0.0)
+        value = tl.sum(terms.to(tl.float64), 0)
+        if DIVERGENCE >= JSD:
+            # The gradient sums to 0 only if the mean is taken under weights that sum to 1.
+            total = tl.sum(mass.to(tl.float64), 0)
+            mean_score = tl.sum(means.to(tl.float64), 0) / total
+            value = tl.where(total > 0, value, mean_score)  # a student that can produce nothing: 0 / 0
+            most_score = tl.max(most, 0)
+        else:
+            mean = mean_p + tl.sum(means.to(tl.float64), 0)
+    return value, mean_score, most_score, mean
+
+
+@triton.jit
+def _bound(value, sum_p, sum_q, most_score, mean_score, DIVERGENCE: tl.constexpr):
+    """No |gradient| of the row is larger, over its coefficient: docs/kernels.md. fp32."""
+    p = (1.0 / sum_p).to(tl.float32)  # the largest probability
+    value = tl.maximum(value, 0.0).to(tl.float32)
+    if DIVERGENCE == REVERSE_KL:
+        bound = tl.sqrt(2.0 * p * value) + value
+    elif DIVERGENCE == FORWARD_KL:
+        bound = tl.minimum(tl.maximum(p, (1.0 / sum_q).to(tl.float32)), tl.sqrt(0.5 * value))
+    else:
+        bound = most_score + p * tl.abs(mean_score).to(tl.float32)
+    return bound
+
+
+@triton.jit
+def _unit(ratio):
+    """(2^(e - m), 2^(m - e)) for ratio < 2^e and the exponent m of plans/narrow.py."""
+    e = ((ratio.to(tl.int32, bitcast=True) >> 23) & 255) - 126
+    e = tl.minimum(tl.maximum(e, -24), 15)
+    shift = e - 15 + tl.maximum(12 - e, 0) // 3
+    return ((127 + shift) << 23).to(tl.float32, bitcast=True), ((127 - shift) << 23).to(tl.float32, bitcast=True)
 
 
 # A stride that is the call's count of tokens: no kernel of its own for counts that 16 divides. Per-token numbers are
 # read one by one: none for addresses that 16 divides.
 @triton.jit(
     do_not_specialize=["weights_stride"],
-    do_not_specialize_on_alignment=["rows", "weights", "forced", "row_scale", "stats"],
+    do_not_specialize_on_alignment=["rows", "weights", "forced", "row_scale", "stats", "top", "units"],
 )
 def rows_kernel(
     student,
     student_stride,
     gradient,  # the gradient's place: over the student's row, in fp32 or narrower; None: statistics only
     gradient_stride,
+    top,  # of a gradient in fp16: plans/narrow.py
+    units,  # [n]
     teacher,  # None: teacher_logprob holds the teacher's word
     teacher_stride,
     reference,
@@ -423,8 +470,9 @@ def rows_kernel(
 
     kl = tl.full((), float("nan"), tl.float64)
     mean_score = kl
+    most_score = kl.to(tl.float32)
     if teacher is not None:
-        kl, mean_score, mean = _divergence(
+        kl, mean_score, most_score, mean = _divergence(
             V,
             z_row,
             t_row,
@@ -466,7 +514,7 @@ def rows_kernel(
                 V, y, z_row, t_row, r_row, student_bias, teacher_bias, reference_bias, heads, gate, MIXTURE, BLOCK
             )
             dlse = (max_p.to(tl.float64) - max_q) + (tl.log(sum_p) - tl.log(sum_q))
-            value, mean_score, mean = _divergence(
+            value, mean_score, most_score, mean = _divergence(
                 V,
                 z_row,
                 t_row,
@@ -512,6 +560,14 @@ def rows_kernel(
             scaled *= advantage
         # Through temperature and scale, back to the projection.
         coefficient = (scaled * student_scale * inverse_temperature).to(tl.float32)
+        if units is not None:
+            inverse_top = 1.0 / tl.load(top)
+            bound = tl.abs(coefficient)
+            if not SAMPLED:
+                bound *= _bound(value, sum_p, sum_q, most_score, mean_score, DIVERGENCE)
+            unit, inverse_unit = _unit(bound * inverse_top)
+            tl.store(units + n, unit)
+            coefficient = coefficient * inverse_top * inverse_unit
         on = weight != 0
         ip = (1.0 / sum_p).to(tl.float32)
         iq = (1.0 / sum_q).to(tl.float32)
@@ -568,11 +624,10 @@ def rows_kernel(
                     q = tl.where(t != float("-inf"), tl.exp(t - max_q), 0.0) * iq
                     g = tl.where(tl.abs(u) < 0.25, near, p - q)
                 else:
-                    u = dlse - (z.to(tl.float64) - t)
-                    wide = tl.where(p_in, tl.exp((z - max_p).to(tl.float64) - tl.log(sum_p)), 0.0)
-                    q = tl.where(t != float("-inf"), tl.exp((t - max_q).to(tl.float64) - tl.log(sum_q)), 0.0)
-                    _, score = _columns(p_in, wide, q, tl.where(p_in, u, 0.0), parameter, DIVERGENCE)
-                    g = (score - wide * mean_score).to(tl.float32)
+                    u = tl.where(p_in, (dlse_hi - delta) + dlse_lo, 0.0)
+                    q = tl.where(t != float("-inf"), tl.exp(t - max_q), 0.0) * iq
+                    _part, score = _columns(p_in, p, q, u, parameter, DIVERGENCE)
+                    g = score - p * mean_score.to(tl.float32)
                 g = tl.where(p_in, g, 0.0)
             if student_softcap is not None:
                 x = z / (student_softcap * inverse_temperature)
@@ -591,3 +646,17 @@ def move_rows_kernel(z, stride, to, origin, V, BLOCK: tl.constexpr):
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(z + tl.load(origin + pair).to(tl.int64) * stride + columns, mask=columns < V)
     tl.store(z + tl.load(to + pair).to(tl.int64) * stride + columns, row, mask=columns < V)
+
+
+@triton.jit
+def parts_kernel(x, stride, unit, out, H, COUNT: tl.constexpr, LOW: tl.constexpr, BLOCK: tl.constexpr):
+    """TensorCoreBackend.parts. LOW: bit i is set where the i-th is a low one."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < H
+    scaled = tl.load(x + row * stride + columns, mask=inside).to(tl.float32) * tl.load(unit)
+    high = scaled.to(tl.float16)
+    low = (scaled - high.to(tl.float32)).to(tl.float16)
+    for i in tl.static_range(COUNT):
+        part = low if (LOW >> i) & 1 else high
+        tl.store(out + (row * COUNT + i) * H + columns, part, mask=inside)

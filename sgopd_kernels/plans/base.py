@@ -36,6 +36,7 @@ class Gradients:
     bias: Tensor | None  # [V] fp32
     rest: Tensor | None = None  # [V, Hs] int8, beside a bf16 sum over several chunks
     empty: bool = True  # nothing was added to `weight` yet: the first chunk writes it, whatever it holds
+    unit: Tensor | None = None  # [] fp32: `weight` is still to be multiplied by it
 
 
 class Plan(Protocol):

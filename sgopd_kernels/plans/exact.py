@@ -11,16 +11,17 @@ from torch import Tensor
 
 from ..backends.cpu import CpuBackend
 from ..backends.torch import TorchBackend, VocabularySlice
+from ..options import Head
 from ..oracle import STATS
 from ..problem import Chunk, Problem
-from . import calibration
 from .base import Gradients, NeedsGrad
 
 
 class Exact:
-    """`vocabulary`: its slice where it is spread over a group. `narrow`: G is rounded to bf16 for its products."""
+    """`vocabulary`: its slice where it is spread over a group."""
 
     pays = True
+    narrow = False  # whether G is in fp16
 
     def __init__(
         self,
@@ -29,15 +30,8 @@ class Exact:
         needs_grad: NeedsGrad,
         *,
         vocabulary: VocabularySlice | None = None,
-        narrow: bool = False,
     ) -> None:
-        self.problem, self.backend, self.needs_grad, self.vocabulary, self.narrow = (
-            problem,
-            backend,
-            needs_grad,
-            vocabulary,
-            narrow,
-        )
+        self.problem, self.backend, self.needs_grad, self.vocabulary = problem, backend, needs_grad, vocabulary
         self.v = problem.vocabulary
         self.head = problem.student.weight[: self.v]
         self.ran, self.kept = "exact", 0
@@ -47,21 +41,23 @@ class Exact:
 
     def forward(self, chunk: Chunk) -> float:
         self.project(chunk)
-        form = (torch.bfloat16 if self.narrow else torch.float32) if self.needs_grad else None
+        form = torch.float32 if self.needs_grad else None
         chunk.stats = self.backend.rows(self.problem, chunk, form, self.vocabulary)
         self.kept = chunk.z_student.numel()
-        return calibration.AUTO if self.narrow and self.needs_grad else 0.0
+        return 0.0
+
+    def balance(self, head: Head) -> Tensor | None:
+        """How fp32 operands of a projection are split into parts; None: they are not."""
+        return None
 
     def project(self, chunk: Chunk) -> None:
         """All models' logits."""
-        p, at, backend = self.problem, chunk.positions, self.backend
-        backend.project(p.student.hidden[at], self.head, chunk.z_student)
-        if p.teacher is not None:
-            assert chunk.z_teacher is not None
-            backend.project(p.teacher.hidden[at], p.teacher.weight[: self.v], chunk.z_teacher)
-        if p.reference is not None:
-            assert chunk.z_reference is not None
-            backend.project(p.reference.hidden[at], p.reference.weight[: self.v], chunk.z_reference)
+        p, at = self.problem, chunk.positions
+        models = (p.student, chunk.z_student), (p.teacher, chunk.z_teacher), (p.reference, chunk.z_reference)
+        for head, z in models:
+            if head is not None:
+                assert z is not None
+                self.backend.project(head.hidden[at], head.weight[: self.v], z, self.balance(head))
         if p.topk_ids is not None:
             assert chunk.z_teacher is not None
             complete_teacher(p, at, chunk.z_student, chunk.z_teacher)

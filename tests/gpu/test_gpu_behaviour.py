@@ -88,7 +88,7 @@ def test_host_synchronisations(
 ) -> None:
     """One wait a call, for the number of valid tokens, however many chunks; one a chunk where rows may leave."""
     only_triton(backend)
-    v, workspace = (301, MIB // 4) if device.dry else (8001, 32 * MIB)  # a dry run has few tokens, and chunks of three
+    v, workspace = (301, MIB // 16) if device.dry else (8001, 32 * MIB)  # a dry run has few tokens, and two chunks
     inputs = kit.on_device(kit.make_inputs(n=2000, v=v, hs=64, dtype=torch.bfloat16))
     options = {"precision": precision, "workspace": workspace, "gate": gate, "num_items": 1234}
     step(inputs, backend, **options)  # compilation

@@ -21,7 +21,7 @@ def test_operations() -> None:
     hs, ht = s.student, s.teacher
     for cost, expected in (
         (model.exact(s), 6 * hs + 2 * ht),
-        (model.exact(s, model.SPLIT), 10 * hs + 2 * ht),
+        (model.exact(s, model.IN_PARTS), 10 * hs + 6 * ht),
         (model.exact(s, density=0.5), 4 * hs + 2 * ht),
         (model.statistics(s), 2 * (hs + ht)),
         (model.recomputed(s), 8 * hs + 4 * ht),
@@ -45,13 +45,15 @@ def test_bytes_of_one_chunk_by_hand() -> None:
     assert by_name["student logits"] == 3 * 5 * 2 + 2 * 5 * 2 + 2 * 3 * 4
     assert by_name["teacher logits"] == 3 * 7 * 2 + 2 * 7 * 2 + 2 * 3 * 4
     assert by_name["rows"] == 2 * 3 * (4 + 4) + 2 * 3 * (4 + 4 + 2)
+    assert by_name["operands to fp16"] == 3 * 5 * (2 + 2 + 2) + 2 * 5 * (2 + 2 + 4 + 4 + 2)
     assert by_name["dH"] == 2 * 3 * 2 + 3 * 5 * 2 + 2 * 5 * 2
     assert by_name["dW"] == 2 * 3 * 2 + 2 * 5 * 2 + 3 * 5 * 4 + 3 * 5 * (4 + 2)
-    split = {stage.name: stage.traffic for stage in model.exact(s, model.SPLIT).stages}
-    # G in fp32: written by the row pass; read and written in two parts; each part multiplied by its own.
-    assert split["rows"] == by_name["rows"] + 2 * 3 * 2
-    assert split["dH"] == 2 * 3 * (4 + 2 + 2) + 2 * by_name["dH"]
-    assert split["dW"] == 2 * 3 * (4 + 2 + 2) + 2 * (by_name["dW"] - 3 * 5 * (4 + 2)) + 3 * 5 * (4 + 2)
+    # fp32 operands: each is read and written as three fp16 numbers, which the product reads.
+    parts = {stage.name: stage.traffic for stage in model.exact(s, model.IN_PARTS).stages}
+    assert parts["teacher parts"] == (3 * 7 + 2 * 7) * (4 + 6)
+    assert parts["teacher logits"] == (3 * 7 + 2 * 7) * 6 + 2 * 3 * 4
+    assert parts["rows"] == by_name["rows"] and parts["dH"] == by_name["dH"]
+    assert parts["dW"] == by_name["dW"] + 3 * 5 * 2
     rows = next(stage for stage in model.statistics(s).stages if stage.name == "rows")
     assert rows.traffic == 2 * 3 * (4 + 4)
 
