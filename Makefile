@@ -19,6 +19,7 @@
 #     versions        the tests with the oldest and the newest transformers, accelerate and datasets (minutes)
 #     vllm            real vLLM servers on this CPU beside models in the process; only by name (it installs a vLLM)
 #     hosts           a run on two hosts, which are network namespaces: needs root (minutes)
+#     ray, skyrl, slime  the trainer under Ray Train beside torchrun; adapters in SkyRL's trainer, in slime's loss; by name only
 #   make gpu-suite    on a machine with a GPU: device tests, our plans beside the peers, sweeps (docs/gpu.md)
 PYTHON ?= python3
 VENV ?= .venv
@@ -31,7 +32,7 @@ PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 # One virtual environment: pip must not work in it twice at once.
 .NOTPARALLEL:
 LONG := browser chaos soak fuzz sanitize sass hostile wheel-check versions hosts
-.PHONY: install quickstart test test-versions lint docs format bench evidence evidence-smoke long $(addprefix long-,$(LONG)) long-vllm gpu-suite lock sbom clean
+.PHONY: install quickstart test test-versions lint docs format bench evidence evidence-smoke long $(addprefix long-,$(LONG)) long-vllm long-ray long-skyrl long-slime gpu-suite lock sbom clean
 .DEFAULT_GOAL := quickstart
 
 SOURCES := $(shell find sgopd sgopd_kernels csrc -type f -not -name '*.pyc' -not -name '*.so' 2>/dev/null)
@@ -163,6 +164,23 @@ long-vllm: $(VENV)/.test $(VENV)-vllm/.installed
 	$(PIP) gguf
 	$(VENV)/bin/python tests/real_vllm.py --vllm $(VENV)-vllm/bin/python
 
+$(VENV)-ray/.ray: requirements/ray.txt $(SOURCES)
+	$(MAKE) VENV=$(VENV)-ray install
+	$(VENV)-ray/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/ray.txt
+	@touch $@
+
+long-ray: $(VENV)-ray/.ray
+	$(VENV)-ray/bin/python tests/real_ray.py
+
+long-skyrl: $(VENV)-ray/.ray
+	$(VENV)-ray/bin/python -m pip install --quiet --disable-pip-version-check --no-deps skyrl==0.3.0 skyrl-gym==0.4.0
+	$(VENV)-ray/bin/python tests/real_skyrl.py
+
+# SLIME=FOLDER: a clone of https://github.com/THUDM/slime, which is on no index.
+long-slime: $(VENV)-ray/.ray
+	$(VENV)-ray/bin/python -m pip install --quiet --disable-pip-version-check --no-deps megatron-core==0.16.1
+	$(VENV)-ray/bin/python tests/real_slime.py $(SLIME)
+
 long-wheel-check: $(VENV)/.torch
 	$(PIP) -r requirements/build.txt
 	PATH="$$PWD/$(VENV)/bin:$$PATH" $(VENV)/bin/python tests/wheel.py
@@ -188,4 +206,4 @@ sbom: $(VENV)/.test
 	$(VENV)/bin/python requirements/sbom.py dist/sbom.json
 
 clean:
-	rm -rf build dist $(VENV) $(VENV)-lint $(VENV)-docs $(VENV)-oldest $(VENV)-newest $(VENV)-vllm *.egg-info sgopd_kernels/*.so
+	rm -rf build dist $(VENV) $(VENV)-lint $(VENV)-docs $(VENV)-oldest $(VENV)-newest $(VENV)-vllm $(VENV)-ray *.egg-info sgopd_kernels/*.so
