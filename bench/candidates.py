@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from sgopd_kernels import backends, gated_kl_loss
+from sgopd_kernels.backends.tensor_cores import TensorCoreBackend
 
 
 class Operands(NamedTuple):
@@ -246,12 +247,12 @@ def liger_fused(o: Operands) -> Tensor:
     return LigerFusedLinearJSDFunction.apply(*o[:5], 1.0, -100, 1.0)
 
 
-def _loss_and_gradient(z_student: Tensor, z_teacher: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _loss_and_gradient(z_student: Tensor, z_teacher: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     log_p = torch.log_softmax(z_student.float(), -1)
     ratio = log_p - torch.log_softmax(z_teacher.float(), -1)
     p = log_p.exp()
     kl = (p * ratio).sum(-1, keepdim=True)
-    return kl.sum() * scale, (p * (ratio - kl) * scale).to(z_student.dtype)
+    return kl.sum() * scale, (p * (ratio - kl) * scale).to(dtype)
 
 
 class CompiledChunks(torch.autograd.Function):
@@ -260,17 +261,20 @@ class CompiledChunks(torch.autograd.Function):
     compiler = "inductor"
     _rows: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {}  # noqa: RUF012
 
+    @classmethod
+    def step(cls) -> Callable[..., tuple[Tensor, Tensor]]:
+        if cls.compiler not in cls._rows:
+            cls._rows[cls.compiler] = torch.compile(_loss_and_gradient, backend=cls.compiler, dynamic=False)
+        return cls._rows[cls.compiler]
+
     @staticmethod
     def forward(ctx: Any, h: Tensor, w: Tensor, th: Tensor, tw: Tensor, rows: int) -> Tensor:
-        kind = CompiledChunks.compiler
-        if kind not in CompiledChunks._rows:
-            CompiledChunks._rows[kind] = torch.compile(_loss_and_gradient, backend=kind, dynamic=False)
-        step = CompiledChunks._rows[kind]
+        step = CompiledChunks.step()
         loss = torch.zeros((), device=h.device)
         d_hidden, d_weight = torch.empty_like(h), torch.zeros(w.shape, device=w.device)
         for first in range(0, h.shape[0], rows):
             part = slice(first, first + rows)
-            value, g = step(h[part] @ w.T, th[part] @ tw.T, 1 / h.shape[0])
+            value, g = step(h[part] @ w.T, th[part] @ tw.T, 1 / h.shape[0], h.dtype)
             loss += value
             torch.mm(g, w, out=d_hidden[part])
             d_weight += g.T @ h[part]
@@ -284,8 +288,30 @@ class CompiledChunks(torch.autograd.Function):
         return d_hidden.mul_(incoming[0]), d_weight.mul_(incoming[0]), None, None, None
 
 
-def compiled_chunks(rows: int) -> Callable[[Operands], Tensor]:
-    return lambda o: CompiledChunks.apply(*o[:4], rows)
+class CompiledChunksInFp32(CompiledChunks):
+    """The same with the products that our backends have: fp32 logits, and dW added to in fp32 by its product."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, w: Tensor, th: Tensor, tw: Tensor, rows: int) -> Tensor:
+        multiply, step = TensorCoreBackend().multiply, CompiledChunks.step()
+        loss, rows = torch.zeros((), device=h.device), min(rows, h.shape[0])
+        d_hidden, d_weight = torch.empty_like(h), torch.empty(w.shape, device=w.device)
+        z, t = (torch.empty(rows, w.shape[0], device=h.device) for _ in range(2))
+        for first in range(0, h.shape[0], rows):
+            part = slice(first, first + rows)
+            n = h[part].shape[0]
+            multiply(h[part], w.T, z[:n], add=False)
+            multiply(th[part], tw.T, t[:n], add=False)
+            value, g = step(z[:n], t[:n], 1 / h.shape[0], h.dtype)
+            loss += value
+            torch.mm(g, w, out=d_hidden[part])
+            multiply(g.T, h[part], d_weight, add=first > 0)
+        ctx.gradients = d_hidden, d_weight.to(w.dtype)
+        return loss
+
+
+def compiled_chunks(rows: int, kind: type[CompiledChunks] = CompiledChunks) -> Callable[[Operands], Tensor]:
+    return lambda o: kind.apply(*o[:4], rows)
 
 
 # ---- the products alone
@@ -331,7 +357,8 @@ def for_gpu_suite(names: list[str], rows: int, dry: bool) -> list[Candidate]:
     """The most important first: a run that is cut early has measured those."""
     if dry:
         CompiledChunks.compiler = "aot_eager"  # the graph, without a C++ compilation
-    peers = chunked_peers(rows, liger_chunked(1024, not dry))
+    strongest = Candidate("compiled chunks, addmm(out_dtype)", compiled_chunks(rows, CompiledChunksInFp32), "peer")
+    peers = [strongest, *chunked_peers(rows, liger_chunked(1024, not dry))]
     first, *others = (our_plans(b) for b in names)
     return [*first, *products_alone(rows), *peers, *(plans[0] for plans in others)]
 

@@ -4,11 +4,12 @@
     python tools/gpu_suite.py --dry-run --output runs/dry           # the same code on the CPU, tiny, Triton interpreted
 
 In this order, so that a run that is cut early has the most important things: the environment and the two ceilings of
-the device; tests/gpu; the target shape, our plans beside the peers and beside the bare products, interleaved, with the
-error of loss, dH and dW against float64 beside every time; the same on other distributions; a sweep of chunk sizes and
-tiles. Both files are written anew after every reading. Measuring happens in child processes: a kernel that takes the
-device's context down loses its own row, and the rest goes on. What is not installed, not built, out of memory or wrong
-has a row that says so. docs/gpu.md says how to read the tables.
+the device; tests/gpu; a call's stages, each alone; the target shape, our plans beside the peers and beside the bare
+products, interleaved, with the error of loss, dH and dW against float64 beside every time; a trace of one call, and
+what ncu says of the row kernel; the same on other distributions; a sweep of chunk sizes and tiles. Both files are
+written anew after every reading. Measuring happens in child processes: a kernel that takes the device's context down
+loses its own row, and the rest goes on. What is not installed, not built, out of memory or wrong has a row that says
+so. docs/gpu.md says how to read the tables.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import runpy
+import shutil
 import signal
 import statistics
 import subprocess
@@ -41,8 +44,8 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 MARK = "@@ "  # a child's line that is a record
 # Share of the time that is left when a stage begins, relative to the stages after it.
-WEIGHTS = {"environment": 1, "tests": 8, "target": 9, "distributions": 3, "sweep": 4}
-MEASURED = ("target", "distributions", "sweep")  # one child
+WEIGHTS = {"environment": 1, "tests": 7, "pieces": 4, "target": 8, "trace": 1, "ncu": 1, "distributions": 3, "sweep": 3}
+MEASURED = ("pieces", "target", "trace", "ncu", "distributions", "sweep")  # one child
 RESTARTS = 4
 GRACE = 20.0  # seconds beyond its time after which a child is killed
 SILENCE = 120.0  # seconds without a word after which it is: a kernel that doesn't end; compilation takes less
@@ -484,9 +487,118 @@ def sweep(meter: Meter, args: argparse.Namespace, until: float) -> bool:
     return compare(meter, args, "sweep", shape, g.USUAL, tried, until)
 
 
+def pieces(meter: Meter, args: argparse.Namespace, until: float) -> bool:
+    """Every stage of a chunk alone, the default's chunk size first. True: cut."""
+    import candidates as g
+    import pieces as p
+
+    shape = g.TINY if args.dry_run else g.TARGET
+    say("facts", table="pieces", **vars(shape), dtype="bfloat16")
+    for rows in (8,) if args.dry_run else (2048, 1664, 4096):
+        for piece in p.pieces(shape, rows, meter.device):
+            name = f"{piece.name}, {rows} rows"
+            if f"pieces:{name}" in args.without:
+                continue
+            if time.time() > until:
+                return True
+            row = {"table": "pieces", "name": name, "group": "ours", "rows": rows, "piece": piece.name}
+            say("row", **row, status="running", flop=piece.stage.flop, bytes=piece.stage.traffic)
+            say("running", table="pieces", name=name)
+            taken = []
+            for _ in range(min(args.rounds, 9) + 2):  # the first two: compilation, clocks
+                piece.prepare()
+                taken.append(1e3 * meter.seconds(piece.work)[0])
+            taken = taken[2:]
+            say("row", **row, status="done", ms=statistics.median(taken), min=min(taken), max=max(taken))
+    return False
+
+
+def trace(meter: Meter, args: argparse.Namespace, until: float) -> bool:
+    """One default call under torch's profiler: kernels, gaps between them, waits of the host. trace.json.gz has all."""
+    import candidates as g
+    import torch
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    operands = g.inputs(g.TINY if args.dry_run else g.TARGET, g.USUAL, torch.bfloat16, meter.device)
+    call = g.ours(backends_here(meter)[0])
+
+    def work() -> None:
+        leaves = [t.detach().requires_grad_() for t in operands[:2]]
+        call(operands._replace(hidden=leaves[0], weight=leaves[1])).backward()
+        if meter.cuda:
+            torch.cuda.synchronize()
+
+    work()
+    on, kind = [ProfilerActivity.CPU], DeviceType.CPU
+    if meter.cuda:
+        on, kind = [*on, ProfilerActivity.CUDA], DeviceType.CUDA
+    with profile(activities=on) as seen:
+        work()
+    seen.export_chrome_trace(str(args.output / "trace.json.gz"))
+    events = list(seen.events())
+    spans = sorted((e.time_range.start, e.time_range.end, e.name) for e in events if e.device_type == kind)
+    gaps, end = [], spans[0][0]
+    for began, ended, _ in spans:
+        gaps.append(max(0.0, began - end))
+        end = max(end, ended)
+    waits = Counter(e.name for e in events if "Synchronize" in e.name or "DtoH" in e.name)
+    say(
+        "facts",
+        table="trace",
+        kernels=len(spans),
+        **{"ms": (end - spans[0][0]) / 1e3, "gaps, ms": sum(gaps) / 1e3, "largest gap, µs": max(gaps)},
+        **{"split-K kernels": sum("splitk" in name.lower() for *_, name in spans), "waits": dict(waits)},
+    )
+    took: dict[str, list[float]] = {}
+    for began, ended, name in spans:
+        took.setdefault(name[:100], []).append((ended - began) / 1e3)
+    for name, each in sorted(took.items(), key=lambda item: -sum(item[1]))[:25]:
+        say("row", table="trace", name=name, group="", status="done", calls=len(each), ms=sum(each))
+    return False
+
+
+def ncu(meter: Meter, args: argparse.Namespace, until: float) -> bool:
+    """Nsight Compute on the row kernel alone, in a process of its own; a dry run runs the process without it."""
+    tool = shutil.which("ncu")
+    if tool is None and meter.cuda:
+        say("facts", table="ncu", why="ncu is not on the PATH")
+        return False
+    sections = [
+        x for s in ("SpeedOfLight", "MemoryWorkloadAnalysis", "Occupancy", "LaunchStats") for x in ("--section", s)
+    ]
+    wrapped = [str(tool), "--kernel-name", "regex:rows_kernel", *sections] if meter.cuda else []
+    program = [sys.executable, str(ROOT / "bench" / "pieces.py"), *(["--rows", "2"] if args.dry_run else [])]
+    program += ["--tiny"] if args.dry_run else []
+    with (args.output / "ncu.txt").open("w+", encoding="utf-8") as said:
+        try:
+            patience = max(60.0, until - time.time())
+            done = subprocess.run([*wrapped, *program], stdout=said, stderr=subprocess.STDOUT, timeout=patience)
+            status = "" if done.returncode == 0 else f"ended with {done.returncode}"
+        except subprocess.TimeoutExpired:
+            status = f"took more than {patience:.0f} s"
+        said.seek(0)
+        text = said.read()
+    if status:
+        say("facts", table="ncu", why=f"{status}: {text[-300:]}")
+    for found in NCU.finditer(text):
+        say("row", table="ncu", name=found[1], group="", status="done", unit=found[2], value=found[3])
+    return False
+
+
+# Lines as "    DRAM Throughput           %        86.31"; those of the last launch stay.
+NCU = re.compile(
+    r"^ +(Duration|DRAM Throughput|Registers Per Thread|Achieved Occupancy|L2 Hit Rate) +(\S+) +([\d.,]+)$",
+    re.MULTILINE,
+)
+
+
 STAGES: dict[str, Callable[[Meter, argparse.Namespace, float], bool]] = {
     "environment": environment,
+    "pieces": pieces,
     "target": target,
+    "trace": trace,
+    "ncu": ncu,
     "distributions": distributions,
     "sweep": sweep,
 }
@@ -512,10 +624,12 @@ def markdown(data: Record) -> str:
         lines += [f"- failed: `{name}`: {why}" for name, why in tests["failed"].items()]
         lines += [f"- skipped: {count} × {why}" for why, count in tests["skipped"].items()]
     for name, table in data["tables"].items():
-        lines += ["", f"## {name}", "", _plain(table["facts"]), "", *_rows(table, device_of(env))]
+        show = {"pieces": _pieces, "trace": _plain_rows, "ncu": _plain_rows}.get(name, _rows)
+        lines += ["", f"## {name}", "", _plain(table["facts"]), "", *show(table, device_of(env))]
     if data["tables"].get("target"):
         lines += ["", "## Bars (docs/gpu.md)", ""]
-        lines += _table(["bar", "must", "clearly best", "read"], bars(data["tables"]["target"]["rows"]))
+        rows = (data["tables"].get(name, {"rows": {}})["rows"] for name in ("target", "pieces"))
+        lines += _table(["bar", "must", "clearly best", "read"], bars(*rows, device_of(env)))
     return "\n".join(lines)
 
 
@@ -573,8 +687,41 @@ def _rows(table: Record, device: roofline.Device | None) -> list[str]:
     return _table(head, (show(name, r) for name, r in rows.items()))
 
 
-def bars(rows: dict[str, Record]) -> Iterator[list[str]]:
+def _pieces(table: Record, device: roofline.Device | None) -> list[str]:
+    """Rates, and what the model says of the same operations and bytes."""
+
+    def show(name: str, r: Record) -> list[str]:
+        if "ms" not in r:
+            return [name, *[""] * 6, str(r.get("status", ""))]
+        seconds, least = r["ms"] / 1e3, roofline.Stage(name, r["flop"], r["bytes"])
+        model = 1e3 * least.seconds(device) if device is not None else None
+        return [
+            name,
+            f"{r['ms']:.3f}",
+            f"{r['min']:.3f}–{r['max']:.3f}",
+            f"{r['flop'] / seconds / 1e12:.1f}" if r["flop"] else "",
+            f"{r['bytes'] / seconds / 1e12:.2f}",
+            "" if model is None else f"{model:.3f}",
+            "" if model is None else f"{100 * model / r['ms']:.0f} %",
+            "",
+        ]
+
+    head = ["", "ms", "min–max", "TFLOP/s", "TB/s", "model, ms", "of the model", ""]
+    return _table(head, (show(name, r) for name, r in table["rows"].items()))
+
+
+def _plain_rows(table: Record, device: roofline.Device | None) -> list[str]:
+    left = ("group", "status")
+    heads = list(dict.fromkeys(k for r in table["rows"].values() for k in r if k not in left))
+    return _table(["", *heads], ([n, *(_plain(r.get(k, "")) for k in heads)] for n, r in table["rows"].items()))
+
+
+def bars(
+    rows: dict[str, Record], alone: dict[str, Record] | None = None, device: roofline.Device | None = None
+) -> Iterator[list[str]]:
     """docs/gpu.md's bars for an H100 at the target shape; the first backend of the table is the automatic one."""
+    import pieces
+
     first = next((name.split(",")[0] for name in rows if name.startswith("sgopd ")), "")
 
     def ms(name: str) -> float | None:
@@ -591,15 +738,22 @@ def bars(rows: dict[str, Record]) -> Iterator[list[str]]:
     exact, default = ms(f"{first}, exact"), ms(f"{first}, default precision")
     forward = next((r["ms"] for n, r in rows.items() if n.startswith("products of the forward") and "ms" in r), None)
     ours = rows.get(f"{first}, default precision", {})
+    chunk = ours.get("chunk", 0)
+    times = {r["piece"]: r["ms"] for r in (alone or {}).values() if r.get("rows") == chunk and "ms" in r}
+    whole = pieces.a_call(times, round(8192 / chunk)) if chunk else None
+    row_pass = next((r for r in (alone or {}).values() if r["piece"] == "rows, KL 0.5" and "ms" in r), None)
+    copied = None if row_pass is None or device is None else row_pass["bytes"] / row_pass["ms"] * 1e3 / device.bandwidth
     yield ["exact, ms", "≤ 44", "≤ 38", "–" if exact is None else f"{exact:.1f}"]
-    yield ["default precision, ms", "≤ 34", "≤ 24", "–" if default is None else f"{default:.1f}"]
-    yield ["Liger's better one / default", "≥ 1.6", "≥ 2.5", over(peer("Liger"), default)]
-    yield ["TRL / default", "≥ 2.5", "≥ 4", over(peer("TRL"), default)]
-    yield ["compiled chunks / default", "≥ 1.0", "≥ 1.5", over(peer("compiled chunks"), default)]
+    yield ["default precision, ms", "≤ 38", "≤ 36.5", "–" if default is None else f"{default:.1f}"]
+    yield ["default / the sum of its stages", "", "≤ 1.03", over(default, whole)]
+    yield ["row pass / a copy, bytes a second", "", "≥ 0.80", "–" if copied is None else f"{copied:.2f}"]
+    yield ["compiled chunks / default", "≥ 1.0", "≥ 1.15", over(peer("compiled chunks"), default)]
+    yield ["Liger's better one / default", "≥ 1.5", "≥ 1.8", over(peer("Liger"), default)]
+    yield ["TRL / default", "≥ 2.5", "≥ 3", over(peer("TRL"), default)]
     yield ["gate density ½ / all on", "≤ 0.85", "≤ 0.75", over(ms(f"{first}, gate density ½"), default)]
     yield ["statistics / the two products", "≤ 1.15", "≤ 1.05", over(ms(f"{first}, statistics"), forward)]
     for what in ("dH error", "dW error"):
-        yield [f"{what}, default precision", "≤ 5e-3", "≤ 1.5e-3", f"{ours[what]:.1e}" if what in ours else "–"]
+        yield [f"{what}, default precision", "≤ 5e-3", "≤ 1.7e-3", f"{ours[what]:.1e}" if what in ours else "–"]
     yield [
         "loss error, default precision",
         "≤ 1e-3",

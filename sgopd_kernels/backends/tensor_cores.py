@@ -10,6 +10,8 @@ largest keep all 22 bits.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from functools import cache
 
 import torch
@@ -35,6 +37,18 @@ def adds_in_place(device: torch.device) -> bool:
     except (RuntimeError, TypeError):
         return False
     return True
+
+
+@contextlib.contextmanager
+def fp32_sums() -> Iterator[None]:
+    """fp16 products are summed in fp32, though a user lets torch sum them in fp16: G reaches 2^15 there."""
+    settings = torch.backends.cuda.matmul
+    before = settings.allow_fp16_accumulation
+    settings.allow_fp16_accumulation = False
+    try:
+        yield
+    finally:
+        settings.allow_fp16_accumulation = before
 
 
 def power_above(x: Tensor) -> Tensor:
@@ -140,15 +154,17 @@ class TensorCoreBackend(TorchBackend):
         if a.device.type == "cpu":  # interpreted: torch has no such product on the CPU
             wide = a.float() @ b.float()
             out.add_(wide) if add else torch.mul(wide, factor, out=out)
-        elif adds_in_place(a.device) and (add or factor != 1):
-            torch.addmm(out, a, b, out_dtype=torch.float32, beta=int(add), alpha=factor, out=out)
-        elif not add:
-            torch.mm(a, b, out_dtype=torch.float32, out=out)
-            if factor != 1:
-                out.mul_(factor)
-        else:
-            for rows, part in zip(out.split(COLUMNS_AT_ONCE), a.split(COLUMNS_AT_ONCE)):
-                rows.add_(torch.mm(part, b, out_dtype=torch.float32))
+            return
+        with fp32_sums():
+            if adds_in_place(a.device) and (add or factor != 1):
+                torch.addmm(out, a, b, out_dtype=torch.float32, beta=int(add), alpha=factor, out=out)
+            elif not add:
+                torch.mm(a, b, out_dtype=torch.float32, out=out)
+                if factor != 1:
+                    out.mul_(factor)
+            else:
+                for rows, part in zip(out.split(COLUMNS_AT_ONCE), a.split(COLUMNS_AT_ONCE)):
+                    rows.add_(torch.mm(part, b, out_dtype=torch.float32))
 
     def project(self, hidden: Tensor, weight: Tensor, out: Tensor, balance: Tensor | None = None) -> None:
         if self.multiplies(hidden, weight):

@@ -98,6 +98,28 @@ def test_host_synchronisations(
     assert len(chunks) > 1 and waits <= 1 + (len(chunks) if gate == "opdvr" else 0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_of_16_bit_operands(kit: Any, device: Any, dtype: torch.dtype) -> None:
+    """fp32 results: written over whatever was there, times a number, added to what was there, between other columns."""
+    multiply = backends.get("triton").multiply  # type: ignore[attr-defined]
+    n, v, h = (5, 64, 16) if device.dry else (300, 8192, 512)
+    g = torch.Generator(device.name).manual_seed(0)
+    a, b = (torch.randn(*size, generator=g, device=device.name).to(dtype) for size in ((n, h), (v, h)))
+    truth = a.double() @ b.double().T
+
+    def place() -> torch.Tensor:
+        return torch.full((n, 2 * v), torch.nan, device=device.name)[:, v // 2 : v // 2 + v]
+
+    written, halved = place(), place()
+    multiply(a, b.T, written, add=False)
+    multiply(a, b.T, halved, add=False, factor=0.5)
+    assert kit.relative(written.cpu(), truth.cpu()) <= 1e-6 and kit.relative(halved.cpu(), truth.cpu() / 2) <= 1e-6
+    added, again = written.clone(), written.clone()
+    multiply(a, b.T, added, add=True)
+    multiply(a, b.T, again, add=True)
+    assert kit.relative(added.cpu(), 2 * truth.cpu()) <= 1e-6 and torch.equal(added, again)
+
+
 @pytest.mark.parametrize("gate", ["sg-opd", "opdvr"])
 def test_graph_capture(kit: Any, device: Any, backend: str, gate: str) -> None:
     """Captured once, replayed on other inputs: the bits of a call without a graph, where no row leaves that."""

@@ -33,9 +33,13 @@ def test_dry_run(root: Path, tmp_path: Path) -> None:
         if row["group"] == "ours" and "dH error" in row:
             assert row["dH error"] < 2**-8 and row["dW error"] < 2**-8 and row["loss error"] < 1e-4
     assert {r["group"] for r in target.values()} == {"ours", "peer", "floor"}
-    assert set(data["tables"]) == {"target", "near", "flat", "sweep"}
+    assert set(data["tables"]) == {"pieces", "target", "trace", "near", "flat", "sweep"}
+    alone = data["tables"]["pieces"]["rows"]
+    assert len(alone) == 13 and all(r["status"] == "done" and r["bytes"] > 0 for r in alone.values())
+    assert data["tables"]["trace"]["facts"]["kernels"] > 50 and (tmp_path / "trace.json.gz").stat().st_size > 1000
+    assert "compiled chunks, addmm(out_dtype)" in target
     text = (tmp_path / "results.md").read_text()
-    assert "Not measured on a device" in text
+    assert "Not measured on a device" in text and "| default / the sum of its stages |  | ≤ 1.03 | –" not in text
     for name in target:
         assert f"| {name} |" in text
 

@@ -347,4 +347,22 @@ def test_a_torch_that_does_not_add_to_fp32(monkeypatch: pytest.MonkeyPatch) -> N
     TritonBackend().multiply(a, b, out, add=False, factor=0.5)
 
 
+def test_fp16_products_are_summed_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is allowed outside; and it is allowed again afterwards."""
+    settings, seen = torch.backends.cuda.matmul, []
+    for name in ("mm", "addmm"):
+        real = getattr(torch, name)
+        monkeypatch.setattr(
+            torch, name, lambda *a, real=real, **k: (seen.append(settings.allow_fp16_accumulation), real(*a, **k))[1]
+        )
+    before = settings.allow_fp16_accumulation
+    settings.allow_fp16_accumulation = True
+    try:
+        call = run(Options())
+        assert settings.allow_fp16_accumulation and len(seen) >= len(call.backend.launches) - len(call.chunks)
+    finally:
+        settings.allow_fp16_accumulation = before
+    assert not any(seen)
+
+
 SHAPES = (((70, 24), torch.bfloat16), ((24, 40), torch.bfloat16), ((70, 40), torch.float32))
