@@ -437,7 +437,8 @@ class VerifierPool:
         if self._failed_starts >= _START_ATTEMPTS:
             raise RuntimeError(
                 f"verifier workers for kind={self.kind!r} do not start: the last {self._failed_starts} failed, and of "
-                f"the last one, {what}. Its standard error says more; raise memory_mb ({self.memory_mb}) if it is short"
+                f"the last one, {what}. Its standard error says more; if memory is short, raise memory_mb, in "
+                f"a config verifier_memory_mb ({self.memory_mb})"
             )
 
 

@@ -178,7 +178,7 @@ def _import_module(name: str, remedy: str) -> Any:
             theirs, said = [(error.filename or name, error.lineno)], f"{type(error).__name__}: {error.msg}"
         where = f" at {theirs[0][0]}, line {theirs[0][1]}" if theirs else ""
         short = isinstance(error, (MemoryError, OSError, ImportError)) and not isinstance(error, ModuleNotFoundError)
-        hint = ". If it is memory that is short, raise memory_mb" if short else ""
+        hint = ". If it is memory that is short, raise memory_mb (in a config: verifier_memory_mb)" if short else ""
         raise CannotStart(f"importing {name} fails{where}: {said}{hint}") from error
 
 

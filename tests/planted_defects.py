@@ -274,6 +274,7 @@ DEFECTS += [
     Defect("verifier: a crash is an incorrect answer", VERIFIER, '"crashed": UNKNOWN', '"crashed": INCORRECT', "verifier::test_a_bad_response_harms_only_itself"),
     Defect("verifier: an error while reading ends the run", VERIFIER, "except Exception as error:  # whatever a model", "except MemoryError as error:  # whatever a model", "hostile::test_an_error_while_reading_an_answer_is_a_verdict"),
     Defect("health: nothing is said in time", TRAINER, "                    self.check_health()\n", "                    pass\n", "watch"),
+    Defect("health: weights of 0 pass", "sgopd/report/checks.py", "if mean < LEAST_WEIGHT:", "if mean < 0:", "report"),
     Defect("health: what was said before is said again", "sgopd/report/checks.py", "        self.said |= {", "        self.said &= {", "watch"),
     Defect("watch: a model's text moves the cursor", "sgopd/watch.py", "character.isprintable()", "character", "watch"),
     Defect("signal: only the process that got it leaves", TRAINER, "processes.any(interrupt.signal)", "interrupt.signal", "cli::test_a_signal_to_one_of_two_processes_ends_both"),

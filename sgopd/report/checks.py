@@ -24,6 +24,7 @@ UNKNOWN_SHARE = 0.05
 ENGINE_GAP = 0.05  # nats, mean per token; two engines in bfloat16 differ by about 0.01
 KL_GROWTH = 1.2  # × the first tenth's mean
 REPETITION_SHARE = 0.3
+LEAST_WEIGHT = 0.05  # mean of the gate
 
 
 @dataclass(frozen=True)
@@ -267,6 +268,22 @@ def unknown_verdicts(course: Course) -> Check:
     return fine(name, finding)
 
 
+def weights(course: Course) -> Check:
+    name = "Weights"
+    if not course.has("gate/mean"):
+        return not_measured(name, "gate/mean was not recorded.")
+    mean = course.trends["gate/mean"].last
+    finding = f"A token weighs {show(mean)} at the end, in the mean."
+    if mean < LEAST_WEIGHT:
+        return warning(
+            name,
+            finding,
+            "Nearly nothing is learned. With gate: trust it means that the verifier endorses next to none of the "
+            "teacher's rollouts (phase/reliability): read some, and take gate: half or protect, or another teacher.",
+        )
+    return fine(name, finding)
+
+
 def engine_gap(course: Course) -> Check:
     name = "Engine and trainer"
     if not course.has("engine/logprob_gap_mean"):
@@ -330,6 +347,7 @@ CHECKS: tuple[Callable[[Course], Check], ...] = (
     teacher_acceptance,
     verdict_balance,
     unknown_verdicts,
+    weights,
     engine_gap,
     repetition,
     skipped_updates,

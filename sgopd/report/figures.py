@@ -532,7 +532,7 @@ def finish(axes: Axes, unit: str, values: Sequence[float], *, log: bool, stacked
         axes.set_ylim(finite[0] - width, finite[0] + width)
     if unit == "%":
         low, high = axes.get_ylim()
-        axes.set_ylim(max(low, -0.02), min(high, 1.02))
+        axes.set_ylim(max(low, -0.02 * min(high, 1.02)), min(high, 1.02))  # no share is below 0
 
 
 class Ticks(Formatter):

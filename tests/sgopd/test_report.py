@@ -432,6 +432,7 @@ def test_thousands_of_updates_stay_a_small_page(tmp_path: Path) -> None:
         (lambda r, t: {"rollout/correct": 0, "rollout/incorrect": 64}, "Verdicts", "cold_start_steps"),
         (lambda r, t: {"rollout/unknown": 4, "verifier/timeout": 0.06}, "Unknown verdicts", "Most often: timeout"),
         (lambda r, t: {"engine/logprob_gap_mean": 0.06}, "Engine and trainer", "float32"),
+        (lambda r, t: {"gate/mean": 0.0}, "Weights", "phase/reliability"),
         (lambda r, t: {"rollout/repetition": 0.5}, "Repetition", "Read the completions"),
         (lambda r, t: {"optim/skipped": 2 * (r["step"] >= 7)}, "Skipped updates", "2 of 200 updates"),
     ],
