@@ -26,6 +26,7 @@ from sgopd_kernels import backends
 GB = 1e9
 # Assumed shares: of the peak rate, of the bandwidth, and of memory before it is tight.
 COMPUTE, STREAM, FULL = 0.4, 0.5, 0.92
+LIBRARIES = 0.5e9  # bytes of Python and its libraries; on a GPU of the driver's context
 DISK = 1e9  # bytes a second, of the folder through which a sampler's server gets the weights
 
 
@@ -60,6 +61,7 @@ class Sizes:
     width: int
     vocabulary: int
     layers: int
+    heads: int
     cache: int  # numbers that a token leaves in the key-value cache
     model: PreTrainedModel = field(repr=False)
 
@@ -91,6 +93,7 @@ def sizes_of(path: str, dtype: torch.dtype, config: Config, setting: str) -> Siz
         width=head.shape[1],
         vocabulary=head.shape[0],
         layers=text.num_hidden_layers,
+        heads=text.num_attention_heads,
         cache=2 * text.num_hidden_layers * heads * depth,
         model=model,
     )
@@ -103,7 +106,7 @@ def count(module: torch.nn.Module) -> int:
 def kept_for_backward(model: PreTrainedModel, rows: int, length: int) -> int:
     """Bytes that a forward pass of `rows` texts of `length` tokens keeps, counted on the meta device.
 
-    Weights are not counted, nor attention's matrices of positions by positions, which fused attention does not make.
+    Weights are not counted, nor attention's matrices of positions by positions, which depend on its kind.
     """
     weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     kept: dict[int, Any] = {}
@@ -155,6 +158,7 @@ def plan(config: Config, device: Device, processes: int, prompt: int) -> list[St
 
     # --- what is there throughout ---
     fixed = {
+        "libraries": LIBRARIES,
         "student": student.parameters * width_S / shards,
         "optimiser": 2 * trained * width_O / shards,
     }
@@ -175,31 +179,41 @@ def plan(config: Config, device: Device, processes: int, prompt: int) -> list[St
     # --- rollouts ---
     at_once = min(config.generation_batch_size or rollouts, rollouts)
     cache = at_once * length * student.cache * (2 if config.bf16 else width_S)
-    sampling = {**fixed, "cache": cache, "logits": 2 * 4 * at_once * student.vocabulary}
+    rows = 8 if config.top_k or config.top_p < 1 else 4  # of float32 logits: as they are, and filtered
+    sampling = {**fixed, "cache": cache, "logits": rows * 4 * at_once * student.vocabulary}
     if config.fsdp:
         sampling["student, whole"] = student.parameters * width_S
     steps = answer * -(-rollouts // at_once)
     bytes_read = steps * (student.parameters * width_S + cache * (prompt + answer / 2) / length)
     operations = 2 * (student.body + student.head) * rollouts * answer
     generating = max(bytes_read / (device.bandwidth * STREAM), operations / (peak * COMPUTE))
+    generating += 2 * student.body * rollouts * prompt / (peak * COMPUTE)
 
     # --- scoring and the update ---
     tokens, scored = rollouts * length, rollouts * answer
     passes = (4 if config.use_peft else 6) + (2 if config.gradient_checkpointing else 0)
     learning = passes * student.body * tokens + 6 * student.head * scored
     learning += sum(2 * other.body * tokens + 2 * other.head * scored for other in others)
-    kept = kept_for_backward(student.model, micro, length)
+    kept: float = kept_for_backward(student.model, micro, length)
     if config.gradient_checkpointing:  # the blocks' inputs, and one block at a time
         kept = kept // student.layers + student.layers * micro * length * student.width * (2 if low else 4)
     elif config.bf16 and config.dtype == "float32":  # half as wide, beside autocast's copies of the weights
         kept = kept // 2 + student.parameters * 2
+    attention = config.attn_implementation or "sdpa"
+    if not attention.startswith(("flash", "flex")):  # each layer keeps masks, in the dtype; eager its probabilities
+        squares = 1 if config.gradient_checkpointing else student.layers
+        squares *= student.heads if attention == "eager" else 1
+        kept += squares * micro * length**2 * (micro if config.padding_free else 1) * (2 if low else 4)
     rest = student.parameters - student.layers * student.block
     workspace = backends.get("cpu" if device is DEVICES["cpu"] else "triton").default_workspace
+    gradient = trained * width_O / shards
+    if micro >= rollouts:  # in one backward pass the gradient grows as what was kept goes
+        kept = max(0.0, kept - gradient)
     updating = {
         **fixed,
-        "gradient": trained * width_O / shards,
+        "gradient": gradient,
         "kept for backward": kept,
-        "loss": workspace + 4 * student.head + 8 * micro * answer * student.width,
+        "loss": workspace + 4 * student.head * (not config.use_peft) + 8 * micro * answer * student.width,
     }
     if config.fsdp:
         updating["gathered"] = (rest + student.block) * width_S

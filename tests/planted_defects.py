@@ -221,6 +221,8 @@ DEFECTS += [
     Defect("serve-teacher: positions one late", SERVE, "start - 1 : len(text) - 1]", "start : len(text)]", "teachers"),
     Defect("a run in the folder of another", STARTUP, "        if used:\n            raise", "        if False:\n            raise", "cli::test_a_run_is_never_overwritten"),
     Defect("update: a gradient that is not finite applied", TRAINER, '(("loss", measured["loss"]), ("gradient", norm))', '(("loss", measured["loss"]),)', "numbers"),
+    Defect("plan: the gradient beside all that was kept", "sgopd/plan.py", "    if micro >= rollouts:", "    if False:", "plan"),
+    Defect("plan: attention keeps no masks", "sgopd/plan.py", 'if not attention.startswith(("flash", "flex")):', "if False:", "plan"),
     Defect("hub: a push that fails ends the run", "sgopd/hub.py", "        except Exception as error:\n            self.say(", "        except KeyError as error:\n            self.say(", "hub"),
     Defect("hub: a lost checkpoint is not said", "sgopd/hub.py", "if self.pushing is not None and (error :=", "if False and (error :=", "hub"),
     Defect("hub: paths of this machine in the card", "sgopd/hub.py", "return name if named else None", "return name", "hub"),

@@ -66,6 +66,7 @@ def fixed_batch(trainer):
 @pytest.fixture
 def start(processes, settings, tmp_path):
     """Starts a run on `count` processes: a function that gives these, and where they say what."""
+    everyone = []
 
     def start(count, name, fixed=False, **changes):
         config = tmp_path / f"{name}.yaml"
@@ -77,19 +78,23 @@ def start(processes, settings, tmp_path):
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         started = [processes.Process(target=train, args=(rank, count, port, config, fixed)) for rank in range(count)]
+        everyone.extend(started)
         for process in started:
             process.start()
         return started, lambda: "".join(path.read_text() for path in sorted(tmp_path.glob(f"{name}.?.txt")))
 
-    return start
+    yield start
+    for process in everyone:  # that wait for each other
+        process.kill()
 
 
 @pytest.fixture
 def run(start, tmp_path):
     def run(count, name, status=0, **changes):
         started, said = start(count, name, **changes)
+        deadline = time.monotonic() + 240
         for process in started:
-            process.join(120)
+            process.join(max(0.0, deadline - time.monotonic()))
         assert [process.exitcode for process in started] == [status] * count, said()[-3000:]
         return tmp_path / changes.get("output_dir", name)
 

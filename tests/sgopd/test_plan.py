@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from sgopd import plan
 from sgopd.cli import main
 from sgopd.config import Config, UserError
 from sgopd.models import hidden_states
+from sgopd.rollout import batch_of, whole_texts
 
 GB = 1e9
 
@@ -95,6 +97,57 @@ def test_large_students_fit_where_they_should_and_what_does_not_is_said(tmp_path
     assert not plan.warnings_of(many, device, sharded, 64)
     alone = plan.plan(both, device, 1, 256)
     assert many[1].memory < alone[0].memory / 8 and all(stage.seconds > 0 for stage in many if stage.name != "verify")
+
+
+def test_the_gradient_takes_the_place_of_what_was_kept_but_among_several_forward_passes(tiny, config):
+    changes = {"max_completion_length": 100, "per_device_train_batch_size": 8, "backend": "cpu"}
+    *_, one = plan.plan(config(**changes), plan.DEVICES["cpu"], 1, 10)
+    *_, several = plan.plan(config(**changes, gradient_accumulation_steps=2), plan.DEVICES["cpu"], 1, 10)
+    *_, halves = plan.plan(config(**changes, max_tokens_per_device_batch=440), plan.DEVICES["cpu"], 1, 10)
+    kept = several.parts["kept for backward"]
+    assert kept > several.parts["gradient"] == one.parts["gradient"]
+    assert one.parts["kept for backward"] == kept - one.parts["gradient"]
+    assert halves.parts["kept for backward"] == pytest.approx(kept / 2, rel=0.05)
+
+
+@pytest.mark.parametrize(("attention", "heads"), [("sdpa", 1), ("eager", 2), ("flash_attention_2", 0)])
+@pytest.mark.parametrize("padding_free", [False, True])
+def test_what_attention_keeps_of_positions_by_positions(tiny, config, attention, heads, padding_free):
+    """Of ragged texts, beside the tensors of a real forward; flash attention, which is not here, keeps none."""
+    small = {"max_completion_length": 54, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}
+    small |= {"padding_free": padding_free}
+    none, some = (
+        plan.plan(config(**small, attn_implementation=kind), plan.DEVICES["cpu"], 1, 13)[-1]
+        for kind in ("flash_attention_2", attention)
+    )
+    counted = some.memory - none.memory
+    assert counted == heads * 3 * 67**2 * (3 if padding_free else 1) * 4, "the student has one layer"
+    if not heads:
+        return
+    batch = batch_of(
+        whole_texts([[3] * 67, [4] * 60, [5] * (74 if padding_free else 40)]), torch.device("cpu"), padding_free
+    )
+    model, kept, side = tiny.make_model(1), {}, batch.inputs[0].shape[1]
+    model.set_attn_implementation(attention)
+
+    def pack(tensor):
+        if tensor.shape[-2:] == (side, side):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = hidden_states(model, *batch.inputs)
+        assert output.requires_grad and sum(storage.nbytes() for storage in kept.values()) == counted
+
+
+def test_what_a_step_takes_can_be_measured(settings, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[2] / "tools")
+    import plan_measured
+
+    found = plan_measured.measure(settings(dataset_test_split=None, max_completion_length=6), steps=2)
+    assert set(found["memory"]) == set(found["seconds"]) == {"rollout", "update"}
+    assert all(value > 0 for what in ("memory", "seconds") for value in found[what].values())
+    assert {name for row in plan_measured.ROWS.values() for name in row} <= set(vars(Config.load(None, settings())))
 
 
 def test_the_command_scales_by_a_run(settings, tmp_path, capsys, monkeypatch):
