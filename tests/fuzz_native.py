@@ -305,46 +305,36 @@ def product_limit(x: Tensor, w: Tensor, relative: float) -> Tensor:
 
 
 def project_case(rng: random.Random, wild: bool) -> Case:
-    int16 = not _cpu.kernels().bf16 or rng.random() < 0.5
     n, v, h = rng.choice([0, 1, 2, 5, 6, 7, 13]), size(rng, 300), size(rng, 500)
-    elements = [torch.float32, torch.bfloat16] if int16 else [torch.bfloat16]
-    x = matrix(rng, n, h, rng.choice(elements), wild)
-    w = matrix(rng, v, h, rng.choice(elements), wild)
+    elements = [torch.float32, torch.bfloat16]
+    x, w = matrix(rng, n, h, rng.choice(elements), wild), matrix(rng, v, h, rng.choice(elements), wild)
     out = Block(rng, n, v, torch.float32)
     way = common(rng)
-    if not getattr(_cpu.kernels(way["isa"]), "int16" if int16 else "bf16"):
+    if not _cpu.kernels(way["isa"]).int16:
         way["isa"] = ""
-    fed = int16 and rng.random() < 0.5
+    fed = rng.random() < 0.5
     feedback = [Block(rng, h, 16, torch.float32, tight=True).set(values(rng, h, 16, wild)) for _ in range(2 * fed)]
 
     def judge(_: Any) -> None:
         truth = x.tensor.double() @ w.tensor.double().T
-        if int16:  # a row whose integer step would leave fp32's range is given as NaN, and the plan computes it exactly
-            sizes = [m.tensor.double().norm(dim=-1) for m in (x, w)]
-            beyond_x, beyond_w = (~((size == 0) | ((size > 1e-24) & (size < 1e14))) for size in sizes)
-            beyond = beyond_x.unsqueeze(-1) | beyond_w
-            truth = torch.where(beyond & torch.isnan(out.tensor), torch.nan, truth)
+        # a row whose integer step would leave fp32's range is given as NaN, and the plan computes it exactly
+        sizes = [m.tensor.double().norm(dim=-1) for m in (x, w)]
+        beyond_x, beyond_w = (~((size == 0) | ((size > 1e-24) & (size < 1e14))) for size in sizes)
+        beyond = beyond_x.unsqueeze(-1) | beyond_w
+        truth = torch.where(beyond & torch.isnan(out.tensor), torch.nan, truth)
         # Half a step an element, all of one sign where a row is constant; a segment's norm is 46,341 steps. With
         # feedback a hidden state's element moves up to a step more.
-        relative = 1e-5 + (1.5 + 2 * fed) * min(h, arguments["segment"]) ** 0.5 / 46_341 if int16 else 1e-6
-        limit = product_limit(x.tensor, w.tensor, relative)
-        if not int16:  # the processor's bf16 products take a denormal operand as 0
-            reach = [m.tensor.double().nan_to_num(0, 0, 0).abs().sum(-1) for m in (x, w)]
-            limit += 2.0**-126 * (reach[0].unsqueeze(-1) + reach[1])
-        close(out.tensor, truth, limit, "product")
+        relative = 1e-5 + (1.5 + 2 * fed) * min(h, arguments["segment"]) ** 0.5 / 46_341
+        close(out.tensor, truth, product_limit(x.tensor, w.tensor, relative), "product")
 
-    if int16:
-        arguments: dict[str, Any] = dict(
-            hidden=(x.address, x.stride, x.dtype == torch.bfloat16),
-            weight=(w.address, w.stride, w.dtype != torch.float32),
-            segment=rng.choice([2, 16, 192, 576, 2048]),
-            **{name: m.address for name, m in zip(("along", "absorb"), feedback)},
-        )
-    else:
-        arguments = dict(hidden=x.address, hidden_stride=x.stride, weight=w.address, weight_stride=w.stride)
-    arguments.update(n=n, v=v, h=h, out=out.address, out_stride=out.stride, **way)
-    call = _cpu.project_int16 if int16 else _cpu.project_bf16
-    return _hold(call, [x, w, out, *feedback]), arguments, judge, [out]
+    arguments: dict[str, Any] = dict(
+        hidden=(x.address, x.stride, x.dtype == torch.bfloat16),
+        weight=(w.address, w.stride, w.dtype != torch.float32),
+        segment=rng.choice([2, 16, 192, 576, 2048]),
+        **{name: m.address for name, m in zip(("along", "absorb"), feedback)},
+        **dict(n=n, v=v, h=h, out=out.address, out_stride=out.stride, **way),
+    )
+    return _hold(_cpu.project_int16, [x, w, out, *feedback]), arguments, judge, [out]
 
 
 def select_case(rng: random.Random, wild: bool) -> Case:
@@ -500,7 +490,7 @@ def pairs_case(rng: random.Random, wild: bool) -> Case:
 
 
 def tiles_case(rng: random.Random, wild: bool) -> Case:
-    """The products on tiles, on AMX where it is or emulated: fp32 operands have 16 bits, or 8 where `fine` says so."""
+    """The products on tiles, the processor's or emulated: fp32 operands have 16 bits, or 8 where `fine` says so."""
     n, v, h = rng.choice([0, 1, 2, 7, 31, 33, 65]), size(rng, 200), size(rng, 100)
     way = common(rng)
     if not _cpu.kernels(way["isa"]).tiles:

@@ -33,30 +33,6 @@ void run_rows(const sgopd::RowsArgs& a, int threads, const std::string& isa, std
   sgopd::parallel(count, count, [&](int64_t i) { run(a, a.rows * i / count, a.rows * (i + 1) / count); });
 }
 
-// out [n, v] fp32 = hidden [n, h] bf16 * weight [v, h]^T bf16; unit stride along h and v.
-void project_bf16(std::uintptr_t hidden, int64_t n, int64_t hidden_stride, std::uintptr_t weight, int64_t v,
-                  int64_t weight_stride, int64_t h, std::uintptr_t out, int64_t out_stride, int threads,
-                  const std::string& isa) {
-  const sgopd::BFloat16Kernels* k = sgopd::kernels(isa).bf16;
-  if (k == nullptr) throw std::invalid_argument("project_bf16: needs AVX512-BF16, and an isa that has it");
-  sgopd::extent("hidden", n, h, hidden_stride);
-  sgopd::extent("weight", v, h, weight_stride);
-  sgopd::extent("out", n, v, out_stride);
-  sgopd::require_threads(threads);
-  const auto* x = sgopd::pointer<const uint16_t>("hidden", hidden, n > 0);
-  const auto* w = sgopd::pointer<const uint16_t>("weight", weight, true);
-  auto* z = sgopd::pointer<float>("out", out, n > 0);
-  if (n == 0) return;
-  py::gil_scoped_release release;
-  const int64_t panels = k->panels(v);
-  const int64_t count = std::max<int64_t>(1, std::min<int64_t>({threads, panels, n * v / 4096 * h / 4096}));
-  sgopd::parallel(count, count, [&](int64_t i) {
-    std::vector<uint32_t> pack(k->pack_words(h));
-    k->project(x, n, hidden_stride, w, v, weight_stride, h, z, out_stride, panels * i / count, panels * (i + 1) / count,
-               pack.data());
-  });
-}
-
 // Asks for 2 MiB pages: fewer page faults on first touch, and rows a large stride apart share TLB entries.
 void advise_huge_pages(sgopd::Address address, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
@@ -79,8 +55,8 @@ PYBIND11_MODULE(_cpu, m) {
   py::class_<sgopd::Kernels>(m, "Kernels", "What an instruction set has, on this processor.")
       .def_readonly("name", &sgopd::Kernels::name)
       .def_property_readonly("int16", [](const sgopd::Kernels& k) { return k.int16 != nullptr; })
-      .def_property_readonly("bf16", [](const sgopd::Kernels& k) { return k.bf16 != nullptr; })
-      .def_property_readonly("tiles", [](const sgopd::Kernels& k) { return k.tiles != nullptr; });
+      .def_property_readonly("tiles", [](const sgopd::Kernels& k) { return k.tiles != nullptr; })
+      .def_property_readonly("wide_tiles", [](const sgopd::Kernels& k) { return k.tiles != nullptr && k.tiles->wide; });
   m.def("kernels", &sgopd::kernels, "isa"_a = "", py::return_value_policy::reference,
         "Of an instruction set by name, or the best one.");
   m.def(
@@ -93,8 +69,6 @@ PYBIND11_MODULE(_cpu, m) {
       "Instruction sets this build and this processor share, best first.");
   sgopd::define_rows(m, run_rows);
   m.def("advise_huge_pages", &advise_huge_pages, py::arg("address"), py::arg("bytes"));
-  m.def("project_bf16", &project_bf16, py::kw_only(), "hidden"_a, "n"_a, "hidden_stride"_a, "weight"_a, "v"_a,
-        "weight_stride"_a, "h"_a, "out"_a, "out_stride"_a, "threads"_a, "isa"_a = "");
   auto pairs = sgopd::define_pairs(m);
   sgopd::define_refine(m, pairs);
   sgopd::define_products(m);

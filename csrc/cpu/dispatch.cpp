@@ -14,9 +14,6 @@ void rows(const RowsArgs&, int64_t, int64_t);
 namespace avx512 {
 void rows(const RowsArgs&, int64_t, int64_t);
 }
-namespace avx512bf16 {
-const BFloat16Kernels& bf16();
-}
 #endif
 
 const std::vector<Kernels>& all_kernels() {
@@ -29,12 +26,9 @@ const std::vector<Kernels>& all_kernels() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl")) {
       const bool bf16 = __builtin_cpu_supports("avx512bf16");
-      const Kernels avx512{"avx512",
-                           avx512::rows,
-                           &avx512::pairs(),
+      const Kernels avx512{"avx512", avx512::rows, &avx512::pairs(),
                            __builtin_cpu_supports("avx512vnni") ? &avx512vnni::int16() : int16,
-                           bf16 ? &avx512bf16::bf16() : nullptr,
-                           nullptr};
+                           bf16 ? &avx512bf16::tiles() : nullptr};
       if (bf16 && amx::available()) {
         found.push_back(avx512);
         found.back().name = "amx";
@@ -42,10 +36,10 @@ const std::vector<Kernels>& all_kernels() {
       }
       found.push_back(avx512);
     }
-    if (avx2) found.push_back({"avx2", avx2::rows, &avx2::pairs(), int16, nullptr, nullptr});
+    if (avx2) found.push_back({"avx2", avx2::rows, &avx2::pairs(), int16, nullptr});
 #endif
-    found.push_back({"base", base::rows, &base::pairs(), nullptr, nullptr, nullptr});
-    found.push_back({"amx-emulated", base::rows, &base::pairs(), nullptr, nullptr, &emulated::tiles()});
+    found.push_back({"base", base::rows, &base::pairs(), nullptr, nullptr});
+    found.push_back({"amx-emulated", base::rows, &base::pairs(), nullptr, &emulated::tiles()});
     return found;
   }();
   return all;

@@ -11,22 +11,12 @@
 
 namespace sgopd {
 
-// Logits in fp32 from bf16 operands (project_bf16.cpp).
-struct BFloat16Kernels {
-  int64_t (*panels)(int64_t v);
-  int64_t (*pack_words)(int64_t h);
-  void (*project)(const uint16_t* hidden, int64_t n, int64_t hidden_stride, const uint16_t* weight, int64_t v,
-                  int64_t weight_stride, int64_t h, float* out, int64_t out_stride, int64_t first, int64_t last,
-                  uint32_t* pack);
-};
-
 // Null: this instruction set, on this processor, has none.
 struct Kernels {
   std::string name;
   void (*rows)(const RowsArgs&, int64_t first, int64_t last);
   const PairKernels* pairs;
   const Int16Kernels* int16;
-  const BFloat16Kernels* bf16;
   const TileKernels* tiles;
 };
 

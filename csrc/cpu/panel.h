@@ -1,4 +1,4 @@
-// Panels of a head for the dot-product instructions (AVX512-BF16, AVX512-VNNI): 64 vocabulary rows at a time, packed so
+// Panels of a head for the dot-product instruction of AVX512-VNNI: 64 vocabulary rows at a time, packed so
 // that the 16-bit columns (2k, 2k + 1) of 64 rows are contiguous words. A panel is h * 128 bytes and stays in L2.
 #pragma once
 

@@ -21,7 +21,8 @@ struct Words {
 const TileKernels& tiles_of(const char* what, const std::string& isa) {
   const TileKernels* k = kernels(isa).tiles;
   if (k == nullptr)
-    throw std::invalid_argument(std::string(what) + ": needs AMX-BF16, or isa='amx-emulated'; see kernels(isa).tiles");
+    throw std::invalid_argument(std::string(what) +
+                                ": needs AVX512-BF16 or AMX-BF16, or isa='amx-emulated'; see kernels(isa).tiles");
   return *k;
 }
 

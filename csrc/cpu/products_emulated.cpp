@@ -15,7 +15,7 @@ uint32_t rounded(float x) {  // to bf16, to nearest even
   return x != x ? (u >> 16 | 0x40) : (u + 0x7fff + (u >> 16 & 1)) >> 16;
 }
 
-struct Machine {
+struct Machine : TileRegisters<Machine> {
   struct Words {
     uint32_t word[kTile];
   };
@@ -125,7 +125,7 @@ struct Machine {
 }  // namespace
 
 const TileKernels& tiles() {
-  static const TileKernels kernels = kernels_on<Machine>(1 << 18);
+  static const TileKernels kernels = kernels_on<Machine>(1 << 18, true);
   return kernels;
 }
 

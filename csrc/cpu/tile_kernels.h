@@ -1,4 +1,4 @@
-// Products on tiles (tiles.h), as each machine that has them offers them: AMX, and its emulation.
+// Products on tiles (tiles.h), as each machine that has them offers them: AMX, its emulation, and AVX512-BF16.
 #pragma once
 
 #include <cstdint>
@@ -37,6 +37,7 @@ struct WeightSum {
 // Sizes in tiles: `words` of 4 bytes, 64-byte aligned. Ranges are parts of the work that may run in any order.
 struct TileKernels {
   int64_t worthwhile;  // terms of a product that a thread is worth
+  bool wide;           // whether two limbs of an fp32 operand are faster than fp32 products
 
   // x [n, h] as the left operand of `project` and as the right one of `weight_gradient`: words a limb, and the packing
   // (low null: one limb).
@@ -63,6 +64,9 @@ struct TileKernels {
 };
 
 namespace emulated {
+const TileKernels& tiles();
+}
+namespace avx512bf16 {
 const TileKernels& tiles();
 }
 namespace amx {

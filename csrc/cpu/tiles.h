@@ -10,10 +10,11 @@
 // A bf16 operand is its own high limb, and has no other. A gradient G [n, v] needs its low limb only where its energy
 // lies: `fine` says in which blocks of 32 tokens by 32 columns it takes part, and there alone the other operand's does.
 //
-// The inner product is one of 16 x 16 tiles over 32 terms, on a Machine: AMX's registers (products_amx.cpp), or plain
-// C++ that rounds as they do (products_emulated.cpp). Both take a denormal operand as 0 and give a denormal sum as 0.
-// Operands are packed into tiles as they come, edges filled with zeros, so that neither sizes nor strides matter to it.
-// An element's terms are summed in one order, whatever the number of threads: it changes no bit.
+// The inner product is one of 16 x 16 tiles over 32 terms, on a Machine: AMX's registers (products_amx.cpp), dot
+// products of AVX512-BF16 (products_bf16.cpp), or plain C++ that rounds as AMX does (products_emulated.cpp). All take a
+// denormal operand as 0 and give a denormal sum as 0. Operands are packed into tiles as they come, edges filled with
+// zeros, so that neither sizes nor strides matter to it. An element's terms are summed in one order, whatever the
+// number of threads: it changes no bit.
 //
 // No std:: template is instantiated here: its weak symbol, compiled for one instruction set, could be linked into
 // another.
@@ -63,44 +64,47 @@ inline void pack(const T* x, int64_t stride, int64_t rows, int64_t columns, uint
   for (int64_t i = 0; i < kTile; ++i) Machine::store(low + i * kTile, l[i]);
 }
 
-// Tiles 0 to 3 are C [32, 32], 4 and 5 A's two strips, 6 and 7 B's.
-// C += A B over `steps` tiles, low limbs where fine[k * fine_stride], or everywhere where it is null.
-template <bool kLowA, bool kLowB, class Machine>
-inline void accumulate(Machine& m, const Limbs& a, const Limbs& b, int64_t steps, const uint8_t* fine,
-                       int64_t fine_stride) {
-  for (int64_t k = 0; k < steps; ++k) {
-    const int64_t at = k * kWords;
-    const bool both = (kLowA || kLowB) && (fine == nullptr || fine[k * fine_stride] != 0);
-    m.template load<6>(b.high + at);
-    m.template load<7>(b.high + b.strip + at);
-    if constexpr (kLowA) {
-      if (both) {
-        m.template load<4>(a.low + at);
-        m.template dot<0, 4, 6>();
-        m.template dot<1, 4, 7>();
-        m.template load<5>(a.low + a.strip + at);
-        m.template dot<2, 5, 6>();
-        m.template dot<3, 5, 7>();
+// C += A B on registers that hold a tile each: 0 to 3 are C [32, 32], 4 and 5 A's two strips, 6 and 7 B's.
+template <class Machine>
+struct TileRegisters {
+  // Over `steps` tiles; low limbs where fine[k * fine_stride], or everywhere where it is null.
+  template <bool kLowA, bool kLowB>
+  void accumulate(const Limbs& a, const Limbs& b, int64_t steps, const uint8_t* fine, int64_t fine_stride) {
+    Machine& m = static_cast<Machine&>(*this);
+    for (int64_t k = 0; k < steps; ++k) {
+      const int64_t at = k * kWords;
+      const bool both = (kLowA || kLowB) && (fine == nullptr || fine[k * fine_stride] != 0);
+      m.template load<6>(b.high + at);
+      m.template load<7>(b.high + b.strip + at);
+      if constexpr (kLowA) {
+        if (both) {
+          m.template load<4>(a.low + at);
+          m.template dot<0, 4, 6>();
+          m.template dot<1, 4, 7>();
+          m.template load<5>(a.low + a.strip + at);
+          m.template dot<2, 5, 6>();
+          m.template dot<3, 5, 7>();
+        }
       }
-    }
-    m.template load<4>(a.high + at);
-    m.template dot<0, 4, 6>();
-    m.template dot<1, 4, 7>();
-    m.template load<5>(a.high + a.strip + at);
-    m.template dot<2, 5, 6>();
-    m.template dot<3, 5, 7>();
-    if constexpr (kLowB) {
-      if (both) {
-        m.template load<6>(b.low + at);
-        m.template dot<0, 4, 6>();
-        m.template dot<2, 5, 6>();
-        m.template load<7>(b.low + b.strip + at);
-        m.template dot<1, 4, 7>();
-        m.template dot<3, 5, 7>();
+      m.template load<4>(a.high + at);
+      m.template dot<0, 4, 6>();
+      m.template dot<1, 4, 7>();
+      m.template load<5>(a.high + a.strip + at);
+      m.template dot<2, 5, 6>();
+      m.template dot<3, 5, 7>();
+      if constexpr (kLowB) {
+        if (both) {
+          m.template load<6>(b.low + at);
+          m.template dot<0, 4, 6>();
+          m.template dot<2, 5, 6>();
+          m.template load<7>(b.low + b.strip + at);
+          m.template dot<1, 4, 7>();
+          m.template dot<3, 5, 7>();
+        }
       }
     }
   }
-}
+};
 
 template <class Machine>
 inline void clear(Machine& m) {
@@ -164,7 +168,8 @@ void project_panels(const Limbs& x, int64_t n, int64_t h, const T* weight, int64
       for (int64_t i = 0; i < n; i += 32) {
         const int64_t a = i / 16 * x.strip;
         clear(m);
-        accumulate<kLowA, kIsWide<T>>(m, {x.high + a, kLowA ? x.low + a : nullptr, x.strip}, b, steps, nullptr, 0);
+        m.template accumulate<kLowA, kIsWide<T>>({x.high + a, kLowA ? x.low + a : nullptr, x.strip}, b, steps, nullptr,
+                                                 0);
         put(m, sums);
         const int64_t rows = smaller(32, n - i), width = smaller(32, columns - 16 * s);
         float* to = out + i * out_stride + column + 16 * s;
@@ -244,8 +249,8 @@ void hidden_gradient_part(const TiledGradient& g, const T* weight, int64_t strid
           m.template load_sum<0>(sum), m.template load_sum<1>(sum + kWords);
           m.template load_sum<2>(sum + 2 * kWords), m.template load_sum<3>(sum + 3 * kWords);
         }
-        accumulate<true, kIsWide<T>>(m, {g_high, g_low, kStrip}, {high + 2 * s * kStrip, low + 2 * s * kStrip, kStrip},
-                                     steps, limbs, 1);
+        m.template accumulate<true, kIsWide<T>>({g_high, g_low, kStrip},
+                                                {high + 2 * s * kStrip, low + 2 * s * kStrip, kStrip}, steps, limbs, 1);
         m.template store_tile<0>(sum, 16), m.template store_tile<1>(sum + kWords, 16);
         m.template store_tile<2>(sum + 2 * kWords, 16), m.template store_tile<3>(sum + 3 * kWords, 16);
       }
@@ -360,8 +365,9 @@ void weight_gradient_panels(const TiledGradient& g, const Limbs& x, int64_t h, c
       for (int64_t column = 0; column < h; column += 32) {
         const int64_t b = column / 16 * x.strip, width = smaller(32, h - column);
         clear(m);
-        accumulate<true, kLowB>(m, {high + s * strip, low + s * strip, strip},
-                                {x.high + b, kLowB ? x.low + b : nullptr, x.strip}, steps, limbs, g.fine_stride);
+        m.template accumulate<true, kLowB>({high + s * strip, low + s * strip, strip},
+                                           {x.high + b, kLowB ? x.low + b : nullptr, x.strip}, steps, limbs,
+                                           g.fine_stride);
         put(m, sums);
         for (int64_t r = 0; r < rows; ++r) {
           if (streams && width == 32)
@@ -385,8 +391,9 @@ void weight_gradient(const TiledGradient& g, const Limbs& x, int64_t h, const We
 }
 
 template <class Machine>
-constexpr TileKernels kernels_on(int64_t worthwhile) {
+constexpr TileKernels kernels_on(int64_t worthwhile, bool wide) {
   return {worthwhile,
+          wide,
           words,
           pack_hidden<Machine, false>,
           pack_hidden<Machine, true>,

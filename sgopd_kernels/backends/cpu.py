@@ -92,27 +92,11 @@ class CpuBackend(NativeBackend):
         return torch.frombuffer(pages, dtype=dtype).view(rows, columns)
 
     def project(self, hidden: Tensor, weight: Tensor, out: Tensor, balance: Tensor | None = None) -> None:
-        """bf16 operands on tiles or dot products where the processor has them: fp32 results without fp32 copies."""
-        both = hidden.dtype == weight.dtype == torch.bfloat16 and hidden.stride(1) == weight.stride(1) == 1
-        if both and self.has_tiles(weight):
+        """bf16 operands on tiles where the processor has them: fp32 results without fp32 copies."""
+        if hidden.dtype == weight.dtype == torch.bfloat16 and self.has_tiles(hidden, weight):
             self.project_tiles(hidden, weight, out)
-            return
-        if not both or self.module is None or not self.kernels().bf16:
-            super().project(hidden, weight, out)
-            return
-        (n, h), v = hidden.shape, weight.shape[0]
-        self.module.project_bf16(
-            hidden=hidden.data_ptr(),
-            n=n,
-            hidden_stride=hidden.stride(0),
-            weight=weight.data_ptr(),
-            v=v,
-            weight_stride=weight.stride(0),
-            h=h,
-            out=out.data_ptr(),
-            out_stride=out.stride(0),
-            **self.launch(),
-        )
+        else:
+            super().project(hidden, weight, out, balance)
 
     def add_hidden_gradient(self, gradient: Tensor, weight: Tensor, out: Tensor, add: bool = True) -> None:
         """A bf16 head on tiles: the gradient as two bf16 numbers, its 16 leading bits."""
@@ -131,7 +115,13 @@ class CpuBackend(NativeBackend):
 
     def has_tiles(self, *operands: Tensor) -> bool:
         """Whether the processor has them, and for these operands."""
-        return self.module is not None and self.kernels().tiles and all(t.dtype in _ELEMENTS for t in operands)
+        if self.module is None or not self.kernels().tiles:
+            return False
+        return all(t.dtype == torch.bfloat16 or (t.dtype in _ELEMENTS and self.splits()) for t in operands)
+
+    def splits(self) -> bool:
+        """Whether tiles are fast enough for an fp32 operand as two bf16 numbers: AMX's are, dot products are not."""
+        return self.kernels().wide_tiles
 
     def rounds_sums(self, problem: Problem) -> bool:
         """A tile's product is rounded as it is written: all plans of bf16 operands then run on tiles."""

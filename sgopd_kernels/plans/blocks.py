@@ -1,9 +1,9 @@
 """The plan by blocks: dense products of bf16 numbers on tiles, with two of them a factor where the energy lies.
 
-For processors whose strength is products of bf16 tiles (AMX; csrc/cpu/tiles.h). Rounding a factor to bf16 costs 1.6e-3
-of a product; as a sum of two bf16 numbers it costs 5e-6, and the product two or three times as long. But nine tenths of
-a gradient's energy lie in a hundredth of its blocks of 32 tokens by 32 columns. With two numbers there and one
-elsewhere the gradients' error is
+For processors whose strength is products of bf16 numbers (AMX, AVX512-BF16; csrc/cpu/tiles.h). Rounding a factor to
+bf16 costs 1.6e-3 of a product; as a sum of two bf16 numbers it costs 5e-6, and the product two or three times as long.
+But nine tenths of a gradient's energy lie in a hundredth of its blocks of 32 tokens by 32 columns. With two numbers
+there and one elsewhere the gradients' error is
 
     rounding * sqrt(share of the energy elsewhere)
 
@@ -153,14 +153,15 @@ class Blocks(Exact):
 def blocks(problem: Problem, backend: CpuBackend, needs_grad: NeedsGrad, rows: Tensor) -> list[Blocks]:
     """The plan, where the tokens `rows` are worth it and the budget leaves it room; for a processor with tiles.
 
-    Not for bf16 operands alone: the exact plan's products take one or two numbers a factor there in all, and choosing
-    blocks costs what it saves (docs/benchmarks.md).
+    bf16 operands alone need no split logits. On AMX they don't take the plan: there the exact plan's products, with two
+    numbers for the gradient in all blocks, took less time (docs/notes/tried.md).
     """
     numbers, budget = calibration.FITTED.blocks, problem.budget
     work = rows.numel() * problem.vocabulary * problem.student.hidden.shape[1]
     if rows.numel() == 0 or work < numbers.worthwhile or budget < 4 * numbers.both:
         return []
-    if all(t.dtype == torch.bfloat16 for t in problem.operands()):
+    narrow = all(t.dtype == torch.bfloat16 for t in problem.operands())
+    if narrow and backend.splits():
         return []
-    split = plain(problem) and probe(problem, rows)[0] * budget**2 > numbers.kl
+    split = not narrow and plain(problem) and probe(problem, rows)[0] * budget**2 > numbers.kl
     return [Blocks(problem, backend, needs_grad, split)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -13,6 +14,9 @@ from sgopd_kernels.backends.cpu import CpuBackend
 from sgopd_kernels.plans import calibration
 from sgopd_kernels.plans.blocks import Blocks
 
+DOTS = pytest.mark.skipif(
+    "avx512" not in _cpu.available() or not _cpu.kernels("avx512").tiles, reason="this processor has no AVX512-BF16"
+)
 MACHINES = [
     "amx-emulated",
     pytest.param(
@@ -85,6 +89,30 @@ def test_within_the_budget(spread: float, distance: float, dtype: torch.dtype, g
     else:
         assert got[3].plan == "blocks" and 0 < got[3].error_estimate <= calibration.AUTO and got[3].kept <= 1
         assert got[3].kept < 0.9 or spread < 1
+
+
+@pytest.fixture(params=["amx-emulated", pytest.param("avx512", marks=DOTS)])
+def by_dot_products(request: pytest.FixtureRequest, machine: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a processor with AVX512-BF16 and without AMX."""
+    monkeypatch.setattr(CpuBackend, "isa", request.param)
+    monkeypatch.setattr(CpuBackend, "splits", lambda _: False)
+
+
+@pytest.mark.parametrize("machine", ["amx-emulated"], indirect=True)
+@pytest.mark.parametrize("budget", [1.5e-3, 3e-4])
+@pytest.mark.parametrize(("spread", "distance"), [(4.0, 3.0), (8.0, 0.03), (4.0, 3e-4), (0.1, 0.3), (0.1, 3e-3)])
+def test_bf16_operands_by_dot_products(by_dot_products: None, spread: float, distance: float, budget: float) -> None:
+    """There bf16 operands take the plan, and fp32 ones don't. The result's own rounding is independent of its error."""
+    operands = inputs(spread, distance, torch.bfloat16)
+    truth, got = truth_of(operands), gradients(operands, precision=budget)
+    exact = gradients(operands, precision="exact")
+    assert got[3].plan == "blocks" and 0 < got[3].error_estimate <= budget and exact[3].plan == "exact"
+    assert torch.equal(got[0], exact[0]), "their logits are exact"
+    for mine, other, true in zip(got[1:3], exact[1:3], truth[1:3]):
+        assert error(mine, true) <= math.hypot(got[3].error_estimate, 1.01 * error(other, true))
+    many = gradients(operands, precision=budget, workspace=2**22)
+    assert many[3].plan == "blocks" and error(many[2], got[2]) <= 2 * budget + 2**-9
+    assert gradients(inputs(spread, distance, torch.float32))[3].plan != "blocks"
 
 
 @pytest.mark.parametrize("budget", [1e-2, 1e-3, 1e-4])

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from sgopd_kernels import Gate, backends, gated_kl_loss
+from sgopd_kernels import Gate, _cpu, backends, gated_kl_loss
 from sgopd_kernels.backends.cpu import CpuBackend
 
 
@@ -70,7 +70,7 @@ def test_autocast_moves_no_bit(
     """Nor of what the plans multiply in torch: a probe, the residual along the head's directions."""
     calibrate(pairs={"worthwhile": 0.0})
     # Pairs, whose plans do that, in place of tiles.
-    monkeypatch.setattr(CpuBackend, "isa", next(i for i in CpuBackend().instruction_sets() if "amx" not in i))
+    monkeypatch.setattr(CpuBackend, "isa", next(i for i in _cpu.available() if not _cpu.kernels(i).tiles))
     inputs = kit.make_inputs(n=48, v=2500, hs=64, peak=12.0, near=0.3, seed=5, dtype=dtype)
     plain = kit.call(inputs, backend=backend)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -185,8 +185,9 @@ _PEAK = """
 """
 
 
-AMX = pytest.mark.skipif(
-    not CpuBackend.module or not CpuBackend().kernels().tiles, reason="this processor has no AMX-BF16"
+AMX = pytest.mark.skipif(not _cpu.kernels().wide_tiles, reason="this processor has no AMX-BF16")
+DOTS = pytest.mark.skipif(
+    not _cpu.kernels().tiles or _cpu.kernels().wide_tiles, reason="not the processor's best: AVX512-BF16 without AMX"
 )
 
 
@@ -205,6 +206,7 @@ def peak_bytes(backend: str, dtype: str, plan: str, n: int, v: int, h: int) -> i
         ("cpu", "float32", "quantized", 4096),
         ("cpu", "bfloat16", "exact", 4096),
         pytest.param("cpu", "float32", "blocks", 4096, marks=AMX),
+        pytest.param("cpu", "bfloat16", "blocks", 4096, marks=DOTS),
         ("torch", "float32", "exact", 1024),
     ],
 )
