@@ -98,6 +98,7 @@ DEFECTS = [
     Defect("tiles: low limbs left out", "csrc/cpu/tiles.h", "const bool both = (kLowA || kLowB) &&", "const bool both = false &&"),
     Defect("tiles: what lies beyond an edge multiplied too", "csrc/cpu/tiles.h", "Machine::line(x + i * stride, i < rows ? columns : 0)", "Machine::line(x + i * stride, i < rows ? 32 : 0)"),
     Defect("tiles: the sum over chunks in bf16", "csrc/cpu/tiles.h", "rest[c] = static_cast<int8_t>(kept - (rounded << 8));", "rest[c] = 0;"),
+    Defect("tiles: one half of a dot product's columns twice", "csrc/cpu/products_bf16.cpp", "w1 = _mm512_load_si512(w + b.strip + word * kTile)", "w1 = w0"),
     Defect("tiles: a part of the width lost", "csrc/cpu/products.cpp", "last_strip = bound(strips, c + 1, columns);", "last_strip = bound(strips, c + 1, columns + (columns > 1));"),
     Defect("blocks: energies of the wrong columns", ROWS, "sum += g[32 * block + i] * g[32 * block + i];", "sum += g[i] * g[i];"),
     Defect("blocks: two numbers where the energy is not", "sgopd_kernels/plans/blocks.py", "order[:coarse]", "order[-coarse:]"),

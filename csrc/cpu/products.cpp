@@ -22,7 +22,7 @@ const TileKernels& tiles_of(const char* what, const std::string& isa) {
   const TileKernels* k = kernels(isa).tiles;
   if (k == nullptr)
     throw std::invalid_argument(std::string(what) +
-                                ": needs AVX512-BF16 or AMX-BF16, or isa='amx-emulated'; see kernels(isa).tiles");
+                                ": needs AMX-BF16, or isa='avx512-bf16' or 'amx-emulated'; see kernels(isa).tiles");
   return *k;
 }
 

@@ -37,8 +37,8 @@ struct Machine : Packing {
 
   template <bool kLowA, bool kLowB>
   void accumulate(const Limbs& a, const Limbs& b, int64_t steps, const uint8_t* fine, int64_t fine_stride) {
-    // 32 KiB of A and B: in L1 while all rows pass; and sums of sums round less than one long one.
-    constexpr int64_t kSteps = 8;
+    // 16 KiB of A and B: in L1 while all rows pass; and sums of sums round less than one long one.
+    constexpr int64_t kSteps = 4;
     for (int64_t first = 0; first < steps; first += kSteps) {
       for (int64_t row = 0; row < 2 * kTile; row += kRows)
         add<kLowA, kLowB>(row, a, b, first, smaller(first + kSteps, steps), fine, fine_stride);
