@@ -46,7 +46,7 @@ DEVICES = {
     "a100": Device(312e12, 19.5e12, 2.04e12, 80e9, 300e9),
     "l40s": Device(362e12, 91.6e12, 0.864e12, 48e9, 32e9),
     "cpu": Device(
-        4e11, 4e11, 20e9, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), 1e9
+        8e11, 4e11, 20e9, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), 1e9
     ),  # two cores, roughly
 }
 
@@ -181,10 +181,14 @@ def plan(config: Config, device: Device, processes: int, prompt: int) -> list[St
     cache = at_once * length * student.cache * (2 if config.bf16 else width_S)
     rows = 8 if config.top_k or config.top_p < 1 else 4  # of float32 logits: as they are, and filtered
     sampling = {**fixed, "cache": cache, "logits": rows * 4 * at_once * student.vocabulary}
+    autocast = config.bf16 and config.dtype == "float32"
+    if autocast:
+        sampling["copies in bfloat16"] = student.parameters * 2
     if config.fsdp:
         sampling["student, whole"] = student.parameters * width_S
     steps = answer * -(-rollouts // at_once)
-    bytes_read = steps * (student.parameters * width_S + cache * (prompt + answer / 2) / length)
+    width_W = width_S + 4 * autocast  # in a step each copy is written and read
+    bytes_read = steps * (student.parameters * width_W + cache * (prompt + answer / 2) / length)
     operations = 2 * (student.body + student.head) * rollouts * answer
     generating = max(bytes_read / (device.bandwidth * STREAM), operations / (peak * COMPUTE))
     generating += 2 * student.body * rollouts * prompt / (peak * COMPUTE)
@@ -197,7 +201,7 @@ def plan(config: Config, device: Device, processes: int, prompt: int) -> list[St
     kept: float = kept_for_backward(student.model, micro, length)
     if config.gradient_checkpointing:  # the blocks' inputs, and one block at a time
         kept = kept // student.layers + student.layers * micro * length * student.width * (2 if low else 4)
-    elif config.bf16 and config.dtype == "float32":  # half as wide, beside autocast's copies of the weights
+    elif autocast:  # half as wide, beside autocast's copies of the weights
         kept = kept // 2 + student.parameters * 2
     attention = config.attn_implementation or "sdpa"
     if not attention.startswith(("flash", "flex")):  # each layer keeps masks, in the dtype; eager its probabilities

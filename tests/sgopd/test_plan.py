@@ -85,6 +85,7 @@ def test_large_students_fit_where_they_should_and_what_does_not_is_said(tmp_path
     stages = plan.plan(one, device, 1, 256)
     assert stages[0].parts["student"] == pytest.approx(0.596 * 4 * GB, rel=0.01)
     assert stages[0].parts["teacher"] == pytest.approx(32.76 * 2 * GB, rel=0.01)
+    assert stages[0].parts["copies in bfloat16"] == pytest.approx(0.596 * 2 * GB, rel=0.01)
     assert not plan.warnings_of(plan.plan(one, plan.DEVICES["h200"], 1, 256), plan.DEVICES["h200"], one, 1)
     both = config(model_name_or_path=large, **changes)
     (said,) = plan.warnings_of(plan.plan(both, device, 1, 256), device, both, 1)
