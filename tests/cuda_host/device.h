@@ -20,7 +20,8 @@
 #include <vector>
 
 #ifdef DEVICE_THREADS
-#include <barrier>
+#include <condition_variable>
+#include <mutex>
 #include <thread>
 #else
 #include <ucontext.h>
@@ -41,7 +42,27 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 namespace device {
 
 #ifdef DEVICE_THREADS
-using Barrier = std::barrier<>;
+// std::barrier spins: more threads than processors, and none gets on.
+class Barrier {
+ public:
+  explicit Barrier(int threads) : threads_(threads) {}
+  void arrive_and_wait() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    const int mine = generation_;
+    if (++arrived_ == threads_) {
+      arrived_ = 0;
+      ++generation_;
+      all_here_.notify_all();
+    } else {
+      all_here_.wait(lock, [&] { return generation_ != mine; });
+    }
+  }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable all_here_;
+  int threads_, arrived_ = 0, generation_ = 0;
+};
 #else
 inline bool descending = false;
 inline ucontext_t scheduler;
