@@ -93,14 +93,14 @@ class Gradients:
         }
 
 
-def chunks(path: Path, teachers: list[str]) -> Iterator[Chunk]:
+def chunks(path: Path, teachers: list[str], dtype: torch.dtype) -> Iterator[Chunk]:
     with safe_open(path, "pt") as file:
         stored = list(file.keys())
         names = [name.removeprefix("teacher_hidden.") for name in stored if name.startswith("teacher_hidden.")]
         hidden, weight, ids, prompt = (
             file.get_tensor(name) for name in ("student_hidden", "student_weight", "token_ids", "prompt")
         )
-        model = f"{weight.shape[0]:,} x {weight.shape[1]}"
+        model = f"{weight.shape[0]:,} x {weight.shape[1]}" + (", bf16" if dtype == torch.bfloat16 else "")
         for teacher in [*sorted(names), *(f"{name}{BODY}" for name in sorted(names))]:
             if teachers and teacher not in teachers:
                 continue
@@ -109,7 +109,7 @@ def chunks(path: Path, teachers: list[str]) -> Iterator[Chunk]:
             t_weight = weight if teacher != of else file.get_tensor(f"teacher_weight.{of}")
             for which in prompt.unique().tolist():
                 at = prompt == which
-                operands = [hidden[at], weight, t_hidden[at], t_weight, ids[at]]
+                operands = [t.to(dtype) for t in (hidden[at], weight, t_hidden[at], t_weight)] + [ids[at]]
                 yield Chunk(model, f"{path.parent.name}/{path.stem}", teacher, which, operands)
 
 
@@ -129,7 +129,7 @@ def truth(operands: list[Tensor], tile: int = 32_768) -> tuple[Gradients, float]
     kl = (p * ratio).sum(-1, keepdim=True)
     g = ratio.sub_(kl).mul_(p).div_(n).float()
     mean = float(kl.mean())
-    return Gradients(mean, g @ weight, g.T @ hidden, d), mean
+    return Gradients(mean, g @ weight.float(), g.T @ hidden.float(), d), mean
 
 
 def call(operands: list[Tensor], precision: float | str) -> tuple[Gradients, Any]:
@@ -298,11 +298,11 @@ def whole(chunk: Chunk, true: Gradients, precision: float) -> dict[str, Any]:
 
 
 def measure(
-    paths: list[Path], teachers: list[str], fit: int, held_out: int, precision: float
+    paths: list[Path], teachers: list[str], dtype: torch.dtype, fit: int, held_out: int, precision: float
 ) -> Iterator[dict[str, Any]]:
     of_plan = factors_of_blocks if CpuBackend().kernels().tiles else factors
     for path in paths:
-        for chunk in chunks(path, teachers):
+        for chunk in chunks(path, teachers, dtype):
             if chunk.prompt // 2 >= (held_out if chunk.held_out else fit):
                 continue
             true, kl = truth(chunk.operands)
@@ -371,6 +371,7 @@ def main() -> None:
     parser.add_argument("--teachers", default="", help="of the files; default: all")
     parser.add_argument("--fit", type=int, default=1000, help="prompts a file and teacher to fit on, at most")
     parser.add_argument("--held-out", type=int, default=1000, help="… to hold out, at most")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the operands")
     parser.add_argument("--precision", type=float, default=calibration.AUTO)
     parser.add_argument("--isa", default=plain(), help="instruction set (default: the best without tiles)")
     parser.add_argument("--json", type=Path, help="write every measurement to this file, one a line")
@@ -381,7 +382,14 @@ def main() -> None:
     teachers = arguments.teachers.split(",") if arguments.teachers else []
     rows = []
     with arguments.json.open("w") if arguments.json is not None else nullcontext(sys.stderr) as file:
-        for row in measure(arguments.hidden, teachers, arguments.fit, arguments.held_out, arguments.precision):
+        for row in measure(
+            arguments.hidden,
+            teachers,
+            getattr(torch, arguments.dtype),
+            arguments.fit,
+            arguments.held_out,
+            arguments.precision,
+        ):
             rows.append(shortened(row))
             print(json.dumps(rows[-1]), file=file, flush=True)  # it takes a while
     rows += [json.loads(line) for path in arguments.read for line in path.read_text().splitlines()]
