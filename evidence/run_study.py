@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -108,14 +109,18 @@ def results_of(items: Iterator[Any], workers: int) -> Iterator[dict[str, Any]]:
     if not workers:
         yield from itertools.starmap(one_run, items)
         return
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        under_way = [pool.apply_async(one_run, item) for item in itertools.islice(items, workers)]
-        while under_way:
-            under_way[0].wait(0.05)
-            for ended in [one for one in under_way if one.ready()]:
-                under_way.remove(ended)
-                yield ended.get()
-                under_way += [pool.apply_async(one_run, item) for item in itertools.islice(items, 1)]
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        under_way = {pool.submit(one_run, *item) for item in itertools.islice(items, workers)}
+        try:
+            while under_way:
+                ended, under_way = wait(under_way, return_when=FIRST_COMPLETED)
+                for future in ended:
+                    yield future.result()
+                    under_way |= {pool.submit(one_run, *item) for item in itertools.islice(items, 1)}
+        except BaseException:  # SIGTERM, which a trainer would take for itself, and then end well
+            for process in multiprocessing.active_children():
+                process.kill()
+            raise
 
 
 def one_run(
