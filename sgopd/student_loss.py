@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +17,6 @@ from sgopd.rollout import Batch
 from sgopd.teachers import Hidden, Routed, Targets, TopK
 from sgopd.weights import Rule, token_weights, weigh
 from sgopd_kernels import Gate, Stats, gated_kl_loss, gated_logprob_loss, gated_topk_kl_loss
-from sgopd_kernels.plans.base import KEPT
 
 
 class Measured(NamedTuple):
@@ -249,20 +247,4 @@ class StudentLoss(nn.Module):
                 told.append(self.gated(*given, **own))
         losses, stats = zip(*told)
         order = torch.cat(places).argsort()
-        return torch.stack(losses).sum(), joined(stats, order)
-
-
-def joined(stats: Sequence[Stats], order: Tensor) -> Stats:
-    """The statistics of several calls as those of one, whose tokens are theirs in `order`."""
-    tensors = {
-        field.name: torch.cat([getattr(one, field.name) for one in stats])[order]
-        for field in dataclasses.fields(Stats)
-        if field.name not in ("backend", "report")
-    }
-    report = None
-    if all(one.report is not None for one in stats):
-        reports = torch.stack([one.report for one in stats if one.report is not None])
-        tokens = torch.tensor([len(one.gate) for one in stats], dtype=torch.float64, device=reports.device)
-        kept = (reports[:, KEPT] * tokens).sum() / tokens.sum().clamp(min=1)
-        report = torch.stack([reports[:, 0].max(), kept, reports[:, 2].max()])
-    return Stats(**tensors, backend=stats[0].backend, report=report)
+        return torch.stack(losses).sum(), Stats.joined(stats, order)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import numbers
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Any, Literal, TypedDict, overload
 
 import torch
@@ -85,6 +86,27 @@ class Stats:
     @property
     def error_estimate(self) -> float:
         return 0.0 if self.report is None else float(self.report[2])
+
+    @classmethod
+    def joined(cls, calls: Sequence[Stats], order: Tensor) -> Stats:
+        """Of several calls as of one: the cheapest plan that any took, the worst error estimate.
+
+        Args:
+            calls: of calls on flat tokens, by one backend; at least one.
+            order: [N] int64; token i of the one call is the order[i]-th of theirs, one call after another.
+        """
+        tensors = {
+            field.name: torch.cat([getattr(one, field.name) for one in calls])[order]
+            for field in fields(cls)
+            if field.name not in ("backend", "report")
+        }
+        report = None
+        if all(one.report is not None for one in calls):
+            reports = torch.stack([one.report for one in calls if one.report is not None])
+            tokens = torch.tensor([len(one.gate) for one in calls], dtype=torch.float64, device=reports.device)
+            kept = (reports[:, KEPT] * tokens).sum() / tokens.sum().clamp(min=1)
+            report = torch.stack([reports[:, 0].max(), kept, reports[:, 2].max()])
+        return cls(**tensors, backend=calls[0].backend, report=report)
 
 
 _DEFAULT = Options()
