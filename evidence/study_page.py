@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import mpmath  # sympy's
 from checkpoints import SAMPLES, STUDENTS
 from constructed import TASKS
 from study import ARMS, BASELINE, CONTROLS, CORE, GROUPED, RATES, REST, Cell
@@ -102,7 +103,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 def t_tail(t: float, freedom: int) -> float:
     """P(T > t) of Student's t, t >= 0: half the incomplete beta I_x(f / 2, 1 / 2), x = f / (f + t²)."""
-    return 0.5 * incomplete_beta(freedom / 2, 0.5, freedom / (freedom + t * t))
+    return 0.5 * float(mpmath.betainc(freedom / 2, 0.5, 0, freedom / (freedom + t * t), regularized=True))
 
 
 @functools.cache
@@ -115,30 +116,6 @@ def t_quantile(probability: float, freedom: int) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if t_tail(middle, freedom) > 1 - probability else (low, middle)
     return high
-
-
-def incomplete_beta(a: float, b: float, x: float) -> float:
-    """I_x(a, b), by its continued fraction (Lentz's method), which converges fast for x < (a + 1) / (a + b + 2)."""
-    if x <= 0 or x >= 1:
-        return float(x >= 1)
-    if x > (a + 1) / (a + b + 2):
-        return 1 - incomplete_beta(b, a, 1 - x)
-    front = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)) / a
-    fraction, c, d = 1.0, 1.0, 0.0
-    for i in range(300):
-        m = i // 2
-        if i == 0:
-            numerator = 1.0
-        elif i % 2 == 0:
-            numerator = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
-        else:
-            numerator = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
-        d = 1 / (1 + numerator * d)
-        c = 1 + numerator / c
-        fraction *= c * d
-        if abs(1 - c * d) < 1e-12:
-            break
-    return front * (fraction - 1)
 
 
 # --- comparisons ---

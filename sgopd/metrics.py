@@ -19,8 +19,7 @@ from torch import Tensor
 from sgopd.files import sync, writing
 from sgopd.processes import Processes
 from sgopd.rollout import Rollout
-from sgopd_kernels import Stats
-from sgopd_kernels.plans.base import PLANS
+from sgopd_kernels import PLANS, Stats
 
 VERIFIER_FAULTS = ("timeout", "error", "no_answer", "truncated", "crashed")
 

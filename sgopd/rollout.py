@@ -298,11 +298,12 @@ def parts_by_tokens(lengths: Sequence[int], limit: int, padding_free: bool = Fal
 
     A text that is longer is a part of its own.
     """
-    starts = [0]
+    starts, total = [0], 0
     for end, length in enumerate(lengths):
-        texts = lengths[starts[-1] : end + 1]
-        if (sum(texts) if padding_free else length * len(texts)) > limit and end > starts[-1]:
+        total += length
+        if (total if padding_free else length * (end + 1 - starts[-1])) > limit and end > starts[-1]:
             starts.append(end)
+            total = length
     return [slice(*ends) for ends in itertools.pairwise([*starts, len(lengths)])]
 
 

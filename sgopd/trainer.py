@@ -60,7 +60,7 @@ from sgopd.report.run import read_metrics
 from sgopd.rollout import Rollout, batch_of, in_parts, parts_by_tokens, sampling_of, whole_texts
 from sgopd.samplers import Sampler, student_sampler
 from sgopd.student_loss import StudentLoss
-from sgopd.teachers import Teacher, whole
+from sgopd.teachers import Hidden, Teacher, whole
 from sgopd.teachers.local import LocalTeacher
 from sgopd.teachers.routed import RoutedTeacher
 from sgopd.verdicts import VerdictWatch, verifying
@@ -531,7 +531,7 @@ class Trainer:
         weight = head_of(self.student).weight
         token = torch.zeros(1, dtype=torch.long, device=self.device)
         choices = {"reliability": 1.0} if self.loss.takes_reliability else {}
-        reference = self.reference.specimen() if self.reference is not None else None
+        reference = Hidden.specimen(self.reference.head) if self.reference is not None else None
         try:
             with torch.no_grad():
                 hidden_1H = weight.new_zeros(1, weight.shape[1])

@@ -9,10 +9,12 @@ from .api import gated_advantage, gated_kl_loss, gated_logprob_loss, gated_topk_
 from .gate import CORRECT, INCORRECT, PRESETS, UNKNOWN, Gate, resolve_gate
 from .loss import Stats, gated_loss
 from .options import Head, Options, SampledTeacher, TopKTeacher
+from .plans.base import PLANS
 
 __all__ = [
     "CORRECT",
     "INCORRECT",
+    "PLANS",
     "PRESETS",
     "UNKNOWN",
     "Gate",

@@ -50,8 +50,7 @@ class Stats:
         gate: the weight w.
         agree: bool, d * verdict > tolerance.
         backend: which backend computed it: "cpu", "triton", "torch", "cuda" or "reference".
-        plan: the cheapest plan that ran on a part of the call: "blocks", "quantized", "filtered", "exact", or
-            "reference".
+        plan: the cheapest plan that ran on a part of the call, of `PLANS`, which begin with "exact"; or "reference".
         kept: share of the gradient's [tokens, vocabulary] entries that entered its products one by one, or ("blocks")
             with 16 bits in place of 8; 1 for exact. NaN where no gradient was made.
         error_estimate: estimated relative error of loss and gradients, of the worst chunk. 0 for exact, unless its

@@ -29,6 +29,11 @@ class Hidden:
     def part(self, index: Tensor) -> Hidden:
         return Hidden(self.hidden_NH[index], self.head)
 
+    @classmethod
+    def specimen(cls, head: Head) -> Hidden:
+        """Of one position, for checks before there is a batch."""
+        return cls(head.weight.new_zeros(1, head.weight.shape[1]), head)
+
 
 @dataclass(frozen=True)
 class TopK:

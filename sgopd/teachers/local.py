@@ -55,10 +55,7 @@ class LocalTeacher:
         return Hidden(hidden_BTH[batch.at], self.head)
 
     def specimens(self) -> list[Targets]:
-        return [self.specimen()]
-
-    def specimen(self) -> Hidden:
-        return Hidden(self.head.weight.new_zeros(1, self.head.weight.shape[1]), self.head)
+        return [Hidden.specimen(self.head)]
 
     def check(self, prompts: Prompts, questions: Prompts | None, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         return []  # sgopd.startup looks at models in this process

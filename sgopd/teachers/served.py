@@ -63,7 +63,7 @@ class HiddenTeacher(RemoteTeacher):
         return torch.cat(found)
 
     def specimens(self) -> list[Targets]:
-        return [Hidden(self.head.weight.new_zeros(1, self.head.weight.shape[1]), self.head)]
+        return [Hidden.specimen(self.head)]
 
 
 def request(texts: Sequence[list[int]], starts: Sequence[int]) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from sgopd.report import write_report
 from sgopd.report.checks import checks
 from sgopd.report.figures import SECTIONS
 from sgopd.report.run import read_run
-from sgopd_kernels.plans.base import PLANS
+from sgopd_kernels import PLANS
 
 Record = dict[str, Any]
 
