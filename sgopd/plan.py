@@ -149,6 +149,7 @@ def plan(config: Config, device: Device, processes: int, prompt: int) -> list[St
     width_O = 4 if config.use_peft else width_S  # adapters are float32
     shards = processes if config.fsdp else 1
     rollouts, micro = config.rollouts_per_batch, config.per_device_train_batch_size
+    prompts = -(-rollouts // config.num_generations)
     answer = config.max_completion_length
     length = prompt + answer
     if config.max_tokens_per_device_batch is not None:
@@ -187,11 +188,11 @@ def plan(config: Config, device: Device, processes: int, prompt: int) -> list[St
     if config.fsdp:
         sampling["student, whole"] = student.parameters * width_S
     steps = answer * -(-rollouts // at_once)
-    width_W = width_S + 4 * autocast  # in a step each copy is written and read
+    width_W = 2 if autocast else width_S  # copies, made once
     bytes_read = steps * (student.parameters * width_W + cache * (prompt + answer / 2) / length)
     operations = 2 * (student.body + student.head) * rollouts * answer
     generating = max(bytes_read / (device.bandwidth * STREAM), operations / (peak * COMPUTE))
-    generating += 2 * student.body * rollouts * prompt / (peak * COMPUTE)
+    generating += 2 * student.body * prompts * prompt / (peak * COMPUTE)  # a prompt is read once
 
     # --- scoring and the update ---
     tokens, scored = rollouts * length, rollouts * answer

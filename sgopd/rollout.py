@@ -109,8 +109,10 @@ def generate(
     model.eval()
     completions: list[Completion] = []
     size = sampling.batch_size or max(len(prompts), 1)
-    for start in range(0, len(prompts), size):
-        completions += _generate_batch(model, tokenizer, prompts[start : start + size], sampling, generator)
+    # Around all steps: within it a weight is rounded to bfloat16 once.
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=sampling.bf16):
+        for start in range(0, len(prompts), size):
+            completions += _generate_batch(model, tokenizer, prompts[start : start + size], sampling, generator)
     model.train(was_training)
     return completions
 
@@ -120,21 +122,24 @@ CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 
 
 class Steps:
-    """A model's forward over a left-padded batch, a token a step, with its cache. Rows can leave.
+    """A model's forward over a left-padded batch, a token a step, with its cache. Rows can leave. Prompts that are the
+    same are read once.
 
     Most forwards swallow a keyword that they do not know, and would then sample without their state. So each gets
     only names that its signature has; `sgopd.startup.check_sampling` compares the steps with the uncached forward.
     The model makes its own cache, of the kind that it needs.
     """
 
-    def __init__(self, model: PreTrainedModel, prompts: Sequence[list[int]], bf16: bool = False) -> None:
-        self.model, self.bf16 = model, bf16
+    def __init__(self, model: PreTrainedModel, prompts: Sequence[list[int]]) -> None:
+        self.model = model
         self.names = arguments_of(model)
-        B, P = len(prompts), max(map(len, prompts))
+        places = {prompt: place for place, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+        self.copies: Tensor | None = torch.tensor([places[tuple(prompt)] for prompt in prompts], device=model.device)
+        B, P = len(places), max(map(len, places))
         # Left padding, so that every prompt ends in the last column; the mask hides it and positions skip it.
         input_ids = torch.zeros(B, P, dtype=torch.long)
         mask = torch.zeros(B, P, dtype=torch.long)
-        for row, prompt in enumerate(prompts):
+        for prompt, row in places.items():
             input_ids[row, P - len(prompt) :] = torch.tensor(prompt)
             mask[row, P - len(prompt) :] = 1
         self.input_ids, self.mask = input_ids.to(model.device), mask.to(model.device)
@@ -153,18 +158,26 @@ class Steps:
             "logits_to_keep": 1,
             **dict.fromkeys(CACHE_NAMES, self.cache),
         }
-        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16):
-            output = self.model(**{name: value for name, value in offered.items() if name in self.names})
+        output = self.model(**{name: value for name, value in offered.items() if name in self.names})
         self.cache = next((cache for name in CACHE_NAMES if (cache := getattr(output, name, None)) is not None), None)
         if self.cache is None:
             raise ValueError("its forward takes or gives back no cache under a name that this version knows")
-        return output.logits[:, -1]
+        logits = output.logits[:, -1]
+        if self.copies is not None:  # the prompts have been read
+            logits, rows, self.copies = logits[self.copies], self.copies, None
+            self.take(rows)
+        return logits
+
+    def take(self, rows: Tensor) -> None:
+        """Goes on with these rows, in this order; one may be there several times."""
+        self.mask, self.positions = self.mask[rows], self.positions[rows]
+        self.cache.reorder_cache(rows)
 
     def go_on(self, token: Tensor, keep: Tensor | None) -> None:
         """Adds the tokens [B]; only the rows `keep` (indices, None for all) go on."""
         if keep is not None:
-            token, self.mask, self.positions = token[keep], self.mask[keep], self.positions[keep]
-            self.cache.reorder_cache(keep)
+            token = token[keep]
+            self.take(keep)
         self.input_ids = token.unsqueeze(-1)
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(token), 1)], dim=1)
         self.positions = self.positions[:, -1:] + 1
@@ -196,7 +209,7 @@ def _generate_batch(
     length_B = torch.full((B,), T, device=device)
     ended_B = torch.zeros(B, dtype=torch.bool, device=device)
     rows = torch.arange(B, device=device)  # the unfinished ones
-    steps = Steps(model, prompts, sampling.bf16)
+    steps = Steps(model, prompts)
     for t in range(T):
         logits = steps.logits()[:, : sampling.vocabulary].float()
         # The largest tells: one NaN makes it NaN, and tokens ruled out by -inf do not show.

@@ -291,22 +291,25 @@ def check_head(model: PreTrainedModel, setting: str, tokens: Sequence[int] = ran
 def check_sampling(model: PreTrainedModel, setting: str, tokens: Sequence[int] = range(33), bf16: bool = False) -> None:
     """Refuses a model whose sampling steps are not what the loss's forward makes of the same tokens.
 
-    Three prompts, left-padded, go on for six steps with given tokens; after three, one leaves. Each row is compared
-    for itself, before that and after, so that a fault of one of these is not lost in a median.
+    Three prompts, left-padded, one of them twice, go on for six steps with given tokens; after three, one leaves. Each
+    row is compared for itself, before that and after, so that a fault of one of these is not lost in a median.
     """
     head = head_of(model)
     stream = [token % head.weight.shape[0] for token in repeated(tokens, 33)]
-    lengths, count = (4, 7, 2), 6
-    texts = [stream[sum(lengths[:row]) + count * row :][: length + count] for row, length in enumerate(lengths)]
+    lengths, count = (4, 7, 2, 7), 6
+    texts = [stream[sum(lengths[:row]) + count * row :][: length + count] for row, length in enumerate(lengths[:3])]
+    texts.append(texts[1][:7] + stream[:count])
     dtype = torch.bfloat16 if bf16 else head.weight.dtype
-    with trying(model, setting, "sampled from"):
-        steps = Steps(model, [text[:length] for text, length in zip(texts, lengths)], bf16)
-        ids, mask = (torch.zeros(3, max(map(len, texts)), dtype=torch.long) for _ in range(2))
+    with (
+        trying(model, setting, "sampled from"),
+        torch.autocast(model.device.type, torch.bfloat16, enabled=bf16),
+    ):
+        steps = Steps(model, [text[:length] for text, length in zip(texts, lengths)])
+        ids, mask = (torch.zeros(4, max(map(len, texts)), dtype=torch.long) for _ in range(2))
         for row, text in enumerate(texts):
             ids[row, : len(text)], mask[row, : len(text)] = torch.tensor(text), 1
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-            expected = head.logits(hidden_states(model, ids.to(model.device), mask.to(model.device)))
-        rows = [0, 1, 2]
+        expected = head.logits(hidden_states(model, ids.to(model.device), mask.to(model.device)))
+        rows = [0, 1, 2, 3]
         pairs: dict[tuple[int, bool], list[tuple[Tensor, Tensor]]] = {}  # of (row, before the one leaves)
         for step in range(count):
             logits = steps.logits()
@@ -316,7 +319,7 @@ def check_sampling(model: PreTrainedModel, setting: str, tokens: Sequence[int] =
             token = torch.tensor([texts[row][lengths[row] + step] for row in rows], device=model.device)
             keep = None
             if step == count // 2 - 1:
-                keep, rows = torch.tensor([1, 2], device=model.device), [1, 2]
+                keep, rows = torch.tensor([1, 2, 3], device=model.device), [1, 2, 3]
             steps.go_on(token, keep)
         groups = [[torch.stack(logits) for logits in zip(*group)] for group in pairs.values()]
         error = max(difference(ours, expected, dtype) for ours, expected in groups)

@@ -241,6 +241,8 @@ DEFECTS += [
     Defect("update: left out without being counted", TRAINER, "            self.state.skipped += 1\n", "", "numbers"),
     Defect("update: no limit to those left out", TRAINER, "if (skipped := self.state.skipped) >= config.max_skipped_steps:", "if (skipped := 0):", "numbers"),
     Defect("rollouts: logits that are not finite sampled from", "sgopd/rollout.py", "if broken := int((~largest.isfinite()).sum()):", "if broken := 0:", "numbers"),
+    Defect("rollouts: what was read of a prompt goes on as another one", "sgopd/rollout.py", "places[tuple(prompt)] for prompt in prompts", "row % len(places) for row, _ in enumerate(prompts)", "rollout"),
+    Defect("rollouts: weights rounded to bfloat16 in every step", "sgopd/rollout.py", "model.device.type, torch.bfloat16, enabled=sampling.bf16", "model.device.type, torch.bfloat16, enabled=sampling.bf16, cache_enabled=False", "rollout"),
     Defect("weights not looked at before they are saved", TRAINER, "            self.check_weights()\n", "", "numbers"),
     Defect("weights not looked at when they are loaded", "sgopd/models.py", "if not torch.isfinite(parameter).all():", "if not torch.isfinite(parameter).any():", "startup numbers"),
     Defect("config: names of other libraries lead to the nearest spelling", "sgopd/config.py", "near = [meant] if meant in known else", "near =", "config cli"),
@@ -317,21 +319,21 @@ def tests_of(defect: Defect) -> list[str]:
     return ["tests/triton/test_plan.py", INTERPRETED] if defect.group == "triton" else KERNEL_TESTS
 
 
-def first_failure(checkout: Path, tests: list[str]) -> str | None:
+def first_failure(checkout: Path, tests: list[str], patience: float = PATIENCE) -> str | None:
     """The first failing test in a built checkout, or None."""
-    together, alone = [one for one in tests if one != INTERPRETED], [one for one in tests if one == INTERPRETED]
-    return (run(checkout, together) if together else None) or (run(checkout, alone) if alone else None)
+    parts = [one for one in tests if one != INTERPRETED], [one for one in tests if one == INTERPRETED]
+    return next((failure for part in parts if part and (failure := run(checkout, part, patience))), None)
 
 
-def run(checkout: Path, tests: list[str]) -> str | None:
+def run(checkout: Path, tests: list[str], patience: float) -> str | None:
     environment = {**os.environ, "SGOPD_TEST_SOURCE": "1", "PYTHONPATH": str(checkout), MARK: str(checkout)}
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-k", "not peak_memory", *tests]
     try:
         done = subprocess.run(
-            command, cwd=checkout, env=environment, capture_output=True, text=True, errors="replace", timeout=PATIENCE
+            command, cwd=checkout, env=environment, capture_output=True, text=True, errors="replace", timeout=patience
         )
     except subprocess.TimeoutExpired:
-        return f"no end after {PATIENCE:g} s"
+        return f"no end after {patience:g} s"
     finally:
         end_left_behind(str(checkout))
     failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))]
@@ -372,7 +374,7 @@ def main() -> int:
         build(built)
         for group in GROUPS:
             tests = [t for n in chosen if DEFECTS[n - 1].group == group for t in tests_of(DEFECTS[n - 1])]
-            if tests and (broken := first_failure(built, list(dict.fromkeys(tests)))):
+            if tests and (broken := first_failure(built, list(dict.fromkeys(tests)), 6 * PATIENCE)):
                 raise SystemExit(f"the untouched checkout is not green: {broken}")
         for number in chosen:
             defect = DEFECTS[number - 1]

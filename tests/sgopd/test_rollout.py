@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -61,6 +62,35 @@ def test_batch_composition_does_not_change_greedy_outputs(model, tokenizer, prom
     for size in (1, 2, 3):
         assert ids_of(generate(model, tokenizer, prompts, dataclasses.replace(GREEDY, batch_size=size), 0)) == together
     assert ids_of(generate(model, tokenizer, prompts[::-1], GREEDY, seed=0)) == together[::-1]
+
+
+def test_a_prompt_is_read_once(model, tokenizer, prompts):
+    """And its completions are those that it has alone, in whatever order prompts come."""
+    alone, read = ids_of(generate(model, tokenizer, prompts, GREEDY, seed=0)), []
+    hook = model.get_input_embeddings().register_forward_hook(lambda module, ids, output: read.append(ids[0].shape))
+    order = [2, 0, 0, 3, 2, 1, 0]
+    together = ids_of(generate(model, tokenizer, [prompts[i] for i in order], GREEDY, seed=0))
+    hook.remove()
+    assert together == [alone[i] for i in order]
+    assert read[0] == (4, max(map(len, prompts))) and read[1] == (7, 1)
+    drawn = generate(model, tokenizer, [prompts[0]] * 8, RANDOM, seed=0)
+    assert len({tuple(ids) for ids in ids_of(drawn)}) > 1, "copies are drawn apart"
+
+
+def test_weights_are_rounded_to_bfloat16_once(model, tokenizer, prompts):
+    class Copies(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            dtype = (kwargs or {}).get("dtype")
+            if func is torch.ops.aten._to_copy.default and dtype == torch.bfloat16:
+                Copies.count += any(args[0] is one for one in model.parameters())
+            return func(*args, **(kwargs or {}))
+
+    with Copies():
+        generate(model, tokenizer, prompts, dataclasses.replace(GREEDY, bf16=True), seed=0)
+    matrices = sum(one.ndim == 2 for one in model.parameters()) - 1  # the embedding is looked up
+    assert Copies.count == matrices
 
 
 SMALL = {
