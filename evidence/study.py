@@ -48,7 +48,7 @@ REAL_SETTINGS: dict[str, Any] = {
     "verifier_workers": 1,
     "max_steps": 16,
     "warmup_steps": 2,
-    "num_threads": None,
+    "bf16": True,
 }
 LEARNING_RATES = {"weak": 1e-3, "early": 1e-3, "smollm2": 5e-5}
 PARTS: dict[str, dict[str, Any]] = {
@@ -152,11 +152,12 @@ class Cell(NamedTuple):
     seed: int
 
 
+REAL_ARMS, REAL_TEACHERS = (*CORE, "random"), ("wrong", "right")
 REAL = [
     Cell("real", "arithmetic", teacher, "smollm2", arm, seed)
     for seed in range(8)
-    for teacher in ("wrong", "right")
-    for arm in (*CORE, "random")
+    for teacher in REAL_TEACHERS
+    for arm in REAL_ARMS
 ]
 
 # Breadth first: each wave adds arms or seeds to what is there.

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import mpmath  # sympy's
 from checkpoints import SAMPLES, STUDENTS
 from constructed import TASKS
-from study import ARMS, BASELINE, CONTROLS, CORE, GROUPED, RATES, REST, Cell
+from study import ARMS, BASELINE, CONTROLS, CORE, GROUPED, RATES, REAL_ARMS, REAL_TEACHERS, REST, Cell
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "tools"))
@@ -116,6 +116,35 @@ def t_quantile(probability: float, freedom: int) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if t_tail(middle, freedom) > 1 - probability else (low, middle)
     return high
+
+
+class Blocks(NamedTuple):
+    """Arms that all ran with the same seeds: differences to the first one, in points."""
+
+    means: list[float]  # of the others
+    se: float  # of each difference; NaN with one seed
+    freedom: int
+    seeds: int
+
+    def half_width(self, comparisons: int) -> float:
+        return self.se * t_quantile(1 - 0.025 / comparisons, self.freedom) if self.freedom else math.nan
+
+    def detectable(self, comparisons: int) -> float:
+        """The effect that such an interval shows not to be 0 four times in five."""
+        return self.half_width(comparisons) + self.se * t_quantile(0.8, self.freedom) if self.freedom else math.nan
+
+
+def blocks(values: Sequence[Sequence[float]]) -> Blocks:
+    """Of values[seed][arm]: what neither the seed nor the arm explains is the noise of all arms alike, so that few
+    seeds are enough to know it: (arms - 1) (seeds - 1) degrees of freedom."""
+    S, A = len(values), len(values[0])
+    of_arm = [sum(row[a] for row in values) / S for a in range(A)]
+    of_seed = [sum(row) / A for row in values]
+    whole = sum(of_seed) / S
+    squares = sum((values[s][a] - of_arm[a] - of_seed[s] + whole) ** 2 for s in range(S) for a in range(A))
+    freedom = (A - 1) * (S - 1)
+    se = math.sqrt(2 * squares / freedom / S) if freedom else math.nan
+    return Blocks([100 * (mean - of_arm[0]) for mean in of_arm[1:]], 100 * se, freedom, S)
 
 
 # --- comparisons ---
@@ -269,6 +298,35 @@ def task_table(results: Results, student: str, arms: Sequence[str]) -> str:
     return "\n".join(lines) if len(lines) > 2 else NONE
 
 
+def real_table(results: Results, arms: Sequence[str], teachers: Sequence[str]) -> str:
+    """Differences to `opd` of the real model, by the seeds with which every arm ran; last, what could be seen."""
+    columns = []
+    for teacher in teachers:
+        for name, measure in (("avg", avg), ("pass", passed)):
+            runs = {(cell.seed, cell.arm): line for cell, line in results.lines.items() if cell.teacher == teacher}
+            seeds = [seed for seed in sorted({seed for seed, _ in runs}) if all((seed, arm) in runs for arm in arms)]
+            if seeds:
+                found = [[measure(runs[seed, arm]) for arm in arms] for seed in seeds]
+                columns.append((f"{teacher} teacher, {name}", found, blocks(found)))
+    if not columns:
+        return NONE
+    comparisons = (len(arms) - 1) * len(columns)
+    lines = [f"|  | {' | '.join(name for name, *_ in columns)} |", "|---" * (len(columns) + 1) + "|"]
+    levels = [f"{100 * sum(row[0] for row in found) / len(found):.1f} %" for _, found, _ in columns]
+    lines.append(f"| `{arms[0]}` itself | {' | '.join(levels)} |")
+    for place, arm in enumerate(arms[1:]):
+        cells = []
+        for _, _, one in columns:
+            width = one.half_width(comparisons)
+            text = signed(one.means[place]) + ("" if math.isnan(width) else f" ± {width:.1f}")
+            cells.append(f"**{text}**" if abs(one.means[place]) > width else text)
+        lines.append(f"| `{arm}` | {' | '.join(cells)} |")
+    seen = ["" if math.isnan(one.se) else f"{one.detectable(comparisons):.1f}" for *_, one in columns]
+    lines.append(f"| smallest effect seen four times in five | {' | '.join(seen)} |")
+    lines.append(f"| seeds | {' | '.join(str(one.seeds) for *_, one in columns)} |")
+    return "\n".join(lines)
+
+
 # The questions of the protocol: the arm, and what it has to beat.
 QUESTIONS: dict[Asked, str] = {
     ("half", "opd"): "H1 `half` less `opd`",
@@ -342,8 +400,7 @@ def write(path: Path, page: Path, figure: Path) -> None:
             )
         ),
     }
-    real = Results(read(path.with_name("real.jsonl")))
-    parts["real"] = table(real, "smollm2", against((*CORE, "random")), "real")
+    parts["real"] = real_table(Results(read(path.with_name("real.jsonl"))), REAL_ARMS, REAL_TEACHERS)
     text = page.read_text(encoding="utf-8")
     for name, content in parts.items():
         text = pages.on_page(text, name, content)

@@ -14,7 +14,7 @@ import study
 from constructed import MANNERS, MISPLACED, MISREAD, TASKS, questions
 from run_study import by_kind
 from smollm2 import forgetful
-from study_page import Results, estimate, holm, show, t_quantile, table
+from study_page import Results, blocks, estimate, holm, real_table, show, t_quantile, table
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -65,6 +65,30 @@ def test_statistics_against_tables_and_by_hand() -> None:
     assert one_alone is not None and not one_alone.freedom and math.isnan(one_alone.half_width(1))
     single = estimate({"a": [2.0]})
     assert single is not None and math.isnan(single.p()) and show(single, 1, math.nan) == "+2.0"
+
+
+def test_few_seeds_of_many_arms() -> None:
+    """Against a two-way analysis of variance by hand; a seed's own level cancels."""
+    one = blocks([[0.10, 0.20, 0.30], [0.50, 0.62, 0.68]])
+    assert one.means == pytest.approx([11, 19]) and one.freedom == 2 and one.seeds == 2
+    squares = 2 * (0.0**2 + 0.01**2 + 0.01**2)  # residuals 0, ∓0.01, ±0.01
+    assert one.se == pytest.approx(100 * math.sqrt(2 * squares / 2 / 2))
+    assert one.half_width(1) == pytest.approx(4.302653 * one.se)
+    assert one.detectable(1) == pytest.approx((4.302653 + 1.060660) * one.se)
+    assert math.isnan(blocks([[0.1, 0.2]]).half_width(1))
+
+
+def test_the_real_models_table_takes_whole_seeds() -> None:
+    def line(teacher: str, arm: str, seed: int, avg: float) -> dict[str, object]:
+        return dict(zip(study.Cell._fields, ("real", "arithmetic", teacher, "smollm2", arm, seed)), avg=avg) | {
+            "pass": avg
+        }
+
+    lines = [
+        line("wrong", arm, seed, 0.1 * i + 0.01 * seed) for seed in (0, 1) for i, arm in enumerate(("opd", "half"))
+    ]
+    text = real_table(Results([*lines, line("wrong", "opd", 2, 0.9)]), ("opd", "half"), ("wrong", "right"))
+    assert "| `half` | **+10.0 ± 0.0** | **+10.0 ± 0.0** |" in text and text.endswith("| seeds | 2 | 2 |")
 
 
 def test_comparisons_are_paired_by_cell() -> None:
