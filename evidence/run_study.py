@@ -216,7 +216,7 @@ def describe_commit() -> dict[str, Any]:
     def git(*words: str) -> str:
         return subprocess.run(("git", *words), cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
-    changed = [line[3:] for line in git("status", "--porcelain").splitlines() if not line.endswith(RESULTS.name)]
+    changed = [line[3:] for line in git("status", "--porcelain").splitlines() if not line.endswith(".jsonl")]
     return {"commit": git("rev-parse", "--short=12", "HEAD") or None, "dirty": changed, "torch": torch.__version__}
 
 
