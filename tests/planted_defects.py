@@ -32,7 +32,9 @@ class Defect(NamedTuple):
     file: str
     before: str
     after: str
-    tests: str = ""  # of the trainer's: files of tests/sgopd that should notice; of the long ones, one test each
+    # The trainer's and the study's: files of tests/sgopd, or of another folder, that should notice; of the long ones,
+    # one test each.
+    tests: str = ""
     device: bool = False  # of what runs on devices: noticed by tests/triton
 
     @property
@@ -146,6 +148,7 @@ OPENAI = "sgopd/teachers/openai.py"
 REMOTE = "sgopd/teachers/remote.py"
 SERVE = "sgopd/teachers/serve.py"
 STARTUP = "sgopd/startup.py"
+STUDY = "evidence/study_page.py"
 STUDENT_LOSS = "sgopd/student_loss.py"
 TRAINER = "sgopd/trainer.py"
 VERIFIER = "sgopd/verifier.py"
@@ -296,6 +299,11 @@ DEFECTS += [
     Defect("report: other questions are paired as well", "sgopd/report/run.py", 'before.get("eval/questions_sha256") != after', 'before.get("eval/k") != after', "report::test_changes_are_paired_by_question"),
     Defect("comparison: a seed is a configuration", "sgopd/report/compare.py", '{"seed", "run_name"', '{"run_name"', "compare"),
     Defect("comparison: seeds dealt to others", "sgopd/report/compare.py", "[ours[seed] for seed in common]", "[ours[seed] for seed in reversed(common)]", "compare"),
+    Defect("study: paired with another seed", STUDY, "cell._replace(arm=base)", "cell._replace(arm=base, seed=0)", "tools/evidence::test_comparisons_are_paired_by_cell"),
+    Defect("study: paired with other models", STUDY, "if other is None or any(", "if other is None or False and any(", "tools/evidence::test_comparisons_are_paired_by_cell"),
+    Defect("study: a degree of freedom too many a task", STUDY, "sum(len(values) - 1 for values", "sum(len(values) for values", "tools/evidence::test_statistics_against_tables_and_by_hand"),
+    Defect("study: no correction for the number of comparisons", STUDY, "(len(p_values) - rank) * p_values[i]", "p_values[i]", "tools/evidence::test_statistics_against_tables_and_by_hand"),
+    Defect("study: what seeds have in common is noise", STUDY, "values[s][a] - of_arm[a] - of_seed[s] + whole", "values[s][a] - of_arm[a]", "tools/evidence::test_few_seeds_of_many_arms"),
     Defect("report: an axis label in two notations", "sgopd/report/figures.py", "                written = powers", "                pass", "report::test_the_labels_of_an_axis_fit_beside_it_in_one_notation"),
 ]
 # fmt: on
@@ -303,6 +311,24 @@ KERNEL_TESTS = [
     f"tests/kernels/test_{name}.py"
     for name in ("products", "blocks", "parity", "api", "ops", "options", "sparse", "fuzz_native", "door", "cuda_host")
 ]
+# Where a defect of a file shows soonest: that is asked first.
+SOONEST = {
+    "sgopd_kernels/gate.py": "options",
+    "sgopd_kernels/ops.py": "ops",
+    "sgopd_kernels/values.py": "api",
+    "sgopd_kernels/driver.py": "ops",
+    "sgopd_kernels/plans/exact.py": "parity",
+    "sgopd_kernels/plans/blocks.py": "blocks",
+    "sgopd_kernels/plans/quantized.py": "sparse",
+    "sgopd_kernels/backends/cpu.py": "sparse",
+    "csrc/arguments.h": "door",
+    "csrc/cpu/pair_kernels.cpp": "sparse",
+    "csrc/cpu/feedback.h": "sparse",
+    "csrc/cpu/int16.h": "sparse",
+    ROWS: "parity",
+    TORCH: "parity",
+    CUDA_ROWS: "cuda_host",
+}
 INTERPRETED = "tests/triton/interpreted.py"  # in a process of its own: nothing may have imported Triton before
 
 
@@ -312,11 +338,19 @@ def build(checkout: Path) -> None:
     subprocess.run(command, cwd=checkout, env=environment, check=True, capture_output=True)
 
 
+def file_of(name: str) -> str:
+    folder, _, file = name.rpartition("/")
+    return f"tests/{folder or 'sgopd'}/test_{file}.py"
+
+
 def tests_of(defect: Defect) -> list[str]:
     if defect.tests:
         names = (word.partition("::") for word in defect.tests.split())
-        return [f"tests/sgopd/test_{file}.py{colons}{test}" for file, colons, test in names]
-    return ["tests/triton/test_plan.py", INTERPRETED] if defect.group == "triton" else KERNEL_TESTS
+        return [f"{file_of(file)}{colons}{test}" for file, colons, test in names]
+    if defect.group == "triton":
+        return ["tests/triton/test_plan.py", INTERPRETED]
+    soonest = f"tests/kernels/test_{SOONEST.get(defect.file, 'products')}.py"
+    return sorted(KERNEL_TESTS, key=lambda file: file != soonest)
 
 
 def first_failure(checkout: Path, tests: list[str], patience: float = PATIENCE) -> str | None:

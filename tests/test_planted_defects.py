@@ -19,5 +19,5 @@ def test_a_defect_can_be_planted(root: Path, defect: Any) -> None:
     assert defect.after != defect.before
     for name in defect.tests.split():
         file, _, test = name.partition("::")
-        path = root / "tests" / "sgopd" / f"test_{file}.py"
+        path = root / planted_defects.file_of(file)
         assert path.is_file() and f"def {test.partition('[')[0]}(" in path.read_text(encoding="utf-8") + "def (", name

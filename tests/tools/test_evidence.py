@@ -102,6 +102,10 @@ def test_comparisons_are_paired_by_cell() -> None:
     one = results.compare("half", "opd", "wrong", "weak")
     assert one is not None and one.mean == pytest.approx(6) and one.runs == 2
     assert results.compare("half", "opd", "noisy", "weak") is None
+    elsewhere = Results([lines[0], lines[1] | {"student_sha256": "other"}, *lines[2:]]).compare(
+        "half", "opd", "wrong", "weak"
+    )
+    assert elsewhere is not None and elsewhere.runs == 1, "models that were made elsewhere are others"
     assert "incorrect rollouts | +6.0 ± " in table(results, "weak", [("half", "opd"), ("protect", "opd")])
 
 
