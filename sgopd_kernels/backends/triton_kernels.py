@@ -51,30 +51,20 @@ def _logits(row, bias, columns, inside, scale, softcap, inverse_temperature):
 
 
 @triton.jit
-def _pair(
-    columns,
-    inside,
-    student,
-    teacher,
-    reference,
-    student_bias,
-    teacher_bias,
-    reference_bias,
-    heads,
-    gate,
-    TARGET: tl.constexpr,
-):
-    """(student, target) logits; the student's is -inf where a target's is. Without a teacher the target is 0."""
-    student_scale, student_softcap, teacher_scale, teacher_softcap, reference_scale, reference_softcap, inverse_t = (
-        heads
-    )
-    z = _logits(student, student_bias, columns, inside, student_scale, student_softcap, inverse_t)
+def _pair(models, columns, inside, gate, TARGET: tl.constexpr):
+    """(student, target) logits; the student's is -inf where a target's is. Without a teacher the target is 0.
+
+    `models`: of student, teacher and reference their rows of projections, biases, scales and caps, with None for what
+    there is not (flat: Triton 3.6 has no None in a tuple within a tuple); 1 / temperature.
+    """
+    z_row, t_row, r_row, z_bias, t_bias, r_bias, z_scale, t_scale, r_scale, z_cap, t_cap, r_cap, inverse_t = models
+    z = _logits(z_row, z_bias, columns, inside, z_scale, z_cap, inverse_t)
     t = tl.zeros_like(z)
-    if teacher is not None:
-        t = _logits(teacher, teacher_bias, columns, inside, teacher_scale, teacher_softcap, inverse_t)
+    if t_row is not None:
+        t = _logits(t_row, t_bias, columns, inside, t_scale, t_cap, inverse_t)
         outside = t == float("-inf")
-        if reference is not None:
-            r = _logits(reference, reference_bias, columns, inside, reference_scale, reference_softcap, inverse_t)
+        if r_row is not None:
+            r = _logits(r_row, r_bias, columns, inside, r_scale, r_cap, inverse_t)
             outside = outside | (r == float("-inf"))
             if TARGET == MIXTURE:
                 t = tl.where(outside, float("-inf"), gate * t + (1.0 - gate) * r)
@@ -85,26 +75,10 @@ def _pair(
 
 
 @triton.jit
-def _summarise(
-    V,
-    y,
-    student,
-    teacher,
-    reference,
-    student_bias,
-    teacher_bias,
-    reference_bias,
-    heads,
-    gate,
-    TARGET: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One walk over the row: both softmaxes, and the moments of z - t around c."""
-    PAIR: tl.constexpr = teacher is not None
+def _summarise(models, V, y, gate, PAIR: tl.constexpr, TARGET: tl.constexpr, BLOCK: tl.constexpr):
+    """One walk over the row: (z_y, t_y) and `sums`, of both softmaxes and the moments of z - t around c."""
     lanes = tl.arange(0, BLOCK)
-    z_y, t_y = _pair(
-        y, y >= 0, student, teacher, reference, student_bias, teacher_bias, reference_bias, heads, gate, TARGET
-    )
+    z_y, t_y = _pair(models, y, y >= 0, gate, TARGET)
     c = tl.where(z_y == float("-inf"), 0.0, z_y - t_y)
     max_p = tl.full((), float("-inf"), tl.float32)
     max_q = tl.full((), float("-inf"), tl.float32)
@@ -117,19 +91,7 @@ def _summarise(
     outside = tl.zeros((BLOCK,), tl.float32)  # q's mass where p is 0 by -inf
     for first in range(0, V, BLOCK):
         columns = first + lanes
-        z, t = _pair(
-            columns,
-            columns < V,
-            student,
-            teacher,
-            reference,
-            student_bias,
-            teacher_bias,
-            reference_bias,
-            heads,
-            gate,
-            TARGET,
-        )
+        z, t = _pair(models, columns, columns < V, gate, TARGET)
         p_in = z != float("-inf")
         highest = tl.maximum(max_p, tl.max(z, 0))
         shift = tl.where(max_p == float("-inf"), 0.0, max_p - highest)
@@ -159,19 +121,10 @@ def _summarise(
             outside = outside * factor + tl.where(p_in, 0.0, e)
     p = tl.sum(sum_p.to(tl.float64), 0)
     q = tl.sum(sum_q.to(tl.float64), 0)
-    return (
-        z_y,
-        t_y,
-        max_p,
-        max_q,
-        p,
-        q,
-        tl.sum(moment_p.to(tl.float64), 0),
-        tl.sum(moment_q.to(tl.float64), 0),
-        c + tl.sum(p_delta.to(tl.float64), 0) / p,  # E_p[z - t]
-        c + tl.sum(q_delta.to(tl.float64), 0) / q,  # E_q[z - t]
-        tl.sum(outside.to(tl.float64), 0),
-    )
+    moments = tl.sum(moment_p.to(tl.float64), 0), tl.sum(moment_q.to(tl.float64), 0)
+    mean_p = c + tl.sum(p_delta.to(tl.float64), 0) / p  # E_p[z - t]
+    mean_q = c + tl.sum(q_delta.to(tl.float64), 0) / q
+    return z_y, t_y, moments, (max_p, max_q, p, q, mean_p, mean_q, tl.sum(outside.to(tl.float64), 0))
 
 
 @triton.jit
@@ -253,30 +206,10 @@ def _columns(p_in, p, q, u, a, DIVERGENCE: tl.constexpr):
 
 
 @triton.jit
-def _divergence(
-    V,
-    student,
-    teacher,
-    reference,
-    student_bias,
-    teacher_bias,
-    reference_bias,
-    heads,
-    gate,
-    max_p,
-    max_q,
-    sum_p,
-    sum_q,
-    mean_p,
-    mean_q,
-    q_outside,
-    parameter,
-    TARGET: tl.constexpr,
-    DIVERGENCE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def _divergence(models, V, gate, sums, parameter, TARGET: tl.constexpr, DIVERGENCE: tl.constexpr, BLOCK: tl.constexpr):
     """(divergence, E_p[s] and the largest p |s| if it is no KL, E_p[z - t] once more around itself where the models
     nearly agree)."""
+    max_p, max_q, sum_p, sum_q, mean_p, mean_q, q_outside = sums
     lanes = tl.arange(0, BLOCK)
     log_p = tl.log(sum_p)
     log_q = tl.log(sum_q)
@@ -301,19 +234,7 @@ def _divergence(
         most = tl.zeros((BLOCK,), tl.float32)
         for first in range(0, V, BLOCK):
             columns = first + lanes
-            z, t = _pair(
-                columns,
-                columns < V,
-                student,
-                teacher,
-                reference,
-                student_bias,
-                teacher_bias,
-                reference_bias,
-                heads,
-                gate,
-                TARGET,
-            )
+            z, t = _pair(models, columns, columns < V, gate, TARGET)
             p_in = z != float("-inf")
             p = tl.where(p_in, tl.exp(z - max_p), 0.0) * ip
             q = tl.where(t != float("-inf"), tl.exp(t - max_q), 0.0) * iq
@@ -421,35 +342,35 @@ def rows_kernel(
     at = tl.load(rows + n)
     # An id out of range has been reported (values.check_values); it must not become an address.
     y = tl.minimum(tl.maximum(tl.load(token_ids + at), 0), V - 1).to(tl.int32)
-    z_row = student + n.to(tl.int64) * student_stride
-    t_row = None
-    r_row = None
-    if teacher is not None:
-        t_row = teacher + n.to(tl.int64) * teacher_stride
-    if reference is not None:
-        r_row = reference + n.to(tl.int64) * reference_stride
-    heads = (
+    row = n.to(tl.int64)
+    PAIR: tl.constexpr = teacher is not None
+    models = (
+        student + row * student_stride,
+        teacher + row * teacher_stride if teacher is not None else None,
+        reference + row * reference_stride if reference is not None else None,
+        student_bias,
+        teacher_bias,
+        reference_bias,
         student_scale,
-        student_softcap,
         teacher_scale,
-        teacher_softcap,
         reference_scale,
+        student_softcap,
+        teacher_softcap,
         reference_softcap,
         inverse_temperature,
     )
-    z_y, t_y, max_p, max_q, sum_p, sum_q, moment_p, moment_q, mean, mean_q, q_outside = _summarise(
-        V, y, z_row, t_row, r_row, student_bias, teacher_bias, reference_bias, heads, 1.0, TEACHER, BLOCK
-    )
+    z_y, t_y, moments, sums = _summarise(models, V, y, 1.0, PAIR, TEACHER, BLOCK)
+    max_p, max_q, sum_p, sum_q, mean, _, _ = sums
     log_sum_p = tl.log(sum_p)
     lp = (z_y.to(tl.float64) - max_p) - log_sum_p
-    entropy_p = log_sum_p - moment_p / sum_p
+    entropy_p = log_sum_p - moments[0] / sum_p
     dlse = lp * 0.0
     if teacher is not None:
         log_sum_q = tl.log(sum_q)
         dlse = (max_p.to(tl.float64) - max_q) + (log_sum_p - log_sum_q)
         lq = (t_y.to(tl.float64) - max_q) - log_sum_q
         d = (t_y.to(tl.float64) - z_y) + dlse
-        entropy_q = log_sum_q - moment_q / sum_q
+        entropy_q = log_sum_q - moments[1] / sum_q
     else:
         lq = tl.load(teacher_logprob + at).to(tl.float64)
         d = lq - lp
@@ -472,28 +393,7 @@ def rows_kernel(
     mean_score = kl
     most_score = kl.to(tl.float32)
     if teacher is not None:
-        kl, mean_score, most_score, mean = _divergence(
-            V,
-            z_row,
-            t_row,
-            r_row,
-            student_bias,
-            teacher_bias,
-            reference_bias,
-            heads,
-            1.0,
-            max_p,
-            max_q,
-            sum_p,
-            sum_q,
-            mean,
-            mean_q,
-            q_outside,
-            parameter,
-            TEACHER,
-            DIVERGENCE,
-            BLOCK,
-        )
+        kl, mean_score, most_score, mean = _divergence(models, V, 1.0, sums, parameter, TEACHER, DIVERGENCE, BLOCK)
     value = kl
     weight = w
     advantage = d
@@ -503,44 +403,22 @@ def rows_kernel(
         weight = tl.where((w_agree != 0) | (w_conflict != 0) | (w_neutral != 0), 1.0, 0.0).to(tl.float64)
         if SAMPLED:
             # log pi_R(y): pi_R's own softmax, over all of its columns
-            _, r_y, _, max_r, _, sum_r, _, _, _, _, _ = _summarise(
-                V, y, z_row, t_row, r_row, student_bias, teacher_bias, reference_bias, heads, gate, REFERENCE, BLOCK
-            )
-            lr = (r_y.to(tl.float64) - max_r) - tl.log(sum_r)
+            _, r_y, _, third_sums = _summarise(models, V, y, gate, PAIR, REFERENCE, BLOCK)
+            lr = (r_y.to(tl.float64) - third_sums[1]) - tl.log(third_sums[3])
             target = tl.where((t_y == float("-inf")) | (r_y == float("-inf")), float("-inf"), w * lq + (1.0 - w) * lr)
             advantage = target - lp
         else:
-            _, _, max_p, max_q, sum_p, sum_q, _, _, mean, mean_q, q_outside = _summarise(
-                V, y, z_row, t_row, r_row, student_bias, teacher_bias, reference_bias, heads, gate, MIXTURE, BLOCK
-            )
+            _, _, _, sums = _summarise(models, V, y, gate, PAIR, MIXTURE, BLOCK)
+            max_p, max_q, sum_p, sum_q, _, _, _ = sums
             dlse = (max_p.to(tl.float64) - max_q) + (tl.log(sum_p) - tl.log(sum_q))
             value, mean_score, most_score, mean = _divergence(
-                V,
-                z_row,
-                t_row,
-                r_row,
-                student_bias,
-                teacher_bias,
-                reference_bias,
-                heads,
-                gate,
-                max_p,
-                max_q,
-                sum_p,
-                sum_q,
-                mean,
-                mean_q,
-                q_outside,
-                parameter,
-                MIXTURE,
-                DIVERGENCE,
-                BLOCK,
+                models, V, gate, sums, parameter, MIXTURE, DIVERGENCE, BLOCK
             )
     elif behaviour_logprob is not None:
         ratio = tl.exp(lp - tl.load(behaviour_logprob + at).to(tl.float64))
         advantage *= tl.where(ratio > ratio_clip, ratio_clip, ratio)  # a minimum would drop a NaN
 
-    out = stats + n.to(tl.int64) * COLUMNS
+    out = stats + row * COLUMNS
     if SAMPLED:
         loss = -weight * advantage * lp
     else:
@@ -575,38 +453,14 @@ def rows_kernel(
         mean_lo = (mean - mean_hi).to(tl.float32)
         dlse_hi = dlse.to(tl.float32)
         dlse_lo = (dlse - dlse_hi).to(tl.float32)
-        g_row = gradient + n.to(tl.int64) * gradient_stride
+        g_row = gradient + row * gradient_stride
         for first in range(0, V, BLOCK):
             columns = first + tl.arange(0, BLOCK)
             inside = columns < V
             if SAMPLED:
-                z, t = _pair(
-                    columns,
-                    inside,
-                    z_row,
-                    t_row,
-                    r_row,
-                    student_bias,
-                    teacher_bias,
-                    reference_bias,
-                    heads,
-                    gate,
-                    TEACHER,
-                )
+                z, t = _pair(models, columns, inside, gate, TEACHER)
             else:
-                z, t = _pair(
-                    columns,
-                    inside,
-                    z_row,
-                    t_row,
-                    r_row,
-                    student_bias,
-                    teacher_bias,
-                    reference_bias,
-                    heads,
-                    gate,
-                    MIXTURE,
-                )
+                z, t = _pair(models, columns, inside, gate, MIXTURE)
             p_in = z != float("-inf")
             p = tl.exp(tl.where(p_in, z - max_p, float("-inf"))) * ip
             if SAMPLED:
