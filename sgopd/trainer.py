@@ -192,7 +192,7 @@ class Trainer:
             if twin is not None:
                 found[name] = twin
             elif config.teacher_url is not None:
-                from sgopd.teachers.remote import remote_teacher  # it needs an extra
+                from sgopd.teachers.connect import remote_teacher  # it needs an extra
 
                 found[name] = remote_teacher(config, self.tokenizer, self.device)
                 self.opened.callback(found[name].close)

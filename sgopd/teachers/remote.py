@@ -174,26 +174,3 @@ class RemoteTeacher:
 
 def finite(value: Any) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
-
-
-def remote_teacher(config: Config, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> RemoteTeacher:
-    """The teacher at `teacher_url`, by what the server says that it is.
-
-    Raises:
-        UserError: there is no such server, or it has no such model.
-    """
-    from sgopd.teachers.openai import LogprobTeacher
-    from sgopd.teachers.served import HiddenTeacher
-
-    assert isinstance(config.teacher_url, str)
-    server = Server("teacher", config.teacher_url, config.teacher_timeout, config.teacher_connections)
-    models = server.models()
-    model = next((one for one in models if one["id"] == config.teacher_model_name_or_path), None)
-    if model is None:
-        raise UserError(
-            f"teacher_model_name_or_path: {server.url} has no model {config.teacher_model_name_or_path!r}. With "
-            f"teacher_url it is the name of one that the server has: {', '.join(one['id'] for one in models)}"
-        )
-    if model.get("owned_by") == "sgopd":
-        return HiddenTeacher(config, server, model, device)
-    return LogprobTeacher(config, server, model, max(tokenizer.get_vocab().values()) + 1)
