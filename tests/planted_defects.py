@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -313,7 +313,7 @@ KERNEL_TESTS = [
 ]
 # Where a defect of a file shows soonest: that is asked first.
 SOONEST = {
-    "sgopd_kernels/gate.py": "options",
+    "sgopd_kernels/gate.py": "options api",
     "sgopd_kernels/ops.py": "ops",
     "sgopd_kernels/values.py": "api",
     "sgopd_kernels/driver.py": "ops",
@@ -325,8 +325,8 @@ SOONEST = {
     "csrc/cpu/pair_kernels.cpp": "sparse",
     "csrc/cpu/feedback.h": "sparse",
     "csrc/cpu/int16.h": "sparse",
-    ROWS: "parity",
-    TORCH: "parity",
+    ROWS: "parity options",
+    TORCH: "parity options",
     CUDA_ROWS: "cuda_host",
 }
 INTERPRETED = "tests/triton/interpreted.py"  # in a process of its own: nothing may have imported Triton before
@@ -334,8 +334,11 @@ INTERPRETED = "tests/triton/interpreted.py"  # in a process of its own: nothing 
 
 def build(checkout: Path) -> None:
     environment = {**os.environ, "SGOPD_CUDA": "0"}
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    subprocess.run(command, cwd=checkout, env=environment, check=True, capture_output=True)
+    commands = [[sys.executable, "setup.py", "-q", "build_ext", "--inplace"]]
+    if made := [str(folder) for folder in checkout.glob("build/*/cmake")]:  # then only what has changed
+        commands = [["cmake", "--build", *made, "--parallel"], ["cmake", "--install", *made]]
+    for command in commands:
+        subprocess.run(command, cwd=checkout, env=environment, check=True, capture_output=True)
 
 
 def file_of(name: str) -> str:
@@ -349,8 +352,8 @@ def tests_of(defect: Defect) -> list[str]:
         return [f"{file_of(file)}{colons}{test}" for file, colons, test in names]
     if defect.group == "triton":
         return ["tests/triton/test_plan.py", INTERPRETED]
-    soonest = f"tests/kernels/test_{SOONEST.get(defect.file, 'products')}.py"
-    return sorted(KERNEL_TESTS, key=lambda file: file != soonest)
+    soonest = [f"tests/kernels/test_{name}.py" for name in SOONEST.get(defect.file, "products").split()]
+    return list(dict.fromkeys([*soonest, *KERNEL_TESTS]))
 
 
 def first_failure(checkout: Path, tests: list[str], patience: float = PATIENCE) -> str | None:
@@ -363,6 +366,7 @@ def first_failure(checkout: Path, tests: list[str], patience: float = PATIENCE) 
 
 def run(checkout: Path, tests: list[str], patience: float) -> str | None:
     environment = {**os.environ, "SGOPD_TEST_SOURCE": "1", "PYTHONPATH": str(checkout), MARK: str(checkout)}
+    environment["PYTHONDONTWRITEBYTECODE"] = "1"  # a defect may be as long as what it stands for
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-k", "not peak_memory", *tests]
     try:
         done = subprocess.run(
@@ -386,16 +390,21 @@ def end_left_behind(mark: str) -> None:
                 os.kill(int(folder.name), signal.SIGKILL)
 
 
-def plant(built: Path, target: Path, defect: Defect) -> Path:
-    """A copy of the built checkout with the defect in it; built anew where it is in C++."""
-    shutil.copytree(built, target, ignore=shutil.ignore_patterns("build", "__pycache__", ".*"))
-    path = target / defect.file
+@contextlib.contextmanager
+def planted(checkout: Path, defect: Defect) -> Iterator[None]:
+    """The built checkout with the defect in it; what is C++ is built with it, and without it again."""
+    path = checkout / defect.file
     text = path.read_text()
     assert text.count(defect.before) >= 1, f"{defect.what}: {defect.before!r} is not in {defect.file}"
-    path.write_text(text.replace(defect.before, defect.after, 1))
-    if defect.file.startswith("csrc/"):
-        build(target)
-    return target
+    try:
+        for content in (text.replace(defect.before, defect.after, 1), text):
+            path.write_text(content)
+            if defect.file.startswith("csrc/"):
+                build(checkout)
+            if content != text:
+                yield
+    finally:
+        path.write_text(text)
 
 
 def main() -> int:
@@ -405,14 +414,12 @@ def main() -> int:
         raise SystemExit(f"nothing of that name: {' '.join(words)}; expected numbers to {len(DEFECTS)} or {GROUPS}")
     found: dict[str, str | None] = {}
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        built = copy_checkout(folder / "untouched")
+        built = copy_checkout(Path(name) / "checkout")
         build(built)
         for number in chosen:
             defect = DEFECTS[number - 1]
-            copy = plant(built, folder / str(number), defect)
-            found[defect.what] = first_failure(copy, tests_of(defect))
-            shutil.rmtree(copy)
+            with planted(built, defect):
+                found[defect.what] = first_failure(built, tests_of(defect))
             print(f"{number:3}  {defect.what:62}  {found[defect.what] or 'NOT CAUGHT'}", flush=True)
         tests = {test for test in found.values() if test and test.startswith("tests/")}
         if broken := first_failure(built, sorted(tests), 6 * PATIENCE):
