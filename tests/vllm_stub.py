@@ -5,58 +5,37 @@ The one of a teacher's log-probabilities is in test_teachers.py.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import threading
 import time
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import http_stub
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 
-class Server(ThreadingHTTPServer):
+class Server(http_stub.Server):
     """`faults` are taken one a request of completions; `spoil` changes every answer."""
 
     def __init__(self, handler: type[Answers]) -> None:
-        super().__init__(("127.0.0.1", 0), handler)
+        super().__init__(handler)
         self.faults: list[str] = []
         self.spoil = lambda choices: choices
         self.room = 256
-        self.url = f"http://127.0.0.1:{self.server_port}/v1"
-
-    @contextlib.contextmanager
-    def serving(self) -> Iterator[Server]:
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-        try:
-            yield self
-        finally:
-            self.shutdown()
-            self.server_close()
+        self.url += "/v1"
 
 
-class Answers(BaseHTTPRequestHandler):
+class Answers(http_stub.Answers):
     server: Server
     DEAD, SLOW = "engine is dead", 0.5  # the text of a 500, seconds
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-    def reply(self, status: int, body: object) -> None:
-        data = json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
 
     def models(self, name: str) -> None:
         self.reply(200, {"data": [{"id": name, "owned_by": "vllm", "max_model_len": self.server.room}]})
 
-    def body(self) -> dict:
-        return json.loads(self.rfile.read(int(self.headers["Content-Length"])) or "{}")
+    def asked(self) -> dict:
+        return json.loads(self.body() or "{}")
 
     def fails(self) -> bool:
         """Takes the next fault, if there is one; whether the request has had its end by that."""
@@ -95,7 +74,7 @@ class Handler(Answers):
         self.models("small")
 
     def do_POST(self) -> None:
-        stub, body = self.server, self.body()
+        stub, body = self.server, self.asked()
         match self.path:
             case "/pause?mode=wait":
                 stub.paused = True

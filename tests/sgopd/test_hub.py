@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import hashlib
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -17,70 +16,51 @@ from safetensors.torch import load
 from sgopd.config import Config, UserError
 from sgopd.trainer import Trainer
 
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+import http_stub
 
-class Repository(ThreadingHTTPServer):
+
+class Repository(http_stub.Server):
     """One repository: its files by name, what was committed, and who may."""
 
     TOKEN = "hf_right"
 
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Answers)
-        self.url = f"http://127.0.0.1:{self.server_port}"
+        super().__init__(Answers)
         self.name, self.made = "", {}
         self.files: dict[str, bytes] = {}
         self.large: dict[str, bytes] = {}
         self.commits: list[tuple[str, set[str]]] = []
         self.broken = False  # after it was opened
 
-    @contextlib.contextmanager
-    def serving(self):
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-        try:
-            yield self
-        finally:
-            self.shutdown()
-            self.server_close()
 
-
-class Answers(BaseHTTPRequestHandler):
+class Answers(http_stub.Answers):
     server: Repository
 
-    def log_message(self, *_: object) -> None:
-        pass
-
-    def reply(self, body: object, status: int = 200) -> None:
-        data = json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def body(self) -> bytes:
-        return self.rfile.read(int(self.headers["Content-Length"] or 0))
-
     def do_GET(self) -> None:
-        self.reply({"error": "no such file"}, 404)
+        self.reply(404, {"error": "no such file"})
 
     def do_PUT(self) -> None:
         data = self.body()
         self.server.large[hashlib.sha256(data).hexdigest()] = data
-        self.reply({})
+        self.reply(200, {})
 
     def do_POST(self) -> None:
         repository, path, body = self.server, self.path.partition("?")[0], self.body()
         if self.headers["Authorization"] != f"Bearer {repository.TOKEN}" and "/lfs/" not in path:
-            return self.reply({"error": "Invalid username or password."}, 401)
+            return self.reply(401, {"error": "Invalid username or password."})
         if path == "/api/repos/create":
             repository.made = json.loads(body)
             repository.name = f"{repository.made['organization'] or 'someone'}/{repository.made['name']}"
-            return self.reply({"url": f"{repository.url}/{repository.name}"})
+            return self.reply(200, {"url": f"{repository.url}/{repository.name}"})
         if repository.broken:
-            return self.reply({"error": "the disk is full"}, 507)
+            return self.reply(507, {"error": "the disk is full"})
         if path == "/api/validate-yaml":
             yaml.safe_load(json.loads(body)["content"].split("---")[1])
-            return self.reply({"errors": [], "warnings": []})
+            return self.reply(200, {"errors": [], "warnings": []})
         if path == f"/api/models/{repository.name}/preupload/main":
             return self.reply(
+                200,
                 {
                     "files": [
                         {
@@ -90,12 +70,12 @@ class Answers(BaseHTTPRequestHandler):
                         }
                         for file in json.loads(body)["files"]
                     ]
-                }
+                },
             )
         if path == f"/{repository.name}.git/info/lfs/objects/batch":
             objects = json.loads(body)["objects"]
             actions = {"upload": {"href": f"{repository.url}/storage"}}
-            return self.reply({"transfer": "basic", "objects": [{**one, "actions": actions} for one in objects]})
+            return self.reply(200, {"transfer": "basic", "objects": [{**one, "actions": actions} for one in objects]})
         assert path == f"/api/models/{repository.name}/commit/main", path
         lines = [json.loads(line) for line in body.splitlines()]
         summary = next(line["value"]["summary"] for line in lines if line["key"] == "header")
@@ -108,11 +88,12 @@ class Answers(BaseHTTPRequestHandler):
             names |= {line["value"]["path"]} if line["key"] != "header" else set()
         repository.commits.append((summary, names))
         return self.reply(
+            200,
             {
                 "success": True,
                 "commitOid": "0" * 40,
                 "commitUrl": f"{repository.url}/{repository.name}/commit/{'0' * 40}",
-            }
+            },
         )
 
 

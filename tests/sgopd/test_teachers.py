@@ -48,7 +48,7 @@ class Handler(vllm_stub.Answers):
         self.models("big")
 
     def do_POST(self) -> None:
-        stub, body = self.server, self.body()
+        stub, body = self.server, self.asked()
         stub.requests += 1
         if self.fails():
             return None
