@@ -33,6 +33,7 @@ from study import ARMS, PARTS, Cell
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "evidence" / "results.jsonl"
+OUTPUTS = ("evidence/results.jsonl", "evidence/real.jsonl")
 
 
 def main() -> None:
@@ -214,9 +215,11 @@ def describe_commit() -> dict[str, Any]:
     import torch
 
     def git(*words: str) -> str:
-        return subprocess.run(("git", *words), cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+        return subprocess.run(("git", *words), cwd=ROOT, capture_output=True, text=True, check=False).stdout.rstrip(
+            "\n"
+        )
 
-    changed = [line[3:] for line in git("status", "--porcelain").splitlines() if not line.endswith(".jsonl")]
+    changed = [line[3:] for line in git("status", "--porcelain").splitlines() if line[3:] not in OUTPUTS]
     return {"commit": git("rev-parse", "--short=12", "HEAD") or None, "dirty": changed, "torch": torch.__version__}
 
 

@@ -118,7 +118,7 @@ def t_quantile(probability: float, freedom: int) -> float:
     return high
 
 
-class Blocks(NamedTuple):
+class Crossed(NamedTuple):
     """Arms that all ran with the same seeds: differences to the first one, in points."""
 
     means: list[float]  # of the others
@@ -130,11 +130,18 @@ class Blocks(NamedTuple):
         return self.se * t_quantile(1 - 0.025 / comparisons, self.freedom) if self.freedom else math.nan
 
     def detectable(self, comparisons: int) -> float:
-        """The effect that such an interval shows not to be 0 four times in five."""
-        return self.half_width(comparisons) + self.se * t_quantile(0.8, self.freedom) if self.freedom else math.nan
+        """The effect that such an interval shows not to be 0 four times in five, were the noise as large as `se`."""
+        if not self.freedom:
+            return math.nan
+        critical = t_quantile(1 - 0.025 / comparisons, self.freedom)
+        low, high = 0.0, 2 * critical + 4
+        for _ in range(30):
+            middle = (low + high) / 2
+            low, high = (low, middle) if t_power(middle, critical, self.freedom) > 0.8 else (middle, high)
+        return self.se * high
 
 
-def blocks(values: Sequence[Sequence[float]]) -> Blocks:
+def crossed(values: Sequence[Sequence[float]]) -> Crossed:
     """Of values[seed][arm]: what neither the seed nor the arm explains is the noise of all arms alike, so that few
     seeds are enough to know it: (arms - 1) (seeds - 1) degrees of freedom."""
     S, A = len(values), len(values[0])
@@ -144,7 +151,18 @@ def blocks(values: Sequence[Sequence[float]]) -> Blocks:
     squares = sum((values[s][a] - of_arm[a] - of_seed[s] + whole) ** 2 for s in range(S) for a in range(A))
     freedom = (A - 1) * (S - 1)
     se = math.sqrt(2 * squares / freedom / S) if freedom else math.nan
-    return Blocks([100 * (mean - of_arm[0]) for mean in of_arm[1:]], 100 * se, freedom, S)
+    return Crossed([100 * (mean - of_arm[0]) for mean in of_arm[1:]], 100 * se, freedom, S)
+
+
+def t_power(shift: float, critical: float, freedom: int) -> float:
+    """P(T > critical) of Student's noncentral t: over the estimate's share s of the noise, Φ(shift − critical s)."""
+
+    def density(s: float) -> float:  # of the square root of chi² over its degrees of freedom
+        log = math.log(2) + freedom / 2 * math.log(freedom / 2) - math.lgamma(freedom / 2)
+        return math.exp(log + (freedom - 1) * math.log(s) - freedom * s * s / 2)
+
+    points = [(i + 0.5) / 200 for i in range(1000)]  # to 5; beyond there is nothing
+    return sum(density(s) * 0.5 * math.erfc((critical * s - shift) / math.sqrt(2)) for s in points) / 200
 
 
 # --- comparisons ---
@@ -304,10 +322,16 @@ def real_table(results: Results, arms: Sequence[str], teachers: Sequence[str]) -
     for teacher in teachers:
         for name, measure in (("avg", avg), ("pass", passed)):
             runs = {(cell.seed, cell.arm): line for cell, line in results.lines.items() if cell.teacher == teacher}
-            seeds = [seed for seed in sorted({seed for seed, _ in runs}) if all((seed, arm) in runs for arm in arms)]
+            models = {run: (line.get("student_sha256"), line.get("teacher_sha256")) for run, line in runs.items()}
+            newest = list(models.values())[-1:]  # made elsewhere, others are not these
+            seeds = [
+                seed
+                for seed in sorted({seed for seed, _ in runs})
+                if all([models.get((seed, arm))] == newest for arm in arms)
+            ]
             if seeds:
                 found = [[measure(runs[seed, arm]) for arm in arms] for seed in seeds]
-                columns.append((f"{teacher} teacher, {name}", found, blocks(found)))
+                columns.append((f"{teacher} teacher, {name}@4", found, crossed(found)))
     if not columns:
         return NONE
     comparisons = (len(arms) - 1) * len(columns)
@@ -322,7 +346,7 @@ def real_table(results: Results, arms: Sequence[str], teachers: Sequence[str]) -
             cells.append(f"**{text}**" if abs(one.means[place]) > width else text)
         lines.append(f"| `{arm}` | {' | '.join(cells)} |")
     seen = ["" if math.isnan(one.se) else f"{one.detectable(comparisons):.1f}" for *_, one in columns]
-    lines.append(f"| smallest effect seen four times in five | {' | '.join(seen)} |")
+    lines.append(f"| effect that would be seen four times in five | {' | '.join(seen)} |")
     lines.append(f"| seeds | {' | '.join(str(one.seeds) for *_, one in columns)} |")
     return "\n".join(lines)
 

@@ -183,16 +183,18 @@ def plan(config: Config, device: Device, processes: int, prompt: int) -> list[St
     rows = 8 if config.top_k or config.top_p < 1 else 4  # of float32 logits: as they are, and filtered
     sampling = {**fixed, "cache": cache, "logits": rows * 4 * at_once * student.vocabulary}
     autocast = config.bf16 and config.dtype == "float32"
-    if autocast:
+    keeps_copies = autocast and not config.use_peft  # of weights that require a gradient
+    if keeps_copies:
         sampling["copies in bfloat16"] = student.parameters * 2
     if config.fsdp:
         sampling["student, whole"] = student.parameters * width_S
     steps = answer * -(-rollouts // at_once)
-    width_W = 2 if autocast else width_S  # copies, made once
+    width_W = 2 if keeps_copies else width_S + 4 * autocast  # made once; else in every step, written and read
     bytes_read = steps * (student.parameters * width_W + cache * (prompt + answer / 2) / length)
     operations = 2 * (student.body + student.head) * rollouts * answer
     generating = max(bytes_read / (device.bandwidth * STREAM), operations / (peak * COMPUTE))
-    generating += 2 * student.body * prompts * prompt / (peak * COMPUTE)  # a prompt is read once
+    read = max(prompts, -(-rollouts // at_once))  # a prompt once in each batch of them
+    generating += 2 * student.body * read * prompt / (peak * COMPUTE)
 
     # --- scoring and the update ---
     tokens, scored = rollouts * length, rollouts * answer

@@ -109,7 +109,7 @@ def generate(
     model.eval()
     completions: list[Completion] = []
     size = sampling.batch_size or max(len(prompts), 1)
-    # Around all steps: within it a weight is rounded to bfloat16 once.
+    # Around all steps: within it a weight that requires a gradient is rounded to bfloat16 once.
     with torch.autocast(model.device.type, torch.bfloat16, enabled=sampling.bf16):
         for start in range(0, len(prompts), size):
             completions += _generate_batch(model, tokenizer, prompts[start : start + size], sampling, generator)
@@ -134,7 +134,9 @@ class Steps:
         self.model = model
         self.names = arguments_of(model)
         places = {prompt: place for place, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
-        self.copies: Tensor | None = torch.tensor([places[tuple(prompt)] for prompt in prompts], device=model.device)
+        self.copies: Tensor | None = None
+        if len(places) < len(prompts):
+            self.copies = torch.tensor([places[tuple(prompt)] for prompt in prompts], device=model.device)
         B, P = len(places), max(map(len, places))
         # Left padding, so that every prompt ends in the last column; the mask hides it and positions skip it.
         input_ids = torch.zeros(B, P, dtype=torch.long)

@@ -57,7 +57,7 @@ class Shards:
     def __init__(self, root: nn.Module, model: PreTrainedModel, mesh: DeviceMesh, kept: set[nn.Parameter]) -> None:
         self.model = model
         empty: dict[int, Any] = {
-            id(parameter): nn.Parameter(parameter.new_empty(0), requires_grad=False) for parameter in model.parameters()
+            id(one): nn.Parameter(one.new_empty(0), requires_grad=one.requires_grad) for one in model.parameters()
         }
         self.shell = copy.deepcopy(model, empty)
         names = getattr(model, "_no_split_modules", None) or ()

@@ -403,8 +403,8 @@ def rows_kernel(
         weight = tl.where((w_agree != 0) | (w_conflict != 0) | (w_neutral != 0), 1.0, 0.0).to(tl.float64)
         if SAMPLED:
             # log pi_R(y): pi_R's own softmax, over all of its columns
-            _, r_y, _, third_sums = _summarise(models, V, y, gate, PAIR, REFERENCE, BLOCK)
-            lr = (r_y.to(tl.float64) - third_sums[1]) - tl.log(third_sums[3])
+            _, r_y, _, r_sums = _summarise(models, V, y, gate, PAIR, REFERENCE, BLOCK)
+            lr = (r_y.to(tl.float64) - r_sums[1]) - tl.log(r_sums[3])
             target = tl.where((t_y == float("-inf")) | (r_y == float("-inf")), float("-inf"), w * lq + (1.0 - w) * lr)
             advantage = target - lp
         else:

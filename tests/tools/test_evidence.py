@@ -14,7 +14,7 @@ import study
 from constructed import MANNERS, MISPLACED, MISREAD, TASKS, questions
 from run_study import by_kind
 from smollm2 import forgetful
-from study_page import Results, blocks, estimate, holm, real_table, show, t_quantile, table
+from study_page import Results, crossed, estimate, holm, real_table, show, t_power, t_quantile, table
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -69,13 +69,18 @@ def test_statistics_against_tables_and_by_hand() -> None:
 
 def test_few_seeds_of_many_arms() -> None:
     """Against a two-way analysis of variance by hand; a seed's own level cancels."""
-    one = blocks([[0.10, 0.20, 0.30], [0.50, 0.62, 0.68]])
+    one = crossed([[0.10, 0.20, 0.30], [0.50, 0.62, 0.68]])
     assert one.means == pytest.approx([11, 19]) and one.freedom == 2 and one.seeds == 2
     squares = 2 * (0.0**2 + 0.01**2 + 0.01**2)  # residuals 0, ∓0.01, ±0.01
     assert one.se == pytest.approx(100 * math.sqrt(2 * squares / 2 / 2))
     assert one.half_width(1) == pytest.approx(4.302653 * one.se)
-    assert one.detectable(1) == pytest.approx((4.302653 + 1.060660) * one.se)
-    assert math.isnan(blocks([[0.1, 0.2]]).half_width(1))
+    assert t_power(0.0, 4.302653, 2) == pytest.approx(0.025, abs=1e-4)
+    rng = random.Random(0)
+    draws = [(rng.gauss(0, 1), (rng.gammavariate(3, 2) / 6) ** 0.5) for _ in range(20_000)]  # chi², 6 degrees
+    for shift in (1.0, 5.0):
+        assert t_power(shift, 4.5, 6) == pytest.approx(sum(z + shift > 4.5 * s for z, s in draws) / 20_000, abs=0.01)
+    assert t_power(one.detectable(12) / one.se, t_quantile(1 - 0.025 / 12, 2), 2) == pytest.approx(0.8, abs=1e-3)
+    assert math.isnan(crossed([[0.1, 0.2]]).half_width(1))
 
 
 def test_the_real_models_table_takes_whole_seeds() -> None:
@@ -87,6 +92,7 @@ def test_the_real_models_table_takes_whole_seeds() -> None:
     lines = [
         line("wrong", arm, seed, 0.1 * i + 0.01 * seed) for seed in (0, 1) for i, arm in enumerate(("opd", "half"))
     ]
+    lines[:0] = [line("wrong", arm, 3, 0.9) | {"student_sha256": "other"} for arm in ("opd", "half")]
     text = real_table(Results([*lines, line("wrong", "opd", 2, 0.9)]), ("opd", "half"), ("wrong", "right"))
     assert "| `half` | **+10.0 ± 0.0** | **+10.0 ± 0.0** |" in text and text.endswith("| seeds | 2 | 2 |")
 

@@ -32,8 +32,8 @@ from sgopd_kernels.problem import Chunk, Problem
 TARGETS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 # Registers a thread: 256 threads at 128 leave room for two programs a multiprocessor. Shared memory: bytes.
 # Spills: none, but where ptxas prefers 80 registers (a third model) or 64 (divergences that are no KL), three or four
-# programs a multiprocessor, and 8 or 16 bytes on one target or the other (32 with Triton 3.6).
-SPILLS_ALLOWED = 32
+# programs a multiprocessor, and 8 or 16 bytes on one target or the other.
+SPILLS_ALLOWED = 32 if triton.__version__.startswith("3.6.") else 16
 CEILINGS = {"rows_kernel": (128, 8192), "move_rows_kernel": (64, 4096), "parts_kernel": (64, 4096)}
 
 
