@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import mpmath  # sympy's
-from checkpoints import SAMPLES, STUDENTS
+from checkpoints import STUDENTS
 from constructed import TASKS
 from study import ARMS, BASELINE, CONTROLS, CORE, GROUPED, RATES, REAL_ARMS, REAL_TEACHERS, REST, Cell
 
@@ -256,16 +256,15 @@ def against(arms: Sequence[str], base: str = BASELINE) -> list[Asked]:
 
 def settings_table(models: Sequence[Line]) -> str:
     lines = [
-        "| task | model | parameters | avg@16 | pass@16 | questions it mostly gets wrong |",
-        "|---|---|---|---|---|---|",
+        "| task | model | parameters | k | avg@k | pass@k | questions it mostly gets wrong |",
+        "|---|---|---|---|---|---|---|",
     ]
     for one in models:
-        wrong = sum(int(count, 17) < SAMPLES / 2 for count in one["correct"]) / len(one["correct"])
-        whose = "student" if one["name"] in STUDENTS else "teacher"
-        lines.append(
-            f"| {one['task']} | {whose} `{one['name']}` | {one['parameters']:,} | {one['avg']:.1%} | {one['pass']:.1%} "
-            f"| {wrong:.0%} |"
-        )
+        wrong = sum(int(count, 17) < one["samples"] / 2 for count in one["correct"]) / len(one["correct"])
+        whose = "teacher" if one["name"] in TEACHERS else "student"
+        cells = (one["task"], f"{whose} `{one['name']}`", f"{one['parameters']:,}", one["samples"])
+        shares = (f"{one['avg']:.1%}", f"{one['pass']:.1%}", f"{wrong:.0%}")
+        lines.append(f"| {' | '.join(map(str, cells + shares))} |")
     return "\n".join(lines)
 
 
