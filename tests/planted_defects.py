@@ -92,7 +92,7 @@ DEFECTS = [
     Defect("torch: a softcap unmasks a column", TORCH, "z = torch.where(z == -torch.inf, z, ", "z = torch.where(z == torch.inf, z, "),
     Defect("door: a stride shorter than the row accepted", "csrc/arguments.h", "if (stride < columns)", "if (false)"),
     Defect("pairs: squares of what is left in plain fp32", "csrc/cpu/pair_kernels.cpp", "threshold > 1e-37f ? 1.f / threshold : 1e37f", "1.f"),
-    Defect("quantized: the estimate of the usual share refined", "sgopd_kernels/plans/quantized.py", "return mass * torch.maximum", "return 1e-4 * torch.maximum"),
+    Defect("quantized: the estimate takes another mass than was refined", "sgopd_kernels/plans/quantized.py", "return mass * torch.maximum", "return 1e-4 * torch.maximum"),
     Defect("quantized: feedback with the wrong sign", "csrc/cpu/feedback.h", "x - taken", "x + taken"),
     Defect("quantized: feedback without a limit", "csrc/cpu/int16.h", "constexpr float kMostFeedback = 1.f;", "constexpr float kMostFeedback = 1e9f;"),
     Defect("quantized: feedback left out", "sgopd_kernels/backends/cpu.py", "along=0 if feedback is None else feedback[0].data_ptr()", "along=0 if feedback is None else torch.zeros_like(feedback[0]).data_ptr()"),

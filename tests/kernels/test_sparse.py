@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from sgopd_kernels import backends, gated_kl_loss
+from sgopd_kernels import Head, Options, backends, gated_kl_loss
 from sgopd_kernels.backends.cpu import CpuBackend
 from sgopd_kernels.plans import calibration
 from sgopd_kernels.plans.directions import Coefficients, Directions, feedback
+from sgopd_kernels.plans.quantized import at_most
+from sgopd_kernels.problem import Problem
 
 pytestmark = pytest.mark.skipif(not backends.usable("cpu"), reason="the native CPU extension is not built")
 
@@ -184,6 +186,17 @@ def test_the_estimate_knows_what_was_refined(calibrate: Any) -> None:
         truth = gradients([t.double() if t.is_floating_point() else t for t in operands])
         got = gradients(operands, precision=1e-2)
         assert max(error(m, t) for m, t in zip(got[:3], truth[:3])) <= 1e-2
+
+
+@pytest.mark.parametrize("mass", [1e-4, 0.1])
+def test_the_bound_of_what_was_not_refined_is_reached(mass: float) -> None:
+    """By a tail of entries that all have the probability below which nothing is computed again."""
+    student, teacher = (Head(torch.empty(1, 1), torch.empty(9, 1), logit_scale=scale) for scale in (1.0, 2.0))
+    problem = Problem(Options(temperature=0.5), student, torch.zeros(1).long(), torch.ones(1), teacher=teacher)
+    count, variances = 7, (0.3, 0.2)  # of the student's and the teacher's projections
+    report = torch.tensor([[0.0, 0.0, count * mass, 0.5 * count * mass, *variances]], dtype=torch.float64)
+    expected = count * mass**2 * (variances[0] * 2.0**2 + variances[1] * 4.0**2)
+    assert float(at_most(problem, report, mass)) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("row", [5, 16, 33])
