@@ -310,7 +310,19 @@ DEFECTS += [
 # fmt: on
 KERNEL_TESTS = [
     f"tests/kernels/test_{name}.py"
-    for name in ("products", "blocks", "parity", "api", "ops", "options", "sparse", "fuzz_native", "door", "cuda_host")
+    for name in (
+        "products",
+        "blocks",
+        "parity",
+        "api",
+        "ops",
+        "options",
+        "sparse",
+        "fuzz_native",
+        "door",
+        "cuda_host",
+        "tensor_cores",
+    )
 ]
 # Where a defect of a file shows soonest: that is asked first.
 SOONEST = {
@@ -329,6 +341,8 @@ SOONEST = {
     ROWS: "parity options",
     TORCH: "parity options",
     CUDA_ROWS: "cuda_host",
+    TENSOR_CORES: "tensor_cores",
+    NARROW: "tensor_cores",
 }
 INTERPRETED = "tests/triton/interpreted.py"  # in a process of its own: nothing may have imported Triton before
 
