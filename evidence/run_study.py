@@ -215,9 +215,8 @@ def describe_commit() -> dict[str, Any]:
     import torch
 
     def git(*words: str) -> str:
-        return subprocess.run(("git", *words), cwd=ROOT, capture_output=True, text=True, check=False).stdout.rstrip(
-            "\n"
-        )
+        done = subprocess.run(("git", *words), cwd=ROOT, capture_output=True, text=True, check=False)
+        return done.stdout.rstrip("\n")
 
     changed = [line[3:] for line in git("status", "--porcelain").splitlines() if line[3:] not in OUTPUTS]
     return {"commit": git("rev-parse", "--short=12", "HEAD") or None, "dirty": changed, "torch": torch.__version__}

@@ -69,6 +69,17 @@ class Estimate(NamedTuple):
         """Of the 95 % interval that holds for that many comparisons at once."""
         return self.se * t_quantile(1 - 0.025 / comparisons, self.freedom) if self.freedom else math.nan
 
+    def detectable(self, comparisons: int) -> float:
+        """The effect that such an interval shows not to be 0 four times in five, were the noise as large as `se`."""
+        if not self.freedom:
+            return math.nan
+        critical = t_quantile(1 - 0.025 / comparisons, self.freedom)
+        low, high = 0.0, 2 * critical + 4
+        for _ in range(30):
+            middle = (low + high) / 2
+            low, high = (low, middle) if t_power(middle, critical, self.freedom) > 0.8 else (middle, high)
+        return self.se * high
+
 
 # --- statistics ---
 
@@ -118,32 +129,12 @@ def t_quantile(probability: float, freedom: int) -> float:
     return high
 
 
-class Crossed(NamedTuple):
-    """Arms that all ran with the same seeds: differences to the first one, in points."""
+def crossed(values: Sequence[Sequence[float]]) -> list[Estimate]:
+    """Each other arm less the first, of values[seed][arm].
 
-    means: list[float]  # of the others
-    se: float  # of each difference; NaN with one seed
-    freedom: int
-    seeds: int
-
-    def half_width(self, comparisons: int) -> float:
-        return self.se * t_quantile(1 - 0.025 / comparisons, self.freedom) if self.freedom else math.nan
-
-    def detectable(self, comparisons: int) -> float:
-        """The effect that such an interval shows not to be 0 four times in five, were the noise as large as `se`."""
-        if not self.freedom:
-            return math.nan
-        critical = t_quantile(1 - 0.025 / comparisons, self.freedom)
-        low, high = 0.0, 2 * critical + 4
-        for _ in range(30):
-            middle = (low + high) / 2
-            low, high = (low, middle) if t_power(middle, critical, self.freedom) > 0.8 else (middle, high)
-        return self.se * high
-
-
-def crossed(values: Sequence[Sequence[float]]) -> Crossed:
-    """Of values[seed][arm]: what neither the seed nor the arm explains is the noise of all arms alike, so that few
-    seeds are enough to know it: (arms - 1) (seeds - 1) degrees of freedom."""
+    What neither the seed nor the arm explains is the noise of all arms alike, so that few seeds are enough to know it:
+    (arms - 1) (seeds - 1) degrees of freedom.
+    """
     S, A = len(values), len(values[0])
     of_arm = [sum(row[a] for row in values) / S for a in range(A)]
     of_seed = [sum(row) / A for row in values]
@@ -151,7 +142,7 @@ def crossed(values: Sequence[Sequence[float]]) -> Crossed:
     squares = sum((values[s][a] - of_arm[a] - of_seed[s] + whole) ** 2 for s in range(S) for a in range(A))
     freedom = (A - 1) * (S - 1)
     se = math.sqrt(2 * squares / freedom / S) if freedom else math.nan
-    return Crossed([100 * (mean - of_arm[0]) for mean in of_arm[1:]], 100 * se, freedom, S)
+    return [Estimate(100 * (mean - of_arm[0]), 100 * se, freedom, {}, S) for mean in of_arm[1:]]
 
 
 def t_power(shift: float, critical: float, freedom: int) -> float:
@@ -319,18 +310,17 @@ def real_table(results: Results, arms: Sequence[str], teachers: Sequence[str]) -
     """Differences to `opd` of the real model, by the seeds with which every arm ran; last, what could be seen."""
     columns = []
     for teacher in teachers:
-        for name, measure in (("avg", avg), ("pass", passed)):
-            runs = {(cell.seed, cell.arm): line for cell, line in results.lines.items() if cell.teacher == teacher}
-            models = {run: (line.get("student_sha256"), line.get("teacher_sha256")) for run, line in runs.items()}
-            newest = list(models.values())[-1:]  # made elsewhere, others are not these
-            seeds = [
-                seed
-                for seed in sorted({seed for seed, _ in runs})
-                if all([models.get((seed, arm))] == newest for arm in arms)
-            ]
-            if seeds:
-                found = [[measure(runs[seed, arm]) for arm in arms] for seed in seeds]
-                columns.append((f"{teacher} teacher, {name}@4", found, crossed(found)))
+        runs = {(cell.seed, cell.arm): line for cell, line in results.lines.items() if cell.teacher == teacher}
+        models = {run: (line.get("student_sha256"), line.get("teacher_sha256")) for run, line in runs.items()}
+        newest = list(models.values())[-1:]  # made elsewhere, others are not these
+        seeds = [
+            seed
+            for seed in sorted({seed for seed, _ in runs})
+            if all([models.get((seed, arm))] == newest for arm in arms)
+        ]
+        for name, measure in (("avg", avg), ("pass", passed)) if seeds else ():
+            found = [[measure(runs[seed, arm]) for arm in arms] for seed in seeds]
+            columns.append((f"{teacher} teacher, {name}@4", found, crossed(found)))
     if not columns:
         return NONE
     comparisons = (len(arms) - 1) * len(columns)
@@ -338,15 +328,11 @@ def real_table(results: Results, arms: Sequence[str], teachers: Sequence[str]) -
     levels = [f"{100 * sum(row[0] for row in found) / len(found):.1f} %" for _, found, _ in columns]
     lines.append(f"| `{arms[0]}` itself | {' | '.join(levels)} |")
     for place, arm in enumerate(arms[1:]):
-        cells = []
-        for _, _, one in columns:
-            width = one.half_width(comparisons)
-            text = signed(one.means[place]) + ("" if math.isnan(width) else f" ± {width:.1f}")
-            cells.append(f"**{text}**" if abs(one.means[place]) > width else text)
+        cells = [show(each[place], comparisons, comparisons * each[place].p()) for *_, each in columns]
         lines.append(f"| `{arm}` | {' | '.join(cells)} |")
-    seen = ["" if math.isnan(one.se) else f"{one.detectable(comparisons):.1f}" for *_, one in columns]
+    seen = [f"{each[0].detectable(comparisons):.1f}" if each[0].freedom else "" for *_, each in columns]
     lines.append(f"| effect that would be seen four times in five | {' | '.join(seen)} |")
-    lines.append(f"| seeds | {' | '.join(str(one.seeds) for *_, one in columns)} |")
+    lines.append(f"| seeds | {' | '.join(str(each[0].runs) for *_, each in columns)} |")
     return "\n".join(lines)
 
 

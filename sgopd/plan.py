@@ -188,12 +188,13 @@ def plan(config: Config, device: Device, processes: int, prompt: int) -> list[St
         sampling["copies in bfloat16"] = student.parameters * 2
     if config.fsdp:
         sampling["student, whole"] = student.parameters * width_S
-    steps = answer * -(-rollouts // at_once)
+    batches = -(-rollouts // at_once)
+    steps = answer * batches
     width_W = 2 if keeps_copies else width_S + 4 * autocast  # made once; else in every step, written and read
     bytes_read = steps * (student.parameters * width_W + cache * (prompt + answer / 2) / length)
     operations = 2 * (student.body + student.head) * rollouts * answer
     generating = max(bytes_read / (device.bandwidth * STREAM), operations / (peak * COMPUTE))
-    read = max(prompts, -(-rollouts // at_once))  # a prompt once in each batch of them
+    read = max(prompts, batches)  # a prompt once in each batch of them
     generating += 2 * student.body * read * prompt / (peak * COMPUTE)
 
     # --- scoring and the update ---

@@ -69,8 +69,8 @@ def test_statistics_against_tables_and_by_hand() -> None:
 
 def test_few_seeds_of_many_arms() -> None:
     """Against a two-way analysis of variance by hand; a seed's own level cancels."""
-    one = crossed([[0.10, 0.20, 0.30], [0.50, 0.62, 0.68]])
-    assert one.means == pytest.approx([11, 19]) and one.freedom == 2 and one.seeds == 2
+    one, other = crossed([[0.10, 0.20, 0.30], [0.50, 0.62, 0.68]])
+    assert [one.mean, other.mean] == pytest.approx([11, 19]) and one.freedom == 2 and one.runs == 2
     squares = 2 * (0.0**2 + 0.01**2 + 0.01**2)  # residuals 0, ∓0.01, ±0.01
     assert one.se == pytest.approx(100 * math.sqrt(2 * squares / 2 / 2))
     assert one.half_width(1) == pytest.approx(4.302653 * one.se)
@@ -80,7 +80,7 @@ def test_few_seeds_of_many_arms() -> None:
     for shift in (1.0, 5.0):
         assert t_power(shift, 4.5, 6) == pytest.approx(sum(z + shift > 4.5 * s for z, s in draws) / 20_000, abs=0.01)
     assert t_power(one.detectable(12) / one.se, t_quantile(1 - 0.025 / 12, 2), 2) == pytest.approx(0.8, abs=1e-3)
-    assert math.isnan(crossed([[0.1, 0.2]]).half_width(1))
+    assert math.isnan(crossed([[0.1, 0.2]])[0].half_width(1))
 
 
 def test_the_real_models_table_takes_whole_seeds() -> None:
