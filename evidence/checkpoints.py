@@ -190,13 +190,14 @@ def make(task: str, output: Path, scale: float = 1.0, asked: int = EVALUATED) ->
 
 
 def record(folder: Path, target: Path) -> None:
-    """A line for each model of `folder`, in a form to be kept: right answers as a digit of base 17 a question."""
-    lines = []
+    """Adds the models of `folder` that `target` lacks, a line each: right answers as a digit of base 17 a question."""
+    lines = target.read_text(encoding="utf-8").splitlines() if target.is_file() else []
     for path in sorted(folder.glob("*/models.json")):
         for name, facts in json.loads(path.read_text()).items():
             correct = "".join(DIGITS[count] for count in facts["correct"])
-            lines.append(json.dumps({"task": path.parent.name, "name": name, **facts, "correct": correct}) + "\n")
-    target.write_text("".join(lines), encoding="utf-8")
+            lines.append(json.dumps({"task": path.parent.name, "name": name, **facts, "correct": correct}))
+    lines.sort(key=lambda line: json.loads(line)["task"])  # a task's models together, each set in its order
+    target.write_text("".join(f"{line}\n" for line in dict.fromkeys(lines)), encoding="utf-8")
 
 
 def main() -> None:

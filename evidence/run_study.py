@@ -87,14 +87,23 @@ def run(
 
     `workers` 0 runs them in this process. `changes` go over every setting.
     """
-    done = {cell_of(line) for line in read(output)}
+    there = read(output)
+    done = {cell_of(line) for line in there}
     todo = [cell for cell in cells if cell not in done]
     commit = describe_commit()
+    made: dict[str, dict[str, Any]] = {}
     for task in {cell.task for cell in todo}:
-        if not (model_folder / task / "models.json").is_file():
+        if not (facts := model_folder / task / "models.json").is_file():
             raise SystemExit(
                 f"{model_folder / task} has no models: python evidence/checkpoints.py --output {model_folder}"
             )
+        made[task] = json.loads(facts.read_text())
+    # A seed's arms are compared with each other, so they all have the models with which its first one ran.
+    theirs = {cell_of(line)._replace(arm=""): digests(line) for line in there}
+    ours = {cell: digests_of(cell, made[cell.task]) for cell in todo}
+    todo = [cell for cell in todo if theirs.get(cell._replace(arm=""), ours[cell]) == ours[cell]]
+    if left := len(ours) - len(todo):
+        print(f"{left} runs are of seeds that began with other models than those of {model_folder}: left out")
     with tempfile.TemporaryDirectory(prefix="evidence-") as folder:
         work = [(cell, model_folder, Path(folder), commit, changes or {}) for cell in todo]
         offered = itertools.takewhile(lambda _: stop_at is None or time.time() < stop_at, work)
@@ -160,8 +169,7 @@ def one_run(
         **cell._asdict(),
         "settings": settings | {"max_completion_length": config.max_completion_length},
         **commit,
-        "student_sha256": facts[cell.student]["weights_sha256"],
-        "teacher_sha256": facts[cell.teacher]["weights_sha256"],
+        **digests_of(cell, facts),
         "avg": evaluation["eval/avg_at_k"],
         "pass": evaluation["eval/pass_at_k"],
         "by_kind": by_kind(evaluation["eval/correct"], evaluation["eval/samples"], facts[cell.teacher]),
@@ -173,6 +181,14 @@ def one_run(
         "skipped": updates[-1]["optim/skipped"],
         "seconds": round(time.perf_counter() - began, 1),
     }
+
+
+def digests_of(cell: Cell, facts: dict[str, Any]) -> dict[str, str]:
+    return {f"{role}_sha256": facts[getattr(cell, role)]["weights_sha256"] for role in ("student", "teacher")}
+
+
+def digests(line: dict[str, Any]) -> dict[str, str]:
+    return {name: line[name] for name in ("student_sha256", "teacher_sha256")}
 
 
 def by_kind(correct: Sequence[int], samples: int, teacher: dict[str, Any]) -> dict[str, Any]:

@@ -247,15 +247,16 @@ def against(arms: Sequence[str], base: str = BASELINE) -> list[Asked]:
 
 def settings_table(models: Sequence[Line]) -> str:
     lines = [
-        "| task | model | parameters | k | avg@k | pass@k | questions it mostly gets wrong |",
-        "|---|---|---|---|---|---|---|",
+        "| task | model | weights | parameters | k | avg@k | pass@k | questions it mostly gets wrong |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for one in models:
         wrong = sum(int(count, 17) < one["samples"] / 2 for count in one["correct"]) / len(one["correct"])
         whose = "teacher" if one["name"] in TEACHERS else "student"
-        cells = (one["task"], f"{whose} `{one['name']}`", f"{one['parameters']:,}", one["samples"])
+        cells = (one["task"], f"{whose} `{one['name']}`", one["weights_sha256"][:6])
+        numbers = (f"{one['parameters']:,}", one["samples"])
         shares = (f"{one['avg']:.1%}", f"{one['pass']:.1%}", f"{wrong:.0%}")
-        lines.append(f"| {' | '.join(map(str, cells + shares))} |")
+        lines.append(f"| {' | '.join(map(str, cells + numbers + shares))} |")
     return "\n".join(lines)
 
 
@@ -307,16 +308,15 @@ def task_table(results: Results, student: str, arms: Sequence[str]) -> str:
 
 
 def real_table(results: Results, arms: Sequence[str], teachers: Sequence[str]) -> str:
-    """Differences to `opd` of the real model, by the seeds with which every arm ran; last, what could be seen."""
+    """`opd` itself, differences to it by seeds that all arms ran with on the same models, and what could be seen."""
     columns = []
     for teacher in teachers:
         runs = {(cell.seed, cell.arm): line for cell, line in results.lines.items() if cell.teacher == teacher}
         models = {run: (line.get("student_sha256"), line.get("teacher_sha256")) for run, line in runs.items()}
-        newest = list(models.values())[-1:]  # made elsewhere, others are not these
         seeds = [
             seed
             for seed in sorted({seed for seed, _ in runs})
-            if all([models.get((seed, arm))] == newest for arm in arms)
+            if all((seed, arm) in runs for arm in arms) and len({models[seed, arm] for arm in arms}) == 1
         ]
         for name, measure in (("avg", avg), ("pass", passed)) if seeds else ():
             found = [[measure(runs[seed, arm]) for arm in arms] for seed in seeds]
@@ -351,10 +351,20 @@ QUESTIONS: dict[Asked, str] = {
 
 
 def with_best_rate(results: Results) -> Results:
-    """With a further arm: `opd` at the learning rate that did best for this part, teacher and student, over tasks."""
+    """With a further arm: `opd` at the learning rate that did best for this part, teacher and student, over tasks.
+
+    Rates are judged by the seeds that ran with all of them.
+    """
+    whole = Results(
+        [
+            line
+            for cell, line in results.lines.items()
+            if all(cell._replace(arm=arm) in results.lines for arm in (BASELINE, *RATES))
+        ]
+    )
     added = []
-    for part, teacher, student in {(cell.part, cell.teacher, cell.student) for cell in results.lines}:
-        found = {arm: results.level(arm, teacher, student, part, avg) for arm in (BASELINE, *RATES)}
+    for part, teacher, student in sorted({(cell.part, cell.teacher, cell.student) for cell in results.lines}):
+        found = {arm: whole.level(arm, teacher, student, part, avg) for arm in (BASELINE, *RATES)}
         tried = {arm: value for arm, value in found.items() if value is not None}
         if len(tried) < 2:
             continue

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import study
 from constructed import MANNERS, MISPLACED, MISREAD, TASKS, questions
-from run_study import by_kind
+from run_study import by_kind, run
 from smollm2 import forgetful
-from study_page import Results, crossed, estimate, holm, real_table, show, t_power, t_quantile, table
+from study_page import Results, crossed, estimate, holm, real_table, show, t_power, t_quantile, table, with_best_rate
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -92,7 +92,7 @@ def test_the_real_models_table_takes_whole_seeds() -> None:
     lines = [
         line("wrong", arm, seed, 0.1 * i + 0.01 * seed) for seed in (0, 1) for i, arm in enumerate(("opd", "half"))
     ]
-    lines[:0] = [line("wrong", arm, 3, 0.9) | {"student_sha256": "other"} for arm in ("opd", "half")]
+    lines += [line("wrong", "opd", 3, 0.9), line("wrong", "half", 3, 0.9) | {"student_sha256": "other"}]
     text = real_table(Results([*lines, line("wrong", "opd", 2, 0.9)]), ("opd", "half"), ("wrong", "right"))
     assert "| `half` | **+10.0 ± 0.0** | **+10.0 ± 0.0** |" in text and text.endswith("| seeds | 2 | 2 |")
 
@@ -113,6 +113,29 @@ def test_comparisons_are_paired_by_cell() -> None:
     )
     assert elsewhere is not None and elsewhere.runs == 1, "models that were made elsewhere are others"
     assert "incorrect rollouts | +6.0 ± " in table(results, "weak", [("half", "opd"), ("protect", "opd")])
+
+
+def test_the_best_rate_is_judged_by_seeds_that_ran_with_all() -> None:
+    def line(arm: str, seed: int, avg: float) -> dict[str, object]:
+        return dict(zip(study.Cell._fields, ("main", "sums", "wrong", "weak", arm, seed)), avg=avg)
+
+    best = study.RATES[1]
+    lines = [line(arm, 0, 0.6 if arm == best else 0.5) for arm in ("opd", *study.RATES)]
+    results = with_best_rate(Results([*lines, line("opd", 1, 0.9)]))
+    added = [line for cell, line in results.lines.items() if cell.arm == "opd at its best rate"]
+    assert [(one["seed"], one["avg"]) for one in added] == [(0, 0.6)]
+
+
+def test_seeds_that_began_with_other_models_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    begun = study.Cell("main", "sums", "wrong", "weak", "opd", 0)
+    (tmp_path / "models" / "sums").mkdir(parents=True)
+    facts = {name: {"weights_sha256": "ours"} for name in ("weak", "wrong")}
+    (tmp_path / "models" / "sums" / "models.json").write_text(json.dumps(facts))
+    line = begun._asdict() | {"student_sha256": "ours", "teacher_sha256": "theirs"}
+    (tmp_path / "results.jsonl").write_text(json.dumps(line) + "\n")
+    run([begun._replace(arm="half")], tmp_path / "results.jsonl", tmp_path / "models", 0)
+    assert "1 runs are of seeds that began with other models" in capsys.readouterr().out
+    assert (tmp_path / "results.jsonl").read_text().count("\n") == 1
 
 
 def test_the_plan_runs_every_arm_once_with_its_baseline() -> None:
