@@ -97,6 +97,8 @@ ARMS = {
         Arm("opd, rate × 0.71", {"gate": "opd"}, "learning rate", "", 0.5**0.5),
         Arm("opd, rate × 1.41", {"gate": "opd"}, "learning rate", "", 2**0.5),
         Arm("opd, rate × 2", {"gate": "opd"}, "learning rate", "", 2.0),
+        Arm("opd, rate × 2.83", {"gate": "opd"}, "learning rate", "", 2**1.5),
+        Arm("opd, rate × 4", {"gate": "opd"}, "learning rate", "", 4.0),
         Arm("protect, incorrect 0.75", constant(0.0, 0.75), "constant", ""),
         Arm("protect, incorrect 0.25", constant(0.0, 0.25), "constant", ""),
         Arm("protect, incorrect 0", constant(0.0, 0.0), "constant", ""),

@@ -3,9 +3,10 @@
     python evidence/study_page.py [--results evidence/results.jsonl] [--page docs/evidence.md]
 
 Everything is a difference between two arms of the same part, task, teacher, student and seed, in points. A comparison
-is the mean over tasks of the mean over seeds. Its variance is that between seeds within a task, pooled over tasks, so
-an interval is about these tasks and says nothing of others; its degrees of freedom are seeds less one, added up over
-tasks. Intervals are 95 %, simultaneous within a table (Bonferroni, Student's t); p-values are Holm's within the table.
+is the mean over tasks of the mean over seeds. Its variance is that between seeds within each task, so an interval is
+about these tasks, their questions and checkpoints, and says nothing of others; degrees of freedom are Welch's and
+Satterthwaite's, since one task often varies far more than the others. Intervals are 95 %, simultaneous within a table
+(Bonferroni, Student's t); p-values are Holm's within the table.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Estimate(NamedTuple):
 
     mean: float
     se: float  # NaN without degrees of freedom
-    freedom: int  # 0 unless every task has two seeds
+    freedom: float  # 0 unless every task has two seeds
     by_task: dict[str, float]
     runs: int
 
@@ -93,11 +94,14 @@ def estimate(differences: dict[str, list[float]]) -> Estimate | None:
     if not tasks:
         return None
     means = {task: sum(values) / len(values) for task, values in tasks.items()}
-    known = all(len(values) > 1 for values in tasks.values())
-    freedom = sum(len(values) - 1 for values in tasks.values()) if known else 0
-    squares = sum((value - means[task]) ** 2 for task, values in tasks.items() for value in values)
-    variance = squares / freedom if freedom else math.nan
-    se = math.sqrt(variance * sum(1 / len(values) for values in tasks.values())) / len(tasks)
+    se, freedom = math.nan, 0.0
+    if all(len(values) > 1 for values in tasks.values()):
+        seeds = [len(values) for values in tasks.values()]
+        squares = [sum((value - means[task]) ** 2 for value in values) for task, values in tasks.items()]
+        variances = [square / (n - 1) / n for square, n in zip(squares, seeds)]  # of each task's mean
+        se = math.sqrt(sum(variances)) / len(tasks)
+        doubt = sum(variance**2 / (n - 1) for variance, n in zip(variances, seeds))
+        freedom = sum(variances) ** 2 / doubt if doubt else sum(seeds) - len(seeds)
     return Estimate(sum(means.values()) / len(means), se, freedom, means, sum(map(len, tasks.values())))
 
 
@@ -112,13 +116,13 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def t_tail(t: float, freedom: int) -> float:
+def t_tail(t: float, freedom: float) -> float:
     """P(T > t) of Student's t, t >= 0: half the incomplete beta I_x(f / 2, 1 / 2), x = f / (f + t²)."""
     return 0.5 * float(mpmath.betainc(freedom / 2, 0.5, 0, freedom / (freedom + t * t), regularized=True))
 
 
 @functools.cache
-def t_quantile(probability: float, freedom: int) -> float:
+def t_quantile(probability: float, freedom: float) -> float:
     """t with P(T <= t) = probability >= 0.5, by bisection."""
     low, high = 0.0, 1.0
     while t_tail(high, freedom) > 1 - probability:
@@ -145,7 +149,7 @@ def crossed(values: Sequence[Sequence[float]]) -> list[Estimate]:
     return [Estimate(100 * (mean - of_arm[0]), 100 * se, freedom, {}, S) for mean in of_arm[1:]]
 
 
-def t_power(shift: float, critical: float, freedom: int) -> float:
+def t_power(shift: float, critical: float, freedom: float) -> float:
     """P(T > critical) of Student's noncentral t: over the estimate's share s of the noise, Φ(shift − critical s)."""
 
     def density(s: float) -> float:  # of the square root of chi² over its degrees of freedom
@@ -203,7 +207,7 @@ def table(
     asked: Sequence[Asked],
     part: str = "main",
     measure: Measure = avg,
-    label: Callable[[Asked], str] | None = None,
+    label: Callable[[Asked], str | None] | None = None,
 ) -> str:
     """A row for each comparison of which there are runs, a column for each teacher."""
     rows = []
@@ -350,11 +354,8 @@ QUESTIONS: dict[Asked, str] = {
 }
 
 
-def with_best_rate(results: Results) -> Results:
-    """With a further arm: `opd` at the learning rate that did best for this part, teacher and student, over tasks.
-
-    Rates are judged by the seeds that ran with all of them.
-    """
+def best_rates(results: Results) -> dict[tuple[str, str, str], str]:
+    """(part, teacher, student) -> the learning rate's arm that did best over tasks, by seeds that ran with all rates."""
     whole = Results(
         [
             line
@@ -362,22 +363,39 @@ def with_best_rate(results: Results) -> Results:
             if all(cell._replace(arm=arm) in results.lines for arm in (BASELINE, *RATES))
         ]
     )
-    added = []
-    for part, teacher, student in sorted({(cell.part, cell.teacher, cell.student) for cell in results.lines}):
-        found = {arm: whole.level(arm, teacher, student, part, avg) for arm in (BASELINE, *RATES)}
-        tried = {arm: value for arm, value in found.items() if value is not None}
-        if len(tried) < 2:
-            continue
-        best = max(tried, key=lambda arm: tried[arm])
-        for cell, line in results.lines.items():
-            if (cell.part, cell.teacher, cell.student, cell.arm) == (part, teacher, student, best):
-                added.append(line | {"arm": "opd at its best rate"})
+    found = {}
+    for part, teacher, student in sorted({(cell.part, cell.teacher, cell.student) for cell in whole.lines}):
+        levels = {arm: whole.level(arm, teacher, student, part, avg) or 0.0 for arm in (BASELINE, *RATES)}
+        found[part, teacher, student] = max(levels, key=lambda arm: levels[arm])
+    return found
+
+
+def with_best_rate(results: Results) -> Results:
+    """With a further arm, `opd` at its best rate."""
+    best = best_rates(results)
+    added = [
+        line | {"arm": "opd at its best rate"}
+        for cell, line in results.lines.items()
+        if best.get((cell.part, cell.teacher, cell.student)) == cell.arm
+    ]
     return Results([*results.lines.values(), *added])
+
+
+def rates_told(results: Results) -> str:
+    """Which rates those are: one at the end of those tried may not be the best there is."""
+    told = [
+        f"{student} student, {TEACHERS[teacher]}: × {ARMS[arm].rate:.3g}"
+        for (part, teacher, student), arm in best_rates(results).items()
+        if part == "main"
+    ]
+    tried = ", ".join(f"{rate:.3g}" for rate in sorted(ARMS[arm].rate for arm in (BASELINE, *RATES)))
+    return f"Best learning rates (tried: × {tried}): {'; '.join(told)}." if told else NONE
 
 
 def write(path: Path, page: Path, figure: Path) -> None:
     """Puts everything between its marks on `page`, and draws `figure`."""
-    results = with_best_rate(Results(read(path)))
+    plain = Results(read(path))
+    results = with_best_rate(plain)
     models = read(path.with_name("models.jsonl"))
     students = [student for student in STUDENTS if any(cell.student == student for cell in results.lines)]
 
@@ -390,14 +408,16 @@ def write(path: Path, page: Path, figure: Path) -> None:
         if students
         else NONE,
         "models": settings_table(models),
-        "runs": runs_table(Results(read(path))),
-        "levels": levels_table(Results(read(path))),
+        "runs": runs_table(plain),
+        "levels": levels_table(plain),
         "gates": for_students(lambda student: table(results, student, against(CORE))),
         "gates pass": for_students(lambda student: table(results, student, against(CORE), measure=passed)),
         "gates tasks": for_students(lambda student: task_table(results, student, CORE[1:])),
-        "questions": for_students(
-            lambda student: table(results, student, list(QUESTIONS), label=lambda pair: QUESTIONS[pair])
+        "questions": for_students(lambda student: table(results, student, list(QUESTIONS), label=QUESTIONS.get)),
+        "questions pass": for_students(
+            lambda student: table(results, student, list(QUESTIONS), measure=passed, label=QUESTIONS.get)
         ),
+        "rates": rates_told(plain),
         "kinds": "\n\n".join(
             f"Questions that the {kind[:7]} mostly gets {kind[8:]}:\n\n"
             + for_students(lambda student, kind=kind: table(results, student, against(CORE), measure=on(kind)))

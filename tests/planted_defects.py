@@ -302,7 +302,7 @@ DEFECTS += [
     Defect("study: paired with another seed", STUDY, "cell._replace(arm=base)", "cell._replace(arm=base, seed=0)", "tools/evidence::test_comparisons_are_paired_by_cell"),
     Defect("study: paired with other models", STUDY, "if other is None or any(", "if other is None or False and any(", "tools/evidence::test_comparisons_are_paired_by_cell"),
     Defect("study: a seed with other models counts", STUDY, "and len({models[seed, arm] for arm in arms}) == 1", "", "tools/evidence::test_the_real_models_table_takes_whole_seeds"),
-    Defect("study: a degree of freedom too many a task", STUDY, "sum(len(values) - 1 for values", "sum(len(values) for values", "tools/evidence::test_statistics_against_tables_and_by_hand"),
+    Defect("study: variances of means without Bessel's correction", STUDY, "square / (n - 1) / n for", "square / n / n for", "tools/evidence::test_statistics_against_tables_and_by_hand"),
     Defect("study: no correction for the number of comparisons", STUDY, "(len(p_values) - rank) * p_values[i]", "p_values[i]", "tools/evidence::test_statistics_against_tables_and_by_hand"),
     Defect("study: what seeds have in common is noise", STUDY, "values[s][a] - of_arm[a] - of_seed[s] + whole", "values[s][a] - of_arm[a]", "tools/evidence::test_few_seeds_of_many_arms"),
     Defect("report: an axis label in two notations", "sgopd/report/figures.py", "                written = powers", "                pass", "report::test_the_labels_of_an_axis_fit_beside_it_in_one_notation"),

@@ -14,7 +14,19 @@ import study
 from constructed import MANNERS, MISPLACED, MISREAD, TASKS, questions
 from run_study import by_kind, run
 from smollm2 import forgetful
-from study_page import Results, crossed, estimate, holm, real_table, show, t_power, t_quantile, table, with_best_rate
+from study_page import (
+    Results,
+    crossed,
+    estimate,
+    holm,
+    rates_told,
+    real_table,
+    show,
+    t_power,
+    t_quantile,
+    table,
+    with_best_rate,
+)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -58,8 +70,13 @@ def test_statistics_against_tables_and_by_hand() -> None:
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([math.nan, 0.01])[1] == pytest.approx(0.02)
     one = estimate({"a": [1.0, 3.0], "b": [4.0, 8.0], "c": []})
-    assert one is not None and one.mean == 4 and one.freedom == 2 and one.runs == 4
-    assert one.se == pytest.approx(math.sqrt((2 + 8) / 2 * (1 / 2 + 1 / 2)) / 2)
+    assert one is not None and one.mean == 4 and one.runs == 4
+    assert one.se == pytest.approx(math.sqrt(2 / 2 + 8 / 2) / 2)
+    assert one.freedom == pytest.approx((1 + 4) ** 2 / (1**2 + 4**2))  # Welch's and Satterthwaite's
+    alike = estimate({"a": [1.0, 3.0], "b": [6.0, 4.0]})
+    assert alike is not None and alike.freedom == pytest.approx(2)
+    same = estimate({"a": [1.0, 1.0, 1.0]})
+    assert same is not None and (same.se, same.freedom, same.p()) == (0, 2, 0)
     assert estimate({"a": []}) is None
     one_alone = estimate({"a": [1.0, 3.0], "b": [4.0]})
     assert one_alone is not None and not one_alone.freedom and math.isnan(one_alone.half_width(1))
@@ -124,6 +141,7 @@ def test_the_best_rate_is_judged_by_seeds_that_ran_with_all() -> None:
     results = with_best_rate(Results([*lines, line("opd", 1, 0.9)]))
     added = [line for cell, line in results.lines.items() if cell.arm == "opd at its best rate"]
     assert [(one["seed"], one["avg"]) for one in added] == [(0, 0.6)]
+    assert f"wrong teacher: × {study.ARMS[best].rate:.3g}." in rates_told(results)
 
 
 def test_seeds_that_began_with_other_models_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
