@@ -355,7 +355,7 @@ QUESTIONS: dict[Asked, str] = {
 
 
 def best_rates(results: Results) -> dict[tuple[str, str, str], str]:
-    """(part, teacher, student) -> the learning rate that did best over tasks, as its arm, by seeds that ran with all."""
+    """(part, teacher, student) -> the arm of the learning rate that did best over tasks, by seeds that ran with all."""
     whole = Results(
         [
             line

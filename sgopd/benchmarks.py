@@ -67,24 +67,29 @@ BENCHMARKS = {
 def configs_of(names: str, path: Path, flags: dict[str, Any]) -> dict[str, Config]:
     """A run's or a file's configuration for each benchmark of "aime24,math500" or "aime24=local.jsonl,math500".
 
-    Flags go over what the benchmark sets. The configuration's own system prompt stays; without one it is INSTRUCTION.
+    Flags go over what the benchmark sets; columns are flags where all benchmarks are local. The configuration's own
+    system prompt stays; without one it is INSTRUCTION.
 
     Raises:
         UserError: an unknown name, one that is there twice, or a flag for what the benchmark is.
     """
-    for flag in ("eval_dataset_name", "dataset_config", "dataset_test_split", "prompt_column", "answer_column"):
+    benchmarks, columns = named(names), ("prompt_column", "answer_column")
+    local = all(settings["eval_dataset_name"] != BENCHMARKS[name].dataset for name, settings in benchmarks.items())
+    for flag in ("eval_dataset_name", "dataset_config", "dataset_test_split", *([] if local else columns)):
         if flag in flags:
             raise UserError(f"{flag}: got {flags[flag]!r}, but a benchmark has its own. Leave it or benchmarks out")
     own = Config.load(path, flags).system_prompt
     shared = {"system_prompt": own or INSTRUCTION, **flags}
-    return {name: Config.load(path, {**settings, **shared}) for name, settings in named(names).items()}
+    return {name: Config.load(path, {**settings, **shared}) for name, settings in benchmarks.items()}
 
 
 def named(text: str) -> dict[str, dict[str, Any]]:
     """What each benchmark of a list sets."""
     found: dict[str, dict[str, Any]] = {}
     for part in text.split(","):
-        name, _, path = part.strip().partition("=")
+        name, local, path = part.strip().partition("=")
+        if local and not path:
+            raise UserError(f"benchmarks: got {part.strip()!r}, expected NAME or NAME=FILE")
         if name not in BENCHMARKS:
             raise UserError(f"benchmarks: got {name!r}, expected one or more of {', '.join(BENCHMARKS)}")
         if name in found:

@@ -1,7 +1,7 @@
 """The `sgopd` command.
 
 sgopd train CONFIG.yaml [--key value …]       one run: metrics.jsonl, checkpoints, the trained model, report.html
-sgopd quickstart [--key value …]              the shipped example, in about a minute on a CPU
+sgopd quickstart [--key value …]              the shipped example, in half a minute on a CPU
 sgopd evaluate RUN_DIR|CONFIG.yaml [--key …]  avg@k and pass@k of a trained model; --benchmarks aime24,math500
 sgopd watch RUN_DIR                           a run in this terminal: at work in another process, or finished
 sgopd report RUN_DIR                          report.html anew
@@ -196,6 +196,9 @@ def show_plan(
 
     if device not in plan.DEVICES:
         raise UserError(unknown("device", device, plan.DEVICES))
+    for name, given in (("--processes", processes), ("--prompt_tokens", prompt_tokens)):
+        if given < 1:
+            raise UserError(f"{name}: got {given}, expected >= 1")
     config, one = Config.load(path, overrides), plan.DEVICES[device]
     stages = plan.plan(config, one, processes, prompt_tokens)
     if measured is not None:

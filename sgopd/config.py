@@ -367,6 +367,13 @@ class Config:
         prior, power = self.teacher_reliability_prior, self.teacher_reliability_power
         self._expect("teacher_reliability_prior", prior is None or prior >= 0, ">= 0")
         self._expect("teacher_reliability_power", power > 0, "> 0")
+        threshold = self.teacher_reliability_threshold
+        self._expect("teacher_reliability_threshold", threshold is None or 0 <= threshold <= 1, "a share, in [0, 1]")
+        schedule = self.lr_scheduler_type
+        rises = self.warmup_steps == 0 or schedule != "constant"
+        self._expect("warmup_steps", rises, "0 with lr_scheduler_type constant; constant_with_warmup has them")
+        falls = self.learning_rate > 1e-7 or schedule != "polynomial"
+        self._expect("learning_rate", falls, "> 1e-7 with lr_scheduler_type polynomial, which ends there")
         exponents, half_life = self.prompt_weight, self.position_half_life
         two = exponents is None or (len(exponents) == 2 and min(exponents) >= 0)
         self._expect("prompt_weight", two, "two exponents >= 0, such as [1, 1]")

@@ -14,6 +14,9 @@ from typing import Any
 import torch
 
 from sgopd.config import Config
+from sgopd_kernels import CORRECT, UNKNOWN
+
+NO_EXAMPLE = -1  # what is known of it is what is known of all
 
 
 class PassRates(dict[int, list[int]]):
@@ -77,12 +80,14 @@ class Phases:
         marks = [math.floor(group * per_group + offset) for group in range(groups + 1)]
         return [after - before for before, after in itertools.pairwise(marks)]
 
-    def record(self, outcomes: Iterable[tuple[int, bool, bool]]) -> None:
-        """Verified teacher rollouts: (example index, endorsed, whether it asked for a slot)."""
-        for example, endorsed, proposed in outcomes:
-            self.probes.see(example, endorsed)
+    def record(self, outcomes: Iterable[tuple[int, int, bool]]) -> None:
+        """Verified teacher rollouts: (example index, verdict, whether it asked for a slot). Without a verdict, one says
+        nothing of the teacher, and gets no slot."""
+        for example, verdict, proposed in outcomes:
+            if verdict != UNKNOWN:
+                self.probes.see(example, verdict == CORRECT)
             self.proposed += proposed
-            self.endorsed += proposed and endorsed
+            self.endorsed += proposed and verdict == CORRECT
 
     def attempt(self, outcomes: Iterable[tuple[int, bool]]) -> None:
         """The student's verified rollouts: (example index, correct)."""
@@ -101,8 +106,8 @@ class Phases:
     def reliability(self, example: int) -> float:
         """r: how far the teacher is trusted on this example, in [0, 1], by the config's `teacher_reliability_…`.
 
-        On an example without a rollout it is 0 where r is a trust in conflicts (the gate as it stands), and the mean
-        over examples where r weighs whole rollouts.
+        On an example without a rollout (`NO_EXAMPLE`) it is 0 where r is a trust in conflicts (the gate as it stands),
+        and the mean over examples where r weighs whole rollouts.
         """
         config = self.config
         rates = self.attempts if config.teacher_reliability_source == "student" else self.probes

@@ -163,7 +163,7 @@ def plan(config: Config, device: Device, processes: int, prompt: int) -> list[St
         "student": student.parameters * width_S / shards,
         "optimiser": 2 * trained * width_O / shards,
     }
-    others = []
+    others, teachers = [], []
     paths: dict[str, Any] = {
         f"teacher {name}".rstrip(): one.teacher_model_name_or_path
         for name, one in config.teachers.items()
@@ -176,26 +176,41 @@ def plan(config: Config, device: Device, processes: int, prompt: int) -> list[St
             width = dtype_of(config.teacher_dtype).itemsize
             fixed[whose] = ((other.parameters - other.head) / split + other.head) * width
             others.append(other)
+            if whose != "reference":
+                teachers.append(other)
 
     # --- rollouts ---
-    at_once = min(config.generation_batch_size or rollouts, rollouts)
-    cache = at_once * length * student.cache * (2 if config.bf16 else width_S)
-    rows = 8 if config.top_k or config.top_p < 1 else 4  # of float32 logits: as they are, and filtered
-    sampling = {**fixed, "cache": cache, "logits": rows * 4 * at_once * student.vocabulary}
+    def generation(of: Sizes, texts: int, width: float, width_cache: int) -> tuple[dict[str, float], float]:
+        """Bytes beside what is there throughout, and seconds; `width`: bytes read of each weight in a step."""
+        at_once = min(config.generation_batch_size or texts, texts)
+        batches = -(-texts // at_once)
+        cache = at_once * length * of.cache * width_cache
+        rows = 8 if config.top_k or config.top_p < 1 else 4  # of float32 logits: as they are, and filtered
+        bytes_read = answer * batches * (of.parameters * width + cache * (prompt + answer / 2) / length)
+        operations = 2 * (of.body + of.head) * texts * answer
+        seconds = max(bytes_read / (device.bandwidth * STREAM), operations / (peak * COMPUTE))
+        seconds += (
+            2 * of.body * max(prompts, batches) * prompt / (peak * COMPUTE)
+        )  # a prompt once in each batch of them
+        return {"cache": cache, "logits": rows * 4 * at_once * of.vocabulary}, seconds
+
     autocast = config.bf16 and config.dtype == "float32"
     keeps_copies = autocast and not config.use_peft  # of weights that require a gradient
+    width_W = 2 if keeps_copies else width_S + 4 * autocast  # made once; else in every step, written and read
+    memory, generating = generation(student, rollouts, width_W, 2 if config.bf16 else width_S)
+    sampling = fixed | memory
     if keeps_copies:
         sampling["copies in bfloat16"] = student.parameters * 2
     if config.fsdp:
         sampling["student, whole"] = student.parameters * width_S
-    batches = -(-rollouts // at_once)
-    steps = answer * batches
-    width_W = 2 if keeps_copies else width_S + 4 * autocast  # made once; else in every step, written and read
-    bytes_read = steps * (student.parameters * width_W + cache * (prompt + answer / 2) / length)
-    operations = 2 * (student.body + student.head) * rollouts * answer
-    generating = max(bytes_read / (device.bandwidth * STREAM), operations / (peak * COMPUTE))
-    read = max(prompts, batches)  # a prompt once in each batch of them
-    generating += 2 * student.body * read * prompt / (peak * COMPUTE)
+    if config.sampler == "vllm":
+        sampling = fixed
+    if teachers and config.teacher_probes:
+        width = dtype_of(config.teacher_dtype).itemsize
+        largest = max(teachers, key=lambda one: one.parameters)
+        memory, seconds = generation(largest, prompts * config.teacher_probes, width, width)
+        generating += seconds
+        sampling = max(sampling, fixed | memory, key=lambda parts: sum(parts.values()))
 
     # --- scoring and the update ---
     tokens, scored = rollouts * length, rollouts * answer
@@ -229,7 +244,7 @@ def plan(config: Config, device: Device, processes: int, prompt: int) -> list[St
     seconds = learning / (peak * COMPUTE) + 7 * trained * width_O / shards / (device.bandwidth * STREAM)
     seconds += moved * (1 - 1 / processes) / device.link
     stages = [
-        Stage("rollout", fixed if config.sampler == "vllm" else sampling, generating),
+        Stage("rollout", sampling, generating),
         Stage("verify", fixed, None),
         Stage("update", updating, seconds),
     ]
@@ -242,14 +257,20 @@ def as_in(run: Path, stages: list[Stage], device: Device, processes: int, prompt
     """The stages with seconds scaled by what a run on such devices took over what its own plan says.
 
     Raises:
-        UserError: it has fewer than three updates, or its models are gone.
+        UserError: it is no run, has fewer than three updates, or its models are gone.
     """
-    records, _ = read_metrics(run / "metrics.jsonl")
+    if not (metrics := run / "metrics.jsonl").is_file():
+        raise UserError(f"--measured: got {str(run)!r}, expected the folder of a run, with its metrics.jsonl")
+    records, _ = read_metrics(metrics)
     updates = [record for record in records if record["kind"] == "train"]
-    if len(updates) < 3:
-        raise UserError(f"--measured: {run} has {len(updates)} updates, expected three or more")
+    configs = [record for record in records if record["kind"] == "config"]
+    if len(updates) < 3 or not configs:
+        raise UserError(
+            f"--measured: {run} has {len(updates)} updates and {len(configs)} configurations, expected three or more "
+            "and one"
+        )
     known = {one.name for one in dataclasses.fields(Config)}
-    settings = next({k: v for k, v in record.items() if k in known} for record in records if record["kind"] == "config")
+    settings = {k: v for k, v in configs[0].items() if k in known}
     before = {stage.name: stage.seconds for stage in plan(Config.load(None, settings), device, processes, prompt)}
     found = []
     for stage in stages:

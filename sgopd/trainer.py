@@ -52,7 +52,7 @@ from sgopd.models import (
     load_tokenizer,
     recompute_activations,
 )
-from sgopd.phases import Phases
+from sgopd.phases import NO_EXAMPLE, Phases
 from sgopd.processes import Interrupt, Processes
 from sgopd.report import write_report
 from sgopd.report.checks import Health
@@ -309,7 +309,7 @@ class Trainer:
         ]
         verdicts: list[Verdict] = []
         tried = self.roll_out("teacher", [(example, in_slot) for example, in_slot, _ in tries], sums, verdicts)
-        outcomes = [(rollout.example, rollout.verdict == CORRECT, rollout.in_teacher_slot) for rollout in tried]
+        outcomes = [(rollout.example, rollout.verdict, rollout.in_teacher_slot) for rollout in tried]
         self.state.phases.record(processes.gather(outcomes))
 
         rollouts, filled = [], [0] * groups
@@ -353,10 +353,10 @@ class Trainer:
     def trust(self, rollouts: list[Rollout], sums: Sums) -> None:
         """Gives the rollouts that the gate weighs by it their reliability."""
         config, phases = self.config, self.state.phases
-        if self.gate.needs_reliability:
+        if config.teacher_reliability == "all" or config.gate == "tgopd" or self.gate.control == "shuffled":
+            asking = rollouts  # shuffled: the gate may be told of any that it is incorrect
+        elif self.gate.needs_reliability:
             asking = [one for one in rollouts if one.verdict == INCORRECT]
-        elif config.teacher_reliability == "all" or config.gate == "tgopd":
-            asking = rollouts
         else:
             asking = [one for one in rollouts if one.verdict != CORRECT]
         examples = list(dict.fromkeys(one.example for one in asking))
@@ -365,6 +365,8 @@ class Trainer:
             seed = derive_seed(config.seed, "reliability", self.state.step, self.processes.rank)
             order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
             of = {examples[a]: examples[b] for a, b in zip(order, order[1:] + order[:1])}
+            if len(examples) == 1:
+                of = {examples[0]: NO_EXAMPLE}
         for one in asking:
             one.reliability = phases.reliability(of[one.example])
             sums.add("phase/reliability", one.reliability, 1)
@@ -738,18 +740,35 @@ def gate_of(config: Config) -> tuple[Gate, Rule | None]:
     except ValueError as error:
         raise UserError(str(error)) from error
     own = config.gate == "tgopd" or (rule is not None and rule.argument == "reliability")
-    if own and config.teacher_reliability != "off":
+    for name, none in (("teacher_reliability", "off"), ("gate_reliability", "preset")):
+        if (given := getattr(config, name)) != none and own:
+            raise UserError(f"{name}: got {given!r}, expected {none} with gate {config.gate}, which has one of its own")
+    if config.teacher_reliability != "off" and gate.needs_reliability:
         raise UserError(
-            f"teacher_reliability: got {config.teacher_reliability!r}, expected off with gate {config.gate}, which has"
-            " one of its own"
+            f"teacher_reliability: got {config.teacher_reliability!r}, expected off with a gate whose reliability is "
+            f"{gate.reliability} ({config.gate}): r weighs incorrect rollouts there, and no conflicts"
         )
-    measured = config.teacher_probes > 0 or config.cold_start_steps * config.teacher_share > 0
-    asks = config.gate == "tgopd" or (gate.needs_reliability and not own)
-    if asks and config.teacher_reliability_source != "student" and not measured:
+    if config.teacher_reliability == "incorrect" and gate.control == "shuffled":
+        raise UserError(
+            "teacher_reliability: got 'incorrect', expected off or all with gate shuffled, which is told other "
+            "rollouts' verdicts"
+        )
+    asks = config.gate == "tgopd" or config.teacher_reliability != "off" or (gate.needs_reliability and not own)
+    asks_teacher = asks and config.teacher_reliability_source != "student"
+    if config.teacher_probes and not asks_teacher:
+        raise UserError(
+            f"teacher_probes: got {config.teacher_probes}, expected 0 where no pass rate of the teacher is asked for "
+            f"(gate {config.gate}, teacher_reliability {config.teacher_reliability}, teacher_reliability_source "
+            f"{config.teacher_reliability_source}): gate trust asks for it"
+        )
+    if asks_teacher and not (config.teacher_probes or config.cold_start_steps * config.teacher_share):
+        served = any(one.teacher_url is not None for one in config.teachers.values())
+        measure = "" if served else "set teacher_probes to 1 or more, or cold_start_steps, or "
         raise UserError(
             f"gate: {config.gate} weighs rollouts by the teacher's pass rate on the prompt, and nothing would measure "
-            "it: set teacher_probes to 1 or more, or cold_start_steps (or teacher_reliability_source to "
-            "student, for the student's own)"
+            f"it: {measure}set teacher_reliability_source to student, for the student's own"
+            + " (a served teacher writes nothing)"
+            * served
         )
     if config.gate == "exopd" and config.reference_model_name_or_path is None:
         raise UserError(

@@ -65,8 +65,12 @@ def test_what_is_no_benchmark_is_refused(run_config: Path) -> None:
         named("aime24,aime23")
     with pytest.raises(UserError, match="got 'aime24' twice"):
         named("aime24,aime24=x.jsonl")
+    with pytest.raises(UserError, match="benchmarks: got 'aime24=', expected NAME or NAME=FILE"):
+        named("aime24=")
     with pytest.raises(UserError, match="prompt_column: got 'q', but a benchmark has its own"):
-        configs_of("aime24", run_config, {"prompt_column": "q"})
+        configs_of("aime24=x.jsonl,amc23", run_config, {"prompt_column": "q"})
+    local = configs_of("aime24=x.jsonl", run_config, {"prompt_column": "q"})["aime24"]
+    assert (local.prompt_column, local.answer_column) == ("q", "answer"), "a file may have columns of its own"
 
 
 def test_the_command_evaluates_each(settings, tmp_path: Path, capsys) -> None:

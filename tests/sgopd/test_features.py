@@ -53,7 +53,7 @@ RUNS = {
         "thought_tags": [["[", "]"]],
         "eval_temperature": 0.0,
         "gate_agree": [1.5, 2.0],
-        "gate_reliability": "cap",
+        "gate_reliability": "conflict",
         "gate_conflict": 0.5,
         "gate_tolerance": 0.01,
         "precision": "exact",

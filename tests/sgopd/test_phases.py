@@ -61,17 +61,18 @@ def test_whole_shares_are_exact(settings):
 def test_reliability_is_the_endorsed_share_of_the_probes(phases):
     phase = phases()
     assert phase.reliability(3) == 0.0
-    phase.record([(3, True, True), (3, False, True), (3, True, False), (4, False, True)])
+    phase.record([(3, 1, True), (3, -1, True), (3, 1, False), (4, -1, True)])
+    phase.record([(3, 0, False), (4, 0, True), (5, 0, False)])  # without a verdict they say nothing
     assert phase.reliability(3) == pytest.approx(2 / 3)
     assert phase.reliability(4) == 0.0
-    assert (phase.proposed, phase.endorsed) == (3, 1)
+    assert (phase.proposed, phase.endorsed) == (4, 1) and phase.probes.keys() == {3, 4}
 
 
 def test_state_survives_json(phases):
     phase, other = phases(), phases()
-    phase.record([(3, True, True), (5, False, True)])
+    phase.record([(3, 1, True), (5, -1, True)])
     other.load_state_dict(json.loads(json.dumps(phase.state_dict())))
     assert other.state_dict() == phase.state_dict()
     assert other.reliability(3) == 1.0
-    other.record([(3, False, True)])
+    other.record([(3, -1, True)])
     assert other.reliability(3) == 0.5 and phase.reliability(3) == 1.0

@@ -151,6 +151,22 @@ def test_what_a_step_takes_can_be_measured(settings, monkeypatch):
     assert {name for row in plan_measured.ROWS.values() for name in row} <= set(vars(Config.load(None, settings())))
 
 
+def test_probes_are_the_teachers_rollouts(tiny, tmp_path, config):
+    """Those of a teacher as large as the student take as long, each; a larger one's cache is the peak."""
+    tiny.make_model(1, 64, 4).save_pretrained(tmp_path / "small")
+    tiny.make_model(1, 256, 8).save_pretrained(tmp_path / "large")
+    changes = {"model_name_or_path": str(tmp_path / "small"), "per_device_train_batch_size": 8}
+
+    def rollout(teacher, probes):
+        one = config(**changes, teacher_model_name_or_path=str(tmp_path / teacher), teacher_probes=probes)
+        return plan.plan(one, plan.DEVICES["cpu"], 1, 6)[0]
+
+    none, same, twice, large = rollout("small", 0), rollout("small", 1), rollout("small", 2), rollout("large", 1)
+    assert same.seconds == pytest.approx(2 * none.seconds, rel=1e-6)
+    assert same.memory == none.memory and twice.memory > none.memory and twice.seconds > same.seconds
+    assert large.seconds > same.seconds and large.parts["cache"] > 4 * same.parts["cache"]
+
+
 def test_the_command_scales_by_a_run(settings, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sgopd.trainer.write_report", lambda run_dir: None)
     path = tmp_path / "settings.yaml"
@@ -169,6 +185,13 @@ def test_the_command_scales_by_a_run(settings, tmp_path, capsys, monkeypatch):
     assert 2 < longer["seconds"] / same["seconds"] < 3, "twice the steps, over a longer cache"
     assert verify["seconds"] is not None
     assert "scaled from" in same["source"]
+    for flags, said in (
+        (["--measured", str(tmp_path)], "expected the folder of a run, with its metrics.jsonl"),
+        (["--processes", "0"], "--processes: got 0, expected >= 1"),
+        (["--prompt_tokens", "0"], "--prompt_tokens: got 0, expected >= 1"),
+    ):
+        assert main([*words, *flags]) == 1
+        assert said in capsys.readouterr().err
     assert main(["plan", str(path), "--device", "h10"]) == 1
     assert "unknown device 'h10'; did you mean 'h100'?" in capsys.readouterr().err
     with pytest.raises(UserError, match="cannot read the shape of"):

@@ -76,6 +76,7 @@ def test_two_names_of_one_teacher_are_the_run_with_it_alone(routed, trainer, dat
         "cold_start_steps": 3,
         "teacher_share": 0.6,
         "teacher_probes": 1,
+        "teacher_reliability": "all",
         "dataset_name": data.path,
         "verifier": "math",
     }

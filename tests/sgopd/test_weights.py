@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from sgopd.config import Config, UserError
+from sgopd.metrics import Sums
 from sgopd.phases import Phases
 from sgopd.trainer import Trainer
 from sgopd.weights import RULES as WEIGHTS
@@ -173,8 +174,9 @@ def test_trust_weighs_incorrect_rollouts_by_the_teachers_pass_rate(trainer, tmp_
     g = sum(passed for _, passed in probes.values()) / sum(tried for tried, _ in probes.values())
     incorrect = [r for r in rollouts if r.verdict == -1]
     for r in incorrect:
-        assert probes[r.example][0] == 2
-        assert r.reliability == pytest.approx((probes[r.example][1] + g) / (2 + 1))
+        tried, passed = probes.get(r.example, (0, 0))  # of two, those with a verdict
+        assert r.reliability == pytest.approx((passed + g) / (tried + 1))
+    assert {0, 1, 2} >= {tried for tried, _ in probes.values()} >= {1, 2}
     assert len({r.reliability for r in incorrect}) > 1
     assert record["phase/reliability"] == pytest.approx(sum(r.reliability for r in incorrect) / len(incorrect))
     assert_update(one, rollouts, trust)
@@ -210,13 +212,13 @@ def test_reliability_is_shrunk_to_the_mean_over_prompts(settings, prior, power, 
     changes = {"teacher_reliability_power": power, "teacher_reliability_threshold": threshold}
     phases = Phases(Config.load(None, settings(teacher_reliability_prior=prior, **changes)), whole=True)
     assert phases.reliability(7) == 1.0, "of a teacher of whom nothing is known"
-    phases.record([(0, True, False), (0, False, False), (1, True, False), (1, True, False)])
-    phases.record([(2, False, False), (2, False, False)])
+    phases.record([(0, 1, False), (0, -1, False), (1, 1, False), (1, 1, False)])
+    phases.record([(2, -1, False), (2, -1, False)])
     assert [phases.reliability(example) for example in (0, 1, 9)] == pytest.approx(expected)
     again = Phases(phases.config, whole=True)
     again.load_state_dict(json.loads(json.dumps(phases.state_dict())))
     assert [again.reliability(example) for example in (0, 1, 9)] == pytest.approx(expected)
-    again.record([(0, True, False)])  # the totals came along
+    again.record([(0, 1, False)])  # the totals came along
     assert again.probes.tried == 7 and again.probes.passed == 4
 
 
@@ -229,6 +231,27 @@ def test_the_control_deals_reliability_to_other_prompts(trainer, tmp_path):
     right, dealt = ([batch[i].reliability for i in incorrect] for batch in (ours, theirs))
     assert [r.completion.text for r in ours] == [r.completion.text for r in theirs]
     assert sorted(right) == sorted(dealt) and right != dealt and len(set(right)) > 1
+
+
+def test_one_prompt_alone_is_dealt_what_is_known_of_all(trainer):
+    """Its own r would be no control."""
+    changes = {"gate": "trust", "teacher_probes": 2, "teacher_reliability_source": "dealt"}
+    one = trainer(lambda text: False, **changes)
+    rollouts, _ = one.make_batch()
+    phases = one.state.phases
+    phases.record([(rollouts[0].example, 1, False)] * 3)
+    alone = [r for r in rollouts if r.example == rollouts[0].example]
+    one.trust(alone, Sums())
+    g = phases.probes.passed / phases.probes.tried
+    assert [r.reliability for r in alone] == [pytest.approx(g)] * len(alone)
+    assert phases.reliability(alone[0].example) > g > 0
+
+
+def test_with_shuffled_verdicts_any_rollout_may_be_told_incorrect_and_has_its_r(trainer):
+    changes = {"gate": "shuffled", "gate_agree": 1.0, "gate_conflict": [0.0, 1.0], "gate_reliability": "scale"}
+    one = trainer(lambda text: True, **changes, teacher_probes=4)
+    rollouts, _ = one.make_batch()
+    assert {r.verdict for r in rollouts} == {1} and {r.reliability for r in rollouts} == {1.0}
 
 
 def test_the_students_own_pass_rate_in_place_of_the_teachers(trainer):
@@ -280,6 +303,41 @@ def test_prompts_weigh_by_the_students_pass_rate_and_tokens_by_their_place(train
         ({"gate": "trust"}, "gate: trust weighs rollouts by the teacher's pass rate .* set teacher_probes"),
         ({"gate": "exopd"}, "gate: exopd extrapolates from a reference .* set reference_model_name_or_path"),
         ({"gate": "q-protect", "teacher_reliability": "all"}, "expected off with gate q-protect"),
+        (
+            {
+                **{"gate": "tgopd", "gate_reliability": "scale", "reward_weight": 1.0},
+                **{"num_generations": 2, "teacher_probes": 3},
+            },
+            "gate_reliability: got 'scale', expected preset with gate tgopd",
+        ),
+        ({"gate": "q-protect", "gate_reliability": "cap"}, "gate_reliability: got 'cap', expected preset"),
+        (
+            {"gate": "trust", "teacher_probes": 2, "teacher_reliability": "all"},
+            "teacher_reliability: got 'all', expected off with a gate whose reliability is scale",
+        ),
+        (
+            {"gate": "shuffled", "teacher_probes": 2, "teacher_reliability": "incorrect"},
+            "expected off or all with gate shuffled",
+        ),
+        ({"gate": "opdvr", "teacher_reliability": "all"}, "nothing would measure it: set teacher_probes"),
+        ({"gate": "opd", "teacher_probes": 4}, "teacher_probes: got 4, expected 0 where no pass rate .*gate opd"),
+        (
+            {"gate": "trust", "teacher_probes": 4, "teacher_reliability_source": "student"},
+            "teacher_probes: got 4, expected 0 .*teacher_reliability_source student",
+        ),
+        (
+            {"gate": "trust", "teacher_url": "http://localhost:1"},
+            "measure it: set teacher_reliability_source to student.* served teacher writes nothing",
+        ),
+        (
+            {"teacher_reliability_threshold": 50.0},
+            r"teacher_reliability_threshold: got 50.0, expected a share, in \[0, 1\]",
+        ),
+        (
+            {"lr_scheduler_type": "constant", "warmup_steps": 5},
+            "warmup_steps: got 5, expected 0 with lr_scheduler_type constant; constant_with_warmup has them",
+        ),
+        ({"lr_scheduler_type": "polynomial", "learning_rate": 1e-7}, "learning_rate: got 1e-07, expected > 1e-7"),
         ({"teacher_reliability_prior": -1.0}, "teacher_reliability_prior: got -1.0, expected >= 0"),
         ({"teacher_reliability_power": 0.0}, "teacher_reliability_power: got 0.0, expected > 0"),
         ({"gate_margin": -1.0}, "gate_margin: got -1.0, expected >= 0"),
