@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from constructed import LETTERS, OPERATIONS, TASKS, questions
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from sgopd.rollout import Sampling, generate
@@ -150,12 +150,26 @@ def accuracy(model: LlamaForCausalLM, task: str, size: int, samples: int, seed: 
     return [sum(right[i * samples : (i + 1) * samples]) for i in range(size)]
 
 
-def digest(model: LlamaForCausalLM) -> str:
+def digest(model: PreTrainedModel) -> str:
     """The first 16 hex digits of the SHA-256 of the weights' bytes, by name."""
     sha = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         sha.update(name.encode() + tensor.contiguous().numpy().tobytes())
     return sha.hexdigest()[:16]
+
+
+def facts_of(name: str, model: PreTrainedModel, correct: list[int], samples: int) -> dict[str, Any]:
+    """What models.json says of a model. `correct`: of `samples` answers, for each question."""
+    average, passing = sum(correct) / len(correct) / samples, sum(map(bool, correct)) / len(correct)
+    print(f"{name}: avg@{samples} {average:.1%}, pass@{samples} {passing:.1%}", flush=True)
+    return {
+        "parameters": model.num_parameters(),
+        "weights_sha256": digest(model),
+        "avg": average,
+        "pass": passing,
+        "samples": samples,
+        "correct": correct,
+    }
 
 
 def make(task: str, output: Path, scale: float = 1.0, asked: int = EVALUATED) -> None:
@@ -166,16 +180,7 @@ def make(task: str, output: Path, scale: float = 1.0, asked: int = EVALUATED) ->
     def keep(name: str, model: LlamaForCausalLM) -> None:
         model.save_pretrained(output / name)
         tokenizer.save_pretrained(output / name)
-        correct = accuracy(model, task, asked, SAMPLES)
-        facts[name] = {
-            "parameters": model.num_parameters(),
-            "weights_sha256": digest(model),
-            "avg": sum(correct) / len(correct) / SAMPLES,
-            "pass": sum(map(bool, correct)) / len(correct),
-            "samples": SAMPLES,
-            "correct": correct,
-        }
-        print(f"{task}/{name}: avg {facts[name]['avg']:.1%}, pass {facts[name]['pass']:.1%}", flush=True)
+        facts[name] = facts_of(f"{task}/{name}", model, accuracy(model, task, asked, SAMPLES), SAMPLES)
 
     model = new_model(seed=1)
     updates = {name: max(2, round(number * scale)) for name, number in (RIGHT_UPDATES | FAULT_UPDATES).items()}

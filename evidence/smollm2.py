@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from checkpoints import facts_of
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -82,19 +83,8 @@ def main() -> None:
     facts: dict[str, Any] = {}
 
     def keep(name: str) -> None:
-        from checkpoints import digest
-
         prepare.save(model, tokenizer, folder / name)
-        correct = accuracy(model, tokenizer)
-        facts[name] = {
-            "parameters": model.num_parameters(),
-            "weights_sha256": digest(model),
-            "avg": sum(correct) / EVALUATED / SAMPLES,
-            "pass": sum(map(bool, correct)) / EVALUATED,
-            "samples": SAMPLES,
-            "correct": correct,
-        }
-        print(f"{name}: avg@{SAMPLES} {facts[name]['avg']:.1%}, pass@{SAMPLES} {facts[name]['pass']:.1%}", flush=True)
+        facts[name] = facts_of(name, model, accuracy(model, tokenizer), SAMPLES)
 
     for step in prepare.fine_tune(model, tokenizer, TEACHER_UPDATES, seed=0):
         if step == STUDENT_UPDATES:
