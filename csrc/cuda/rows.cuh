@@ -218,8 +218,9 @@ struct Summary {
   double sum_p, sum_q, moment_p, moment_q, p_delta, q_delta, q_outside;
   double drift = 0;  // what is left of E_p[z - t] around mean_delta, where the models nearly agree
 
-  __device__ double lse_p() const { return max_p + log(sum_p); }
-  __device__ double lse_q() const { return max_q + log(sum_q); }
+  // Of a logit x. Not x - lse: a large offset common to all logits would take the digits of log(sum).
+  __device__ double log_p(double x) const { return (x - max_p) - log(sum_p); }
+  __device__ double log_q(double x) const { return (x - max_q) - log(sum_q); }
   __device__ double lse_difference() const { return (static_cast<double>(max_p) - max_q) + (log(sum_p) - log(sum_q)); }
   __device__ double mean_delta() const { return offset + p_delta / sum_p + drift; }
   __device__ double reverse_kl() const { return mean_delta() - lse_difference(); }
@@ -378,8 +379,8 @@ __device__ void run_row(const RowsArgs& a, int64_t n, Team<kThreads> team, float
   Summary s = summarise(row, team);
   const float2 at_y = row.combine(row.z_y, row.t_y, row.r_y);
   const bool pair = row.t != nullptr;
-  const double lp = at_y.x - s.lse_p();
-  const double lq = pair ? at_y.y - s.lse_q() : static_cast<double>(a.teacher_logprob[n]);
+  const double lp = s.log_p(at_y.x);
+  const double lq = pair ? s.log_q(at_y.y) : static_cast<double>(a.teacher_logprob[n]);
   const double d = pair ? (static_cast<double>(at_y.y) - at_y.x) + s.lse_difference() : lq - lp;
 
   const double signed_d = d * a.verdict[n];
@@ -406,7 +407,7 @@ __device__ void run_row(const RowsArgs& a, int64_t n, Team<kThreads> team, float
       const Summary reference = summarise(row, team);
       const float r_y = row.combine(row.z_y, row.t_y, row.r_y).y;
       const bool outside = at_y.y == neg_inf() || r_y == neg_inf();
-      advantage = (outside ? static_cast<double>(neg_inf()) : w * lq + (1 - w) * (r_y - reference.lse_q())) - lp;
+      advantage = (outside ? static_cast<double>(neg_inf()) : w * lq + (1 - w) * reference.log_q(r_y)) - lp;
       row.target = row.kTeacher;
     } else {
       row.target = row.kMixture;

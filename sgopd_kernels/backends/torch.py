@@ -99,7 +99,7 @@ class VocabularySlice(Vocabulary):
         highest = self._reduce(z.amax(-1, keepdim=True), dist.ReduceOp.MAX)
         # A row that is -inf everywhere stays NaN, as in one process.
         total = self._reduce((z - highest).exp().sum(-1, keepdim=True), dist.ReduceOp.SUM)
-        return z - (highest + total.log())
+        return (z - highest) - total.log()  # not z - lse: a large offset would take the digits of the sum
 
     def sum(self, values: Tensor) -> Tensor:
         return self._reduce(values.sum(-1), dist.ReduceOp.SUM)
@@ -120,7 +120,8 @@ class VocabularySlice(Vocabulary):
 class TorchBackend:
     name = "torch"
     default_workspace = 256 * 2**20  # bytes, where the caller names none
-    row_multiple = 16  # tokens a chunk
+    row_multiple = 16  # of tokens: the most that a chunk may have …
+    whole_multiples = False  # … and what it has; else chunks are of equal size
     waits = False  # whether the host waits for the device where a plan reads a value
 
     def workspace(self, problem: Problem) -> int:

@@ -28,7 +28,8 @@ SOURCES = Path(__file__).resolve().parents[1] / "cuda_host"
 V, ROWS = 701, 3
 LONG = os.environ.get("SGOPD_CUDA_HOST")  # what -fsanitize= is given
 
-# "heads": bias, scale and softcap; "masked": columns at -inf; "words": log-probabilities in the teacher's place.
+# "heads": bias, scale and softcap; "masked": columns at -inf; "words": log-probabilities in the teacher's place;
+# "offset": of all logits, so large that fp32 has them equal.
 CASES: dict[str, dict[str, Any]] = {
     "default": {},
     "near": {"near": 3e-2},
@@ -40,6 +41,8 @@ CASES: dict[str, dict[str, Any]] = {
     "sampled": {"estimator": "sampled"},
     "sampled, words": {"estimator": "sampled", "words": True},
     "sampled, reference": {"estimator": "sampled", "reference": True},
+    "offset": {"estimator": "sampled", "words": True, "offset": 2.0**53},
+    "offset, pair": {"offset": 2.0**53},
     **{
         f"{name}{f', near {near:g}' if near else ''}": {"divergence": form, "near": near, "masked": near is None}
         for form in ("forward-kl", ("jsd", 0.3), ("skew-reverse-kl", 0.1), ("skew-forward-kl", 0.4), ("alpha", 0.6))
@@ -77,6 +80,7 @@ def problem_of(case: dict[str, Any], seed: int = 0) -> tuple[Problem, Chunk]:
     z = 3 * randn(ROWS, V)
     t = z + case["near"] * randn(ROWS, V) if case.get("near") else 3 * randn(ROWS, V)
     r = 3 * randn(ROWS, V)
+    z, t = z + case.get("offset", 0), t + case.get("offset", 0)
     ids = torch.randint(0, V // 2, (ROWS,), generator=g)
     if case.get("masked"):  # whole fours of columns, parts of one; the student alone in the first row
         if case.get("divergence") != "forward-kl":  # infinite there

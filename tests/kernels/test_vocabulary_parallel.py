@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from sgopd_kernels import gated_kl_loss
+from sgopd_kernels.backends.torch import VocabularySlice
 
 CASES: dict[str, dict[str, Any]] = {
     "default": {},
@@ -96,5 +97,15 @@ def test_refusals(kit: Any, tmp_path: Path) -> None:
             gated_kl_loss(*inputs.args(), process_group=dist.group.WORLD)
         with pytest.raises(NotImplementedError, match="torch backend"):
             gated_kl_loss(*inputs.args(), process_group=dist.group.WORLD, backend="cpu")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_large_offset_common_to_all_logits(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        z = torch.full((1, 5), 1e16, dtype=torch.float64)
+        assert dist.group.WORLD is not None
+        assert torch.allclose(VocabularySlice(0, dist.group.WORLD).log_softmax(z), torch.log_softmax(z, -1))
     finally:
         dist.destroy_process_group()
