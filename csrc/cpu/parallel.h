@@ -5,7 +5,6 @@
 #include <atomic>
 #include <cstdint>
 #include <exception>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -31,7 +30,7 @@ void parallel(int64_t count, int64_t threads, const Part& part) {
   pool.reserve(threads - 1);
   try {
     while (static_cast<int64_t>(pool.size()) < threads - 1) pool.emplace_back(work);
-  } catch (const std::system_error&) {  // a limit on processes; the pool stays as it is
+  } catch (...) {  // a limit on processes, or no memory; the pool stays as it is
   }
   work();
   for (auto& thread : pool) thread.join();

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -91,6 +93,39 @@ def test_threads_of_python_may_call_at_once(kit: Any) -> None:
     with ThreadPoolExecutor(8) as pool:
         for loss in pool.map(lambda _: gated_kl_loss(*inputs.args(), backend="cpu"), range(32)):
             assert torch.equal(loss, expected)
+
+
+NO_MEMORY = r"""
+#include "parallel.h"
+
+#include <cstdio>
+#include <cstdlib>
+#include <new>
+
+static int threads = 1;  // that there is memory for; the list of two takes 16 bytes
+void* operator new(std::size_t size) {
+  if (size > 16 && threads-- <= 0) throw std::bad_alloc();
+  return std::malloc(size);
+}
+void operator delete(void* memory) noexcept { std::free(memory); }
+void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
+
+int main() {
+  std::atomic<int> done{0};
+  sgopd::parallel(5, 3, [&](int64_t) { ++done; });
+  std::printf("%d", done.load());
+}
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+def test_where_memory_ends_the_threads_there_are_do_all_tasks(tmp_path: Path) -> None:
+    source, program = tmp_path / "main.cpp", tmp_path / "main"
+    source.write_text(NO_MEMORY)
+    folder = Path(__file__).resolve().parents[2] / "csrc/cpu"
+    subprocess.run(["g++", "-std=c++17", "-pthread", f"-I{folder}", str(source), "-o", str(program)], check=True)
+    done = subprocess.run([str(program)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "5"), done.stderr
 
 
 def test_cuda_extension_is_built_where_nvcc_is_and_refuses_without_a_device(kit: Any) -> None:
