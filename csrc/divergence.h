@@ -11,8 +11,8 @@
 //     skew reverse KL, a  KL(p || m), b = 1 - a       f = -r + b (e^u - 1)               s = -r + b (e^(u-r) - 1)
 //     skew forward KL, a  KL(q || m), b = a           f = e^u (u - r) - (1 - b)(e^u - 1) s = -(1 - b)(e^(u-r) - 1)
 //     alpha, a            (1 - sum p^a q^(1-a)) / (a (1 - a))
-//                         f = (a + (1 - a) e^u - e^((1-a) u)) / (a (1 - a))              s = -(e^((1-a) u) - 1) / (1 -
-//                         a)
+//                         f = (a + (1 - a) e^u - e^((1-a) u)) / (a (1 - a))
+//                         s = -(e^((1-a) u) - 1) / (1 - a)
 //
 // with m = b q + (1 - b) p and r = log(m / p). Sources: GKD (arXiv 2306.13649) for JSD, DistiLLM (arXiv 2402.03898) for
 // the skew divergences, Amari's alpha-divergence.
@@ -134,7 +134,7 @@ SGOPD_BOTH float phi_32(float x) {  // |x| <= 0.25
   return x * x * series;
 }
 
-// log(m / p) where q > p, and q / m: nothing overflows.
+// As `column`; nothing overflows.
 SGOPD_BOTH ColumnTerms32 column32(int divergence, float parameter, float p, float q, float u) {
   const float a = parameter;
   const float x = expm1_32(u < 0.25f ? u : 0.25f);

@@ -191,7 +191,7 @@ class Call:
         unit = self.backend.row_multiple
         rows = rows // unit * unit if rows > unit else rows
         size = -(-valid // -(-valid // rows))
-        return size if unit == 16 else min(rows, -(-size // unit) * unit)
+        return min(rows, -(-size // unit) * unit) if self.backend.whole_multiples else size
 
     def walk(
         self, ladder: list[Plan], size: int, forced: Tensor | None, needs_grad: NeedsGrad, stats: Tensor, out: Gradients

@@ -43,8 +43,8 @@ inline void pack_panel(const uint16_t* weight, int64_t stride, int64_t rows, int
   const int64_t pairs = (h + 1) / 2;
   for (int64_t j = 0; j < kPanel; j += 16) {
     for (int64_t k = 0; k < pairs; k += 16) {
-      const int64_t left = h - 2 * k;  // bf16 columns
-      const __mmask32 mask = left >= 32 ? 0xffffffffu : (1u << left) - 1;
+      const int64_t columns = h - 2 * k;  // int16
+      const __mmask32 mask = columns >= 32 ? 0xffffffffu : (1u << columns) - 1;
       __m512i r[16];
       for (int64_t i = 0; i < 16; ++i)
         r[i] =

@@ -55,7 +55,7 @@ class CpuBackend(NativeBackend):
         assert self.module is not None
         return self.module.kernels(self.isa)
 
-    def launch(self) -> dict[str, Any]:
+    def runs_on(self) -> dict[str, Any]:
         return {"threads": torch.get_num_threads(), "isa": self.isa}
 
     def scratch(self, problem: Problem) -> int:
@@ -140,7 +140,7 @@ class CpuBackend(NativeBackend):
             h=weight.shape[1],
             out=out.data_ptr(),
             out_stride=out.stride(0),
-            **self.launch(),
+            **self.runs_on(),
         )
 
     def _tiled(self, gradient: Tensor, fine: Tensor | None) -> dict[str, Any]:
@@ -164,7 +164,7 @@ class CpuBackend(NativeBackend):
             h=weight.shape[1],
             out=out.data_ptr(),
             out_stride=out.stride(0),
-            **self.launch(),
+            **self.runs_on(),
         )
 
     def add_weight_gradient_tiles(
@@ -190,7 +190,7 @@ class CpuBackend(NativeBackend):
             out=_matrix(out),
             first=first,
             **beside,
-            **self.launch(),
+            **self.runs_on(),
         )
 
     # --- what the filtered and quantized plans are made of: fp32 and bf16 heads ---
@@ -225,7 +225,7 @@ class CpuBackend(NativeBackend):
             segment=segment,
             along=0 if feedback is None else feedback[0].data_ptr(),
             absorb=0 if feedback is None else feedback[1].data_ptr(),
-            **self.launch(),
+            **self.runs_on(),
         )
 
     def refine(self, problem: Problem, rows: Tensor, z_s: Tensor, z_t: Tensor, mass: float) -> Tensor:
@@ -242,7 +242,7 @@ class CpuBackend(NativeBackend):
             "teacher_stride": z_t.stride(0),
             "teacher_scale": problem.teacher.logit_scale / problem.options.temperature,
             "report": report.data_ptr(),
-            **self.launch(),
+            **self.runs_on(),
         }
         pairs = self.module.select_mass(**sides, n=n, v=v, token_ids=ids.data_ptr(), threshold=mass)
         hidden = problem.student.hidden[rows].float().contiguous()
@@ -264,7 +264,7 @@ class CpuBackend(NativeBackend):
         assert self.module is not None
         n, v = g.shape
         pairs: TopPairs = self.module.extract_top(
-            gradient=g.data_ptr(), stride=g.stride(0), n=n, v=v, budget=budget, most=most, **self.launch()
+            gradient=g.data_ptr(), stride=g.stride(0), n=n, v=v, budget=budget, most=most, **self.runs_on()
         )
         return pairs
 
@@ -274,12 +274,12 @@ class CpuBackend(NativeBackend):
     def add_pairs_hidden(self, pairs: TopPairs, weight: Tensor, out: Tensor) -> None:
         weight = _unit_stride(weight)
         pairs.add_hidden_gradient(
-            weight=_matrix(weight), h=weight.shape[1], out=out.data_ptr(), out_stride=out.stride(0), **self.launch()
+            weight=_matrix(weight), h=weight.shape[1], out=out.data_ptr(), out_stride=out.stride(0), **self.runs_on()
         )
 
     def add_pairs_weight(self, pairs: TopPairs, hidden: Tensor, out: Tensor) -> None:
         pairs.add_weight_gradient(
-            hidden=_matrix(hidden), h=hidden.shape[1], out=out.data_ptr(), out_stride=out.stride(0), **self.launch()
+            hidden=_matrix(hidden), h=hidden.shape[1], out=out.data_ptr(), out_stride=out.stride(0), **self.runs_on()
         )
 
     def add_pairs_bias(self, pairs: TopPairs, out: Tensor) -> None:

@@ -29,5 +29,5 @@ class CudaBackend(TensorCoreBackend, NativeBackend):
         for rows, source in zip(to.split(MOVED_ROWS), origin.split(MOVED_ROWS)):
             z.index_copy_(0, rows, z.index_select(0, source))
 
-    def launch(self) -> dict[str, Any]:
+    def runs_on(self) -> dict[str, Any]:
         return {"stream": torch.cuda.current_stream().cuda_stream, "isa": self.isa}

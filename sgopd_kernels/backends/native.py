@@ -14,14 +14,14 @@ from .torch import TorchBackend, Vocabulary
 
 
 class NativeBackend(TorchBackend):
-    """`module` is the extension; `launch` the arguments of its own: threads, a stream."""
+    """`module` is the extension; `runs_on` the arguments of its own: threads, a stream."""
 
     module: ModuleType | None = None
 
     def available(self) -> bool:
         return self.module is not None
 
-    def launch(self) -> dict[str, Any]:
+    def runs_on(self) -> dict[str, Any]:
         raise NotImplementedError
 
     def held_bytes(self, problem: Problem, narrow: bool) -> tuple[int, int]:
@@ -85,6 +85,6 @@ class NativeBackend(TorchBackend):
             **problem.row_numbers,
             temperature=options.temperature,
             gradient=gradient is not None,
-            **self.launch(),
+            **self.runs_on(),
         )
         return stats

@@ -83,7 +83,8 @@ class TensorCoreBackend(TorchBackend):
     # 2,048 tokens of two models with 152 thousand columns, and the student's head in fp16: below a thousand tokens a
     # chunk, reading the heads and accumulating the weight's gradient decide.
     default_workspace = 3 * 2**30
-    row_multiple = 128  # tokens a chunk: whole tiles of a product
+    row_multiple = 128
+    whole_multiples = True  # whole tiles of a product
     waits = True
     narrowing_bytes = 6 * COLUMNS_AT_ONCE  # a token of a chunk: what G is brought from fp32 to fp16 by
 

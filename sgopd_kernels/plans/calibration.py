@@ -1,4 +1,4 @@
-"""Every number that another model, processor or device might move, in one frozen object: `FITTED`.
+"""The numbers that were fitted, and those that say where a plan begins to pay, in one frozen object: `FITTED`.
 
 `python tools/calibrate.py` measures it, and docs/kernels.md has its tables. Numbers are of two kinds:
 
@@ -109,7 +109,7 @@ class BlockNumbers:
 class DeviceNumbers:
     """Dense products of 16-bit numbers, on devices. By arithmetic: no device has measured them."""
 
-    # What rounding one operand to fp16 costs in dH and dW: 0.42 of 2^-11. tools/fp16_gradients.py has what came of it.
+    # What rounding one operand to fp16 costs in dH and dW: 0.42 of 2^-11 (measured by tools/gradient_rounding.py).
     rounding: float = 2.1e-4
     narrow_worthwhile: float = 2.0**33  # tuned: multiply-adds of one projection from which fp32 operands are rounded
 

@@ -37,7 +37,7 @@ class Pairs(Exact):
         self.hidden = residual.weight.new_empty(0)  # [n, H] fp32: the pairs' part of its hidden gradient
 
     def held_bytes(self) -> tuple[int, int]:
-        """Beside the exact plan's: threads' scratch; MOST of a row, a column and a value each."""
+        """Beside the exact plan's: threads' scratch; `most` of a row, a column and a value each."""
         fixed, row = super().held_bytes()
         return fixed + 16 * 2**20, row + int(8 * calibration.FITTED.pairs.most * self.v)
 
