@@ -117,7 +117,7 @@ def resolve_gate(gate: str | Gate) -> Gate:
         if gate in PRESETS:
             return PRESETS[gate]
         close = difflib.get_close_matches(gate, PRESETS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
+        hint = f"; did you mean {close[0]!r}?" if close else "."
         raise ValueError(f"gate: no preset {gate!r}{hint} Presets: {', '.join(PRESETS)}")
     raise TypeError(f"gate must be a preset's name or a Gate, got {type(gate).__name__}")
 

@@ -14,7 +14,7 @@ from typing_extensions import Unpack  # a dependency of torch
 
 from . import backends
 from ._checks import FLOATS, INTEGERS, constant, number, positive, scale, tensor
-from .gate import Gate, check_reliability
+from .gate import Gate, check_reliability, resolve_gate
 from .ops import fused_loss, refuse_transforms, scale_of
 from .options import Head, Options, SampledTeacher, TopKTeacher
 from .oracle import STATS, token_values
@@ -190,8 +190,12 @@ def gated_loss(
     Returns: as `gated_kl_loss`.
     """
     tensor("token_ids", token_ids, INTEGERS)
-    shape, device, gate = token_ids.shape, token_ids.device, options.gate
-    assert isinstance(gate, Gate)
+    if not isinstance(options, Options):
+        raise TypeError(
+            f"options must be an Options, got {type(options).__name__}: pass Options(gate=...), or call gated_kl_loss, "
+            "which takes keywords"
+        )
+    shape, device, gate = token_ids.shape, token_ids.device, resolve_gate(options.gate)
     if num_items is not None and options.reduction != "mean":
         raise ValueError(f"num_items is the denominator of reduction='mean'; got reduction={options.reduction!r}")
     if not isinstance(return_stats, bool):
@@ -207,6 +211,11 @@ def gated_loss(
     def tokens(name: str, given: Tensor | float | None) -> Tensor | None:
         return None if given is None else per_rollout(name, given, shape, device, None, None).reshape(-1)
 
+    if reference is not None and isinstance(teacher, (SampledTeacher, TopKTeacher)):
+        raise NotImplementedError(
+            "reference: the target between teacher and reference needs both distributions, and a "
+            f"{type(teacher).__name__} gives none: pass the teacher's Head, or no reference"
+        )
     student = _head("student", student, shape, device, constant=False)
     problem = Problem(
         options,
@@ -292,7 +301,7 @@ def _teacher(teacher: Teacher, options: Options, shape: torch.Size, device: torc
             else _per_token("behaviour_logprob", behaviour, shape, device),
         }
     if isinstance(teacher, TopKTeacher):
-        if options.estimator != "full" or options.divergence != ("reverse-kl", 0.5):
+        if options.estimator != "full" or options.divergence != "reverse-kl":
             raise NotImplementedError(
                 "a TopKTeacher serves the full estimator's reverse KL; got "
                 f"estimator={options.estimator!r}, divergence={options.divergence!r}"
@@ -308,6 +317,8 @@ def _teacher(teacher: Teacher, options: Options, shape: torch.Size, device: torc
             raise ValueError(f"topk_logprob must have topk_ids' shape {tuple(ids.shape)}, got {tuple(logprob.shape)}")
         k = ids.shape[-1]
         return {"topk_ids": ids.reshape(-1, k).long(), "topk_logprob": logprob.detach().reshape(-1, k)}
+    if not isinstance(teacher, Head):
+        raise TypeError(f"teacher must be a Head, a SampledTeacher or a TopKTeacher, got {type(teacher).__name__}")
     return {"teacher": _head("teacher", teacher, shape, device)}
 
 
@@ -404,7 +415,8 @@ def per_rollout(
             raise TypeError(f"{name} must be a tensor or a number, got {type(value).__name__}")
         value = torch.full((1,) * len(shape), number(name, value, "a tensor or a finite number"), device=device)
     if value.dtype == torch.bool:
-        raise TypeError(f"{name} must be numeric, got bool; for a verdict use 2 * correct.int() - 1")
+        remedy = "2 * correct.int() - 1" if name == "verdict" else f"{name}.float()"
+        raise TypeError(f"{name} must be numeric, got bool: pass {remedy}")
     value = constant(name, value, FLOATS + INTEGERS, device).float()
     if value.ndim == 0:
         value = value.reshape((1,) * len(shape))

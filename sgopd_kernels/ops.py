@@ -169,7 +169,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
-            "gated_kl_loss is differentiable once: its gradient was asked for with create_graph=True; "
+            "the gated loss is differentiable once: its gradient was asked for with create_graph=True; "
             "use backend='reference' for second derivatives"
         )
     nothing = (None, [None] * ctx.constants, None, None, None, None, None)
@@ -191,7 +191,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[An
         return (*(g.to(d) if wanted else None for wanted, g, d in zip(ctx.needs_grad, gradients, ctx.dtypes)), *nothing)
     if ctx.gradients is None:
         raise RuntimeError(
-            "gated_kl_loss: backward was called twice; its gradients were handed over the first time. "
+            "the gated loss: backward was called twice; its gradients were handed over the first time. "
             "Call the loss again, or sum the losses before backward"
         )
     gradients, ctx.gradients = ctx.gradients, None

@@ -77,7 +77,8 @@ class TopKTeacher:
     logprob: Tensor
 
 
-Check = Callable[[str, Any], Any]  # (name, value) -> the value as the loss uses it, or raises
+# (name, value) -> the value in the form in which it is kept, or raises; what is kept passes, and stays as it is.
+Check = Callable[[str, Any], Any]
 
 
 def _checked(check: Check, row: bool = False) -> dict[str, Any]:
@@ -89,9 +90,9 @@ def _one_of(*names: str) -> dict[str, Any]:
     return _checked(lambda name, value: one_of(name, value, names))
 
 
-def _budget(name: str, value: Any) -> float:
+def _precision(name: str, value: Any) -> str | float:
     if isinstance(value, str) and value in PRECISIONS:
-        return PRECISIONS[value]
+        return value
     expected = "'auto', 'exact', 'bf16' or a relative error above 0 and below 1, such as 1e-3"
     return number(name, value, expected, 0.0, 1.0)
 
@@ -100,10 +101,10 @@ def _bytes(name: str, value: Any) -> int | None:
     return None if value is None else integer(name, value, "a whole number > 0 of bytes", 1)
 
 
-def _divergence(name: str, value: Any) -> tuple[str, float]:
-    """(name, parameter); 0.5 where there is none."""
+def _divergence(name: str, value: Any) -> str | tuple[str, float]:
+    """A name, or (name, parameter) where that is no end of the family."""
     if isinstance(value, str) and value in DIVERGENCES and DIVERGENCES[value] is None:
-        return value, 0.5
+        return value
     if isinstance(value, (tuple, list)) and len(value) == 2 and isinstance(value[0], str) and value[0] in DIVERGENCES:
         kind, family = value[0], DIVERGENCES[value[0]]
         if family is None:
@@ -113,7 +114,7 @@ def _divergence(name: str, value: Any) -> tuple[str, float]:
         if 0 < parameter < 1:
             return kind, parameter
         if parameter in ends:
-            return ends[parameter], 0.5
+            return ends[parameter]
         within = "[0, 1]" if 1.0 in ends else "[0, 1)"
         raise ValueError(f"{name}: {symbol} of ({kind!r}, {symbol}) must lie in {within}, got {parameter}")
     forms = [repr(kind) if family is None else f"({kind!r}, {family[0]})" for kind, family in DIVERGENCES.items()]
@@ -158,14 +159,14 @@ class Options:
         default=-100, metadata=_checked(lambda n, value: integer(n, value, "a whole number, at most 2^53 in size"))
     )
     reduction: Literal["mean", "sum", "none"] = field(default="mean", metadata=_one_of("mean", "sum", "none"))
-    precision: str | float = field(default="auto", metadata=_checked(_budget))
+    precision: str | float = field(default="auto", metadata=_checked(_precision))
     workspace: int | None = field(default=None, metadata=_checked(_bytes))
 
     def __post_init__(self) -> None:
         asked = self.divergence
         for name, check in _CHECKS:
             object.__setattr__(self, name, check(name, getattr(self, name)))
-        if self.estimator == "sampled" and self.divergence[0] != "reverse-kl":
+        if self.estimator == "sampled" and self.divergence != "reverse-kl":
             raise ValueError(
                 f"divergence={asked!r} belongs to estimator='full'; the sampled estimator is the policy gradient "
                 "of the reverse KL: use divergence='reverse-kl'"

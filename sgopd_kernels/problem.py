@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .gate import Gate, cell_weights
-from .options import Head, Options
+from .gate import Gate, cell_weights, resolve_gate
+from .options import PRECISIONS, Head, Options
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Operands of one call, flattened to N tokens. N may be 0. `options` are resolved: no names of presets."""
+    """Operands of one call, flattened to N tokens. N may be 0."""
 
     options: Options
     student: Head
@@ -38,19 +38,19 @@ class Problem:
 
     @property
     def gate(self) -> Gate:
-        assert isinstance(self.options.gate, Gate)
-        return self.options.gate
+        return resolve_gate(self.options.gate)
 
     @property
     def divergence(self) -> tuple[str, float]:
-        assert isinstance(self.options.divergence, tuple)
-        return self.options.divergence
+        """(name, parameter); 0.5 where there is none."""
+        chosen = self.options.divergence
+        return (chosen, 0.5) if isinstance(chosen, str) else chosen
 
     @property
     def budget(self) -> float:
         """Relative error of loss and gradients that may be traded for speed; 0: exact."""
-        assert isinstance(self.options.precision, float)
-        return self.options.precision
+        chosen = self.options.precision
+        return PRECISIONS[chosen] if isinstance(chosen, str) else chosen
 
     @property
     def heads(self) -> list[Head]:

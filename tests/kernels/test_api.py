@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from sgopd_kernels import PRESETS, Gate, gated_advantage, gated_kl_loss, gated_logprob_loss
+from sgopd_kernels import (
+    PRESETS,
+    Gate,
+    Head,
+    Options,
+    SampledTeacher,
+    TopKTeacher,
+    gated_advantage,
+    gated_kl_loss,
+    gated_logprob_loss,
+    gated_loss,
+)
 
 BACKENDS = ["torch", "cpu", "reference"]
 
@@ -494,3 +506,68 @@ def test_refused_operands(inputs: Any) -> None:
     for broken in (dict(agree=float("inf")), dict(conflict=(1.0, 2.0, 3.0)), dict(tolerance=-1.0), dict(keep="some")):
         with pytest.raises(ValueError, match=next(iter(broken))):
             Gate(**broken)  # type: ignore[arg-type]
+
+
+# What cannot be passed by keywords: teacher, options and a reference as dataclasses.
+DATACLASSES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "top k, reference": (
+        dict(teacher=TopKTeacher(torch.zeros(4, 1).long(), torch.zeros(4, 1))),
+        NotImplementedError,
+        "^reference: .*distribution.*a TopKTeacher .*: pass the teacher's Head, or no reference$",
+    ),
+    "words, reference": (
+        dict(teacher=SampledTeacher(torch.zeros(4)), options=Options(estimator="sampled")),
+        NotImplementedError,
+        "^reference: .*distribution.*a SampledTeacher .*: pass the teacher's Head, or no reference$",
+    ),
+    "teacher": (dict(teacher=3), TypeError, "^teacher must be a Head, a SampledTeacher or a TopKTeacher, got int$"),
+    "reference": (dict(reference=3), TypeError, "^reference must be a Head, got int$"),
+    "options": (dict(options={}), TypeError, "^options must be an Options, got dict: pass Options"),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", DATACLASSES)
+def test_refused_dataclasses(name: str, backend: str) -> None:
+    changes, error, match = DATACLASSES[name]
+    head = Head(torch.zeros(4, 3), torch.zeros(9, 3))
+    ids = torch.zeros(4).long()
+    given = dict(student=head, teacher=head, token_ids=ids, verdict=1, reference=head, backend=backend)
+    with pytest.raises(error, match=match):
+        gated_loss(**{**given, **changes})  # type: ignore[call-overload]
+
+
+def test_messages_have_their_own_remedy(inputs: Any) -> None:
+    with pytest.raises(ValueError, match=r"^gate: no preset 'nothing like it'\. Presets: opd"):
+        Options(gate="nothing like it")
+    flags = inputs.verdict > 0
+    for name in ("reliability", "token_weight"):
+        with pytest.raises(TypeError, match=rf"^{name} must be numeric, got bool: pass .*\.float\(\)$"):
+            gated_kl_loss(*inputs.args(), **{name: flags})
+    ids = inputs.token_ids.clamp(min=0)
+    hidden = inputs.student_hidden.clone().requires_grad_()
+    loss = gated_logprob_loss(hidden, inputs.student_weight, ids, -torch.ones(60), inputs.verdict)
+    with pytest.raises(RuntimeError, match=r"^the gated loss is differentiable once"):
+        torch.autograd.grad(loss, hidden, create_graph=True)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match=r"^the gated loss: backward was called twice"):
+        loss.backward()
+
+
+def test_a_dataclass_with_a_field_replaced(inputs: Any) -> None:
+    divergences = ("reverse-kl", "forward-kl", ("jsd", 0.3), ("jsd", 1.0), ["alpha", 0.2])
+    for divergence in divergences:
+        for precision in ("auto", "exact", "bf16", 1e-3):
+            options = Options(gate="opdvr", divergence=divergence, precision=precision)
+            changed = replace(options, temperature=2.0)
+            assert changed == Options(gate="opdvr", divergence=divergence, precision=precision, temperature=2.0)
+            assert replace(changed, temperature=1.0) == options
+    h, w, th, tw, ids, verdict = inputs.args()
+    student, teacher, once = Head(h, w), Head(th, tw), Options(temperature=2.0)
+    assert torch.equal(
+        gated_loss(replace(student, softcap=5.0), replace(teacher, logit_scale=0.5), ids, verdict, replace(once)),
+        gated_kl_loss(*inputs.args(), temperature=2.0, student_softcap=5.0, teacher_logit_scale=0.5),
+    )
+    words, top = SampledTeacher(th[:, 0]), TopKTeacher(ids, th)
+    assert replace(words, behaviour_logprob=words.logprob).behaviour_logprob is words.logprob
+    assert replace(top, logprob=h).ids is ids
