@@ -55,4 +55,22 @@ struct RowsArgs {
   bool gradient;
 };
 
+// What the sign gate makes of token n, whose log-ratio is d (sgopd_kernels.gate.choose).
+struct Gated {
+  double weight;
+  bool agrees;
+  bool counts;  // whether any weight of its rollout is not 0
+};
+
+SGOPD_BOTH Gated gated(const RowsArgs& a, int64_t n, double d) {
+  const double signed_d = d * a.verdict[n];
+  bool agrees = signed_d > a.tolerance, conflicts = signed_d < -a.tolerance;
+  if (a.forced != nullptr && a.forced[n] >= 0) {
+    agrees = a.forced[n] == 1;
+    conflicts = !agrees;
+  }
+  const double agree = a.weights[n], conflict = a.weights[a.rows + n], neutral = a.weights[2 * a.rows + n];
+  return {agrees ? agree : (conflicts ? conflict : neutral), agrees, agree != 0 || conflict != 0 || neutral != 0};
+}
+
 }  // namespace sgopd

@@ -41,7 +41,7 @@ SKIP_OF = {"thread": " and not survive_a_fork"}
 # kind -> (file, before, after, the report): a read behind a tensor of torch's, an overflow, a count without a lock.
 TASK = "part(i);"
 PLANTS = {
-    "address": ("csrc/cpu/rows.cpp", "a.verdict[n];", "a.verdict[n + 1];", "AddressSanitizer: heap-buffer-overflow"),
+    "address": ("csrc/rows.h", "a.verdict[n];", "a.verdict[n + 1];", "AddressSanitizer: heap-buffer-overflow"),
     "undefined": (
         "csrc/cpu/parallel.h",
         TASK,

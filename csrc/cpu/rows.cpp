@@ -43,10 +43,6 @@ inline float tanh_f32(float x) {
   return a < 0.625f ? small : (x != x ? x : big);
 }
 
-bool head_is_plain(const HeadArgs& head, float inverse_temperature) {
-  return head.bias == nullptr && head.softcap == 0.f && head.logit_scale * inverse_temperature == 1.f;
-}
-
 // Projections -> logits: bias, scale, softcap, temperature.
 void transform(float* __restrict z, const HeadArgs& head, float inverse_temperature, int64_t first, int64_t count) {
   z += first;
@@ -342,11 +338,6 @@ void extrapolate(float* __restrict t, const float* __restrict r, int64_t v, floa
   }
 }
 
-double reference_logprob(const float* r, int64_t v, int64_t y) {
-  const Moments s = student_statistics(r, v);
-  return s.p.log_softmax()(r[y]);
-}
-
 void one_row(const RowsArgs& a, int64_t n) {
   const int64_t v = a.vocabulary, y = a.token_ids[n];
   float* z = a.student + n * a.student_stride;
@@ -356,10 +347,9 @@ void one_row(const RowsArgs& a, int64_t n) {
 
   for (int64_t first = 0; first < v; first += kBlock) {
     const int64_t count = min64(kBlock, v - first);
-    if (!head_is_plain(a.student_head, a.inverse_temperature))
-      transform(z, a.student_head, a.inverse_temperature, first, count);
+    transform(z, a.student_head, a.inverse_temperature, first, count);
     const auto target = [&](float* logits, const HeadArgs& head) {
-      if (!head_is_plain(head, a.inverse_temperature)) transform(logits, head, a.inverse_temperature, first, count);
+      transform(logits, head, a.inverse_temperature, first, count);
       restrict_support(z + first, logits + first, count);
     };
     if (t != nullptr) target(t, a.teacher_head);
@@ -371,15 +361,8 @@ void one_row(const RowsArgs& a, int64_t n) {
   const double lq = t == nullptr ? static_cast<double>(a.teacher_logprob[n]) : s.q.log_softmax()(t[y]);
   const double d = t == nullptr ? lq - lp : (static_cast<double>(t[y]) - z[y]) + s.lse_difference();
 
-  const double signed_d = d * a.verdict[n];
-  bool agrees = signed_d > a.tolerance, conflicts = signed_d < -a.tolerance;
-  if (a.forced != nullptr && a.forced[n] >= 0) {
-    agrees = a.forced[n] == 1;
-    conflicts = !agrees;
-  }
-  const double* weights = a.weights + n;
-  const double w = agrees ? weights[0] : (conflicts ? weights[a.rows] : weights[2 * a.rows]);
-
+  const Gated gate = gated(a, n, d);
+  const double w = gate.weight;
   Coefficients k;
   const double nan = std::numeric_limits<double>::quiet_NaN();
   double kl = t == nullptr ? nan : divergence_of(z, t, v, s, a, &k.mean_score);
@@ -389,17 +372,17 @@ void one_row(const RowsArgs& a, int64_t n) {
   out[kStudentEntropy] = s.p.entropy();
   out[kTeacherEntropy] = t == nullptr ? nan : s.q.entropy();
   out[kGate] = w;
-  out[kAgree] = agrees ? 1.0 : 0.0;
+  out[kAgree] = gate.agrees ? 1.0 : 0.0;
 
   double weight = w;  // of the row's loss
   double advantage = d;
   if (r != nullptr) {
     // The gate moves the target; the row itself weighs 1, or 0 if its rollout is not kept.
-    weight = weights[0] != 0 || weights[a.rows] != 0 || weights[2 * a.rows] != 0 ? 1.0 : 0.0;
+    weight = gate.counts ? 1.0 : 0.0;
     if (a.sampled) {
-      advantage = (t[y] == kNegInf || r[y] == kNegInf ? static_cast<double>(kNegInf)
-                                                      : w * lq + (1 - w) * reference_logprob(r, v, y)) -
-                  lp;
+      const bool outside = t[y] == kNegInf || r[y] == kNegInf;
+      const double lr = student_statistics(r, v).p.log_softmax()(r[y]);
+      advantage = (outside ? static_cast<double>(kNegInf) : w * lq + (1 - w) * lr) - lp;
     } else {
       extrapolate(t, r, v, static_cast<float>(w));
       s = statistics(z, t, v);

@@ -383,15 +383,8 @@ __device__ void run_row(const RowsArgs& a, int64_t n, Team<kThreads> team, float
   const double lq = pair ? s.log_q(at_y.y) : static_cast<double>(a.teacher_logprob[n]);
   const double d = pair ? (static_cast<double>(at_y.y) - at_y.x) + s.lse_difference() : lq - lp;
 
-  const double signed_d = d * a.verdict[n];
-  bool agrees = signed_d > a.tolerance, conflicts = signed_d < -a.tolerance;
-  if (a.forced != nullptr && a.forced[n] >= 0) {
-    agrees = a.forced[n] == 1;
-    conflicts = !agrees;
-  }
-  const double w_agree = a.weights[n], w_conflict = a.weights[a.rows + n], w_neutral = a.weights[2 * a.rows + n];
-  const double w = agrees ? w_agree : (conflicts ? w_conflict : w_neutral);
-
+  const Gated gate = gated(a, n, d);
+  const double w = gate.weight;
   double mean_score = 0;
   double kl = pair ? divergence(row, s, &mean_score, team) : static_cast<double>(none);
   const double measured_kl = kl;
@@ -400,7 +393,7 @@ __device__ void run_row(const RowsArgs& a, int64_t n, Team<kThreads> team, float
 
   double weight = w, advantage = d;
   if (row.r != nullptr) {
-    weight = w_agree != 0 || w_conflict != 0 || w_neutral != 0 ? 1.0 : 0.0;
+    weight = gate.counts ? 1.0 : 0.0;
     if (a.sampled) {
       // log pi_R(y): pi_R's own softmax, over the columns that only the teacher lacks too.
       row.target = row.kReference;
@@ -428,7 +421,7 @@ __device__ void run_row(const RowsArgs& a, int64_t n, Team<kThreads> team, float
     out[kStudentEntropy] = entropy_p;
     out[kTeacherEntropy] = entropy_q;
     out[kGate] = w;
-    out[kAgree] = agrees ? 1.0 : 0.0;
+    out[kAgree] = gate.agrees ? 1.0 : 0.0;
   }
   // From here a thread writes the columns it reads; the sampled token's column was read by all of them, and a block's
   // sums by the others of its cluster.
