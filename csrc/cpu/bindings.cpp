@@ -53,7 +53,6 @@ PYBIND11_MODULE(_cpu, m) {
   m.doc() = "Fused row pass of the gated distillation loss on the CPU (internal: use sgopd_kernels.gated_kl_loss).";
   using namespace py::literals;
   py::class_<sgopd::Kernels>(m, "Kernels", "What an instruction set has, on this processor.")
-      .def_readonly("name", &sgopd::Kernels::name)
       .def_property_readonly("int16", [](const sgopd::Kernels& k) { return k.int16 != nullptr; })
       .def_property_readonly("tiles", [](const sgopd::Kernels& k) { return k.tiles != nullptr; })
       .def_property_readonly("wide_tiles", [](const sgopd::Kernels& k) { return k.tiles != nullptr && k.tiles->wide; });

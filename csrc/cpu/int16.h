@@ -48,6 +48,12 @@ const Int16Kernels& int16();
 
 namespace {
 
+// The tokens whose accumulators a kernel holds, and M(name, index) for each. They are variables by name, a0 to f3,
+// because GCC 12 spills an array of them in every step, as it does the dot-product intrinsics' own: see dot() beside
+// each kernel.
+#define SGOPD_TOKENS(M) M(a, 0) M(b, 1) M(c, 2) M(d, 3) M(e, 4) M(f, 5)
+
+constexpr int kTokens = 6;
 constexpr int64_t kRoom = 11;       // rows: a block of 6 that is not full, and one more
 constexpr float kNorm = 46340.95f;  // sqrt(2^31)
 

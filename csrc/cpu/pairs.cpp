@@ -102,7 +102,7 @@ void add_hidden_gradient(const Pairs& pairs, const MatrixTuple& weight, int64_t 
   py::gil_scoped_release release;
   const int64_t n = pairs.rows, v = pairs.vocabulary;
   const int64_t width = std::max<int64_t>(16, (512 << 10) / (4 * h));
-  const int64_t parts = std::min<int64_t>(std::max(threads, 1), std::max<int64_t>(n, 1));
+  const int64_t parts = std::min<int64_t>(threads, std::max<int64_t>(n, 1));
   parallel(parts, threads, [&](int64_t part) {
     const int64_t low = bound(n, part, parts), high = bound(n, part + 1, parts);
     std::vector<int64_t> cursor(pairs.first.begin() + low, pairs.first.begin() + high);

@@ -36,10 +36,10 @@ int64_t workers(const TileKernels& k, int threads, int64_t n, int64_t v, int64_t
 // Hidden states as an operand: packed once, read by all threads.
 struct Hidden {
   Hidden(const TileKernels& k, const Matrix& x, int64_t n, int64_t h, bool paired, bool both)
-      : size(k.words(n, h)), high(size), low(both ? size : 0) {
+      : size(hidden_words(n, h)), high(size), low(both ? size : 0) {
     uint32_t* second = both ? low.data : nullptr;
     (paired ? k.pack_hidden_paired : k.pack_hidden)(x, n, h, high.data, second);
-    limbs = {high.data, second, ((paired ? n : h) + 31) / 32 * 256};
+    limbs = {high.data, second, count_of(paired ? n : h, 32) * kWords};
   }
   int64_t size;
   Words high, low;
@@ -48,7 +48,7 @@ struct Hidden {
 
 TiledGradient tiled(Address gradient, int64_t stride, int64_t n, int64_t v, Address fine, int64_t fine_stride) {
   const Logits g = logits("gradient", gradient, n, v, stride);
-  const int64_t blocks = (n + 31) / 32, columns = (v + 31) / 32;
+  const int64_t blocks = count_of(n, 32), columns = count_of(v, 32);
   if (fine != 0) extent("fine", blocks, columns, fine_stride);
   return {g.data, stride, n, v, pointer<const uint8_t>("fine", fine, false), fine_stride};
 }
@@ -63,9 +63,9 @@ void project_tiles(const MatrixTuple& hidden, int64_t n, const MatrixTuple& weig
   if (n == 0) return;
   py::gil_scoped_release release;
   const Hidden packed(k, x, n, h, false, x.element == Element::kFloat32);
-  const int64_t panels = (v + 63) / 64, parts = std::min(kColumnParts, panels);
+  const int64_t panels = count_of(v, kColumns64), parts = std::min(kColumnParts, panels);
   parallel(parts, workers(k, threads, n, v, h), [&](int64_t part) {
-    const Words scratch(k.project_scratch(h));
+    const Words scratch(project_scratch(h));
     k.project(packed.limbs, n, h, w, v, z.data, z.stride, bound(panels, part, parts), bound(panels, part + 1, parts),
               scratch.data);
   });
@@ -84,10 +84,10 @@ void add_hidden_gradient_tiles(Address gradient, int64_t stride, int64_t n, Addr
   py::gil_scoped_release release;
   // A part is some tokens by some of the width. It packs the head for its width and the gradient for its tokens: of the
   // ways to cut, the one whose largest part is least, in tiles multiplied and (at about four of these) packed.
-  const int64_t blocks = (n + 31) / 32, strips = (h + 31) / 32, most = workers(k, threads, n, v, h);
+  const int64_t blocks = count_of(n, 32), strips = count_of(h, 32), most = workers(k, threads, n, v, h);
   int64_t rows = 1, columns = 1, least = std::numeric_limits<int64_t>::max();
   for (int64_t r = 1; r <= std::min(most, blocks); ++r) {
-    const int64_t c = std::min(most / r, strips), b = (blocks + r - 1) / r, s = (strips + c - 1) / c;
+    const int64_t c = std::min(most / r, strips), b = count_of(blocks, r), s = count_of(strips, c);
     const int64_t cost = b * s + 4 * (b + s);
     if (cost < least) least = cost, rows = r, columns = c;
   }
@@ -95,7 +95,7 @@ void add_hidden_gradient_tiles(Address gradient, int64_t stride, int64_t n, Addr
     const int64_t r = part / columns, c = part % columns;
     const int64_t first_block = bound(blocks, r, rows), last_block = bound(blocks, r + 1, rows);
     const int64_t first_strip = bound(strips, c, columns), last_strip = bound(strips, c + 1, columns);
-    const Words scratch(k.hidden_gradient_scratch(last_block - first_block, last_strip - first_strip));
+    const Words scratch(hidden_gradient_scratch(last_block - first_block, last_strip - first_strip));
     k.hidden_gradient(g, w, h, to.data, to.stride, first_block, last_block, first_strip, last_strip, scratch.data);
   });
 }
@@ -116,9 +116,9 @@ void add_weight_gradient_tiles(Address gradient, int64_t stride, int64_t n, int6
                       pointer<int8_t>("rest", rest, false), rest_stride, first};
   py::gil_scoped_release release;
   const Hidden packed(k, x, n, h, true, x.element == Element::kFloat32);
-  const int64_t panels = (v + 63) / 64, parts = std::min(kColumnParts, panels);
+  const int64_t panels = count_of(v, kColumns64), parts = std::min(kColumnParts, panels);
   parallel(parts, workers(k, threads, n, v, h), [&](int64_t part) {
-    const Words scratch(k.weight_gradient_scratch(n));
+    const Words scratch(weight_gradient_scratch(n));
     k.weight_gradient(g, packed.limbs, h, sum, bound(panels, part, parts), bound(panels, part + 1, parts),
                       scratch.data);
   });

@@ -2,8 +2,6 @@
 // tile's columns. 8 rows by 32 columns of sums stay in registers, a word of a row is broadcast. tiles.h has the
 // algorithms. The instruction takes a denormal operand as 0, and so a denormal sum.
 
-#if defined(__AVX512BF16__) && defined(__AVX512F__) && defined(__AVX512BW__)
-
 #include "tile_kernels.h"
 #include "tile_packing.h"
 #include "tiles.h"
@@ -96,5 +94,3 @@ const TileKernels& tiles() {
 
 }  // namespace avx512bf16
 }  // namespace sgopd
-
-#endif

@@ -55,8 +55,8 @@ struct Machine : TileRegisters<Machine> {
   static Wide line(const float* x, int64_t count) {
     Wide w{};
     for (int64_t i = 0; i < smaller(2 * kTile, count); ++i) {
-      float* half =
-          i % 2 ? w.odd : w.even;  // GCC 12's check of bounds reads a wrong index where this is one expression
+      // GCC 12's check of bounds reads a wrong index where this is one expression.
+      float* half = i % 2 ? w.odd : w.even;
       half[i / 2] = x[i];
     }
     return w;

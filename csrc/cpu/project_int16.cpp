@@ -12,17 +12,17 @@
 //
 // A head's panel is quantised and packed once per token chunk, from L2; nothing of it is kept. Threads take panels.
 
-#if defined(__AVX512VNNI__) && defined(__AVX512F__) && defined(__AVX512BW__)
-
+#include "avx512.h"
 #include "feedback.h"
 #include "int16.h"
-#include "panel.h"
 
 namespace sgopd {
 namespace avx512vnni {
 namespace {
 
-constexpr int kTokens = 6;
+// 64 vocabulary rows, packed so that the 16-bit columns (2k, 2k + 1) of all of them are contiguous words: h * 128
+// bytes, which stay in L2.
+constexpr int64_t kPanel = 64;
 
 inline __m512 load(const float* from, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, from); }
 inline __m512 load(const uint16_t* from, __mmask16 mask) {  // bf16
@@ -59,6 +59,23 @@ float quantise(const T* row, int64_t h, int64_t depth, int16_t* out) {
     _mm256_mask_storeu_epi16(out + k, left(h - k), _mm512_cvtsepi32_epi16(q));
   }
   return steps.step;
+}
+
+// pack[k][j] = columns (2k, 2k + 1) of vocabulary row j as one 32-bit word; missing rows and columns are 0.
+inline void pack_panel(const uint16_t* weight, int64_t stride, int64_t rows, int64_t h, uint32_t* pack) {
+  const int64_t pairs = (h + 1) / 2;
+  for (int64_t j = 0; j < kPanel; j += 16) {
+    for (int64_t k = 0; k < pairs; k += 16) {
+      const int64_t columns = h - 2 * k;  // int16
+      const __mmask32 mask = columns >= 32 ? 0xffffffffu : (1u << columns) - 1;
+      __m512i r[16];
+      for (int64_t i = 0; i < 16; ++i)
+        r[i] =
+            j + i < rows ? _mm512_maskz_loadu_epi16(mask, weight + (j + i) * stride + 2 * k) : _mm512_setzero_si512();
+      transpose(r);
+      for (int64_t i = 0; i < 16 && k + i < pairs; ++i) _mm512_storeu_si512(pack + (k + i) * kPanel + j, r[i]);
+    }
+  }
 }
 
 // One segment, pairs [first, last), of kRows tokens by a panel. Segments but the last add to `partial` [kRows, 64]; the
@@ -102,7 +119,8 @@ void block(const int16_t* hidden, int64_t stride, const uint32_t* pack, int64_t 
 #undef SGOPD_FINISH
 }
 
-int64_t panels(int64_t v) { return panel_count(v); }
+int64_t panels(int64_t v) { return (v + kPanel - 1) / kPanel; }
+int64_t panel_words(int64_t h) { return (h + 1) / 2 * kPanel; }
 // A packed panel, its rows, and the partial sums of n tokens.
 int64_t scratch_words(int64_t n, int64_t h) { return panel_words(h) + kPanel * ((h + 31) / 32 * 16) + n * kPanel; }
 
@@ -156,5 +174,3 @@ const Int16Kernels& int16() {
 
 }  // namespace avx512vnni
 }  // namespace sgopd
-
-#endif

@@ -4,8 +4,6 @@
 // so that 6 tokens by 2 vectors of accumulators fit the 16 registers. Hidden states are packed as the steps read them,
 // six tokens' words side by side: one stream that the processor prefetches from L2, where six rows are not.
 
-#if defined(__AVX2__) && defined(__FMA__)
-
 #include <immintrin.h>
 
 #include "exp.h"
@@ -16,7 +14,6 @@ namespace sgopd {
 namespace avx2 {
 namespace {
 
-constexpr int kTokens = 6;
 constexpr int64_t kPanel = 16;
 using Word __attribute__((may_alias)) = int32_t;  // two 16-bit elements
 
@@ -93,8 +90,6 @@ inline void dot(__m256i& sum, __m256i w, __m256i x) {
   __m256i product;
   asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(sum), "=&x"(product) : "x"(w), "x"(x));
 }
-
-#define SGOPD_TOKENS(M) M(a, 0) M(b, 1) M(c, 2) M(d, 3) M(e, 4) M(f, 5)
 
 // One segment, pairs [first, last), of kTokens packed tokens by a panel; the first `rows` of them are stored. Otherwise
 // as in project_int16.cpp.
@@ -196,5 +191,3 @@ const Int16Kernels& int16() {
 
 }  // namespace avx2
 }  // namespace sgopd
-
-#endif

@@ -35,7 +35,7 @@ void project_int16(const MatrixTuple& hidden, int64_t n, const MatrixTuple& weig
     quantise(k->fp32, static_cast<const float*>(x.data));
   else
     quantise(k->bf16, static_cast<const uint16_t*>(x.data));
-  const int64_t all = k->panels(v), tasks = std::min<int64_t>(all, std::max<int64_t>(threads, 1));
+  const int64_t all = k->panels(v), tasks = std::min<int64_t>(all, threads);
   parallel(tasks, threads, [&](int64_t task) {
     std::vector<uint32_t> scratch(k->scratch_words(n, h));
     const int64_t first = bound(all, task, tasks), last = bound(all, task + 1, tasks);

@@ -34,31 +34,47 @@ struct WeightSum {
   bool first;
 };
 
-// Sizes in tiles: `words` of 4 bytes, 64-byte aligned. Ranges are parts of the work that may run in any order.
+namespace {
+
+constexpr int64_t kTile = 16;  // rows of a tile, and words of 4 bytes in each
+constexpr int64_t kWords = kTile * kTile;
+constexpr int64_t kColumns64 = 64;  // vocabulary rows that a pass over the tokens has in L2
+constexpr int64_t kDepth = 256;     // columns of G whose products are summed before their sum goes back to memory
+
+inline int64_t count_of(int64_t total, int64_t unit) { return (total + unit - 1) / unit; }
+
+// Words, 64-byte aligned, of a limb of packed hidden states [n, h], and of the scratch that each product below is
+// given.
+inline int64_t hidden_words(int64_t n, int64_t h) { return 2 * count_of(n, 32) * count_of(h, 32) * kWords; }
+inline int64_t project_scratch(int64_t h) { return 2 * 4 * count_of(h, 32) * kWords; }
+inline int64_t hidden_gradient_scratch(int64_t blocks, int64_t strips) {
+  constexpr int64_t kSteps = kDepth / 32;
+  return blocks * strips * 4 * kWords + 2 * (2 * strips * kSteps + 2 * kSteps) * kWords;
+}
+inline int64_t weight_gradient_scratch(int64_t n) { return 2 * 4 * count_of(n, 32) * kWords; }
+
+}  // namespace
+
+// Ranges are parts of the work that may run in any order.
 struct TileKernels {
   int64_t worthwhile;  // terms of a product that a thread is worth
   bool wide;           // whether two limbs of an fp32 operand are faster than fp32 products
 
-  // x [n, h] as the left operand of `project` and as the right one of `weight_gradient`: words a limb, and the packing
-  // (low null: one limb).
-  int64_t (*words)(int64_t n, int64_t h);
+  // Packs x [n, h], as the left operand of `project` and as the right one of `weight_gradient` (low null: one limb).
   void (*pack_hidden)(const Matrix& x, int64_t n, int64_t h, uint32_t* high, uint32_t* low);
   void (*pack_hidden_paired)(const Matrix& x, int64_t n, int64_t h, uint32_t* high, uint32_t* low);
 
   // out [n, v] fp32 = x [n, h] * weight [v, h]^T: panels [first, last) of 64 columns.
-  int64_t (*project_scratch)(int64_t h);
   void (*project)(const Limbs& x, int64_t n, int64_t h, const Matrix& weight, int64_t v, float* out, int64_t out_stride,
                   int64_t first, int64_t last, uint32_t* scratch);
 
   // out [n, h] fp32 += g * weight [v, h]: token blocks [first_block, last_block) of 32 by strips [first_strip,
   // last_strip) of 32 columns of h.
-  int64_t (*hidden_gradient_scratch)(int64_t blocks, int64_t strips);
   void (*hidden_gradient)(const TiledGradient& g, const Matrix& weight, int64_t h, float* out, int64_t out_stride,
                           int64_t first_block, int64_t last_block, int64_t first_strip, int64_t last_strip,
                           uint32_t* scratch);
 
   // out [v, h] += g^T * x [n, h]: panels [first, last) of 64 columns of g.
-  int64_t (*weight_gradient_scratch)(int64_t n);
   void (*weight_gradient)(const TiledGradient& g, const Limbs& x, int64_t h, const WeightSum& out, int64_t first,
                           int64_t last, uint32_t* scratch);
 };

@@ -1,7 +1,7 @@
 // Packs operands into tiles (tiles.h) by AVX-512 and AVX512-BF16, whose rounding to bf16 takes a denormal number as 0.
 #pragma once
 
-#include "panel.h"
+#include "avx512.h"
 
 namespace sgopd {
 namespace {

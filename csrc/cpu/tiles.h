@@ -27,13 +27,7 @@
 namespace sgopd {
 namespace {
 
-constexpr int64_t kTile = 16;  // rows of a tile, and words of 4 bytes in each
-constexpr int64_t kWords = kTile * kTile;
-constexpr int64_t kColumns64 = 64;  // vocabulary rows that a pass over the tokens has in L2
-constexpr int64_t kDepth = 256;     // columns of G whose products are summed before their sum goes back to memory
-
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t count_of(int64_t total, int64_t unit) { return (total + unit - 1) / unit; }
 
 template <typename T>
 constexpr bool kIsWide = sizeof(T) == 4;
@@ -118,8 +112,6 @@ inline void put(Machine& m, float* to) {
   m.template store_tile<2>(to + 512, 32), m.template store_tile<3>(to + 528, 32);
 }
 
-inline int64_t words(int64_t n, int64_t h) { return 2 * count_of(n, 32) * count_of(h, 32) * kWords; }
-
 template <class Machine, bool kPaired, typename T>
 void pack_operand(const T* x, int64_t stride, int64_t n, int64_t h, uint32_t* high, uint32_t* low) {
   // Strips of 16 tokens, or of 16 columns, an even number of them; each over the other side in steps of 32.
@@ -142,8 +134,6 @@ void pack_hidden(const Matrix& x, int64_t n, int64_t h, uint32_t* high, uint32_t
 }
 
 // ---- logits
-
-inline int64_t project_scratch(int64_t h) { return 2 * 4 * count_of(h, 32) * kWords; }
 
 template <class Machine, bool kLowA, typename T>
 void project_panels(const Limbs& x, int64_t n, int64_t h, const T* weight, int64_t stride, int64_t v, float* out,
@@ -201,11 +191,6 @@ void project(const Limbs& x, int64_t n, int64_t h, const Matrix& weight, int64_t
 }
 
 // ---- the hidden gradient
-
-inline int64_t hidden_gradient_scratch(int64_t blocks, int64_t strips) {
-  constexpr int64_t kSteps = kDepth / 32;
-  return blocks * strips * 4 * kWords + 2 * (2 * strips * kSteps + 2 * kSteps) * kWords;
-}
 
 template <class Machine, typename T>
 void hidden_gradient_part(const TiledGradient& g, const T* weight, int64_t stride, int64_t h, float* out,
@@ -281,8 +266,6 @@ void hidden_gradient(const TiledGradient& g, const Matrix& weight, int64_t h, fl
 }
 
 // ---- the weight gradient
-
-inline int64_t weight_gradient_scratch(int64_t n) { return 2 * 4 * count_of(n, 32) * kWords; }
 
 inline uint32_t bits(float x) {
   uint32_t u;
@@ -394,14 +377,10 @@ template <class Machine>
 constexpr TileKernels kernels_on(int64_t worthwhile, bool wide) {
   return {worthwhile,
           wide,
-          words,
           pack_hidden<Machine, false>,
           pack_hidden<Machine, true>,
-          project_scratch,
           project<Machine>,
-          hidden_gradient_scratch,
           hidden_gradient<Machine>,
-          weight_gradient_scratch,
           weight_gradient<Machine>};
 }
 
