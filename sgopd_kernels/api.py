@@ -13,7 +13,7 @@ from ._checks import FLOATS, positive, require, scale, tensor
 from .gate import Gate, cell_weights, check_reliability, choose, draw_agreement, resolve_gate
 from .loss import Operands, Stats, check_generator, gated_loss, per_rollout, uniform
 from .options import Head, Options, SampledTeacher, TopKTeacher
-from .values import check_logprob
+from .values import check_logprob, check_rollouts
 
 Divergence = str | tuple[str, float]
 
@@ -457,12 +457,8 @@ def gated_advantage(
     verdict_N = per_rollout("verdict", verdict, shape, device, chosen, generator).reshape(-1)
     reliability_N = None
     if reliability is not None:
-        reliability_N = per_rollout("reliability", reliability, shape, device, None, None).reshape(-1)
-        require((reliability_N >= 0) & (reliability_N <= 1), "reliability: values must lie in [0, 1]")
-    require(
-        (verdict_N == 1) | (verdict_N == 0) | (verdict_N == -1),
-        "verdict: values must be 1 (correct), -1 (incorrect) or 0 (unknown)",
-    )
+        reliability_N = per_rollout("reliability", reliability, shape, device).reshape(-1)
+    check_rollouts(verdict_N, reliability_N)
     weights = cell_weights(verdict_N, reliability_N, chosen)
     forced = None
     if chosen.control == "random":

@@ -66,41 +66,28 @@ def run(
     """
     device = problem.token_ids.device
     with device_guard(device), without_autocast(device):
-        return _run(problem, backend, row_scale, needs_grad, group)
-
-
-def _run(
-    problem: Problem,
-    backend: TorchBackend,
-    row_scale: Tensor,
-    needs_grad: NeedsGrad,
-    group: dist.ProcessGroup | None,
-) -> Result:
-    shard = None
-    if group is not None:
-        problem, shard = same_everywhere(problem, group), shard_of(problem, group)
-    device = problem.token_ids.device
-    valid = None
-    if backend.capturing(device):
-        # How many tokens are valid is not known while a graph is captured: all take part, the ignored with weight 0.
-        rows = torch.arange(problem.token_ids.numel(), device=device)
-        valid = problem.token_ids != problem.options.ignore_index
+        shard, valid = None, None
+        if group is not None:
+            problem, shard = same_everywhere(problem, group), shard_of(problem, group)
+        if backend.capturing(device):
+            # How many tokens are valid is not known while a graph is captured: all take part, ignored ones by weight 0.
+            rows = torch.arange(problem.token_ids.numel(), device=device)
+            valid = problem.token_ids != problem.options.ignore_index
+        else:
+            rows = problem.valid_rows()
         check_values(problem, rows, shard.total if shard else problem.vocabulary)
-        problem = replace(problem, token_ids=problem.token_ids.where(valid, 0))
-    else:
-        rows = problem.valid_rows()
-        check_values(problem, rows, shard.total if shard else problem.vocabulary)
-    weights = problem.cell_weights(rows)
-    if valid is not None:
-        weights *= valid
-    call = Call(problem, backend, rows, valid, weights, row_scale, shard)
-    if problem.uniform is None:
-        return call.compute(None, needs_grad)
-    # The `random` control draws agreement at the measured rate: measure it first.
-    measured = call.compute(None, NeedsGrad()).stats[rows]
-    d = measured[:, STATS["teacher_logprob"]] - measured[:, STATS["student_logprob"]]
-    forced = draw_agreement(d, problem.verdict[rows].double(), problem.gate.tolerance, problem.uniform[rows])
-    return call.compute(forced, needs_grad)
+        weights = problem.cell_weights(rows)
+        if valid is not None:
+            problem = replace(problem, token_ids=problem.token_ids.where(valid, 0))
+            weights *= valid
+        call = Call(problem, backend, rows, valid, weights, row_scale, shard)
+        if problem.uniform is None:
+            return call.compute(None, needs_grad)
+        # The `random` control draws agreement at the measured rate: measure it first.
+        measured = call.compute(None, NeedsGrad()).stats[rows]
+        d = measured[:, STATS["teacher_logprob"]] - measured[:, STATS["student_logprob"]]
+        forced = draw_agreement(d, problem.verdict[rows].double(), problem.gate.tolerance, problem.uniform[rows])
+        return call.compute(forced, needs_grad)
 
 
 @dataclass
@@ -176,12 +163,11 @@ class Call:
         """
         problem, valid = self.problem, self.positions.numel()
         v = self.shard.widest if self.shard else problem.vocabulary
-        blocks = len(problem.heads) + (
-            0 if problem.topk_ids is None else 3
-        )  # the completed teacher; what completing it takes
+        # The logits, those of a top k's teacher and what completing it takes; gathered hidden states, a gradient row.
+        blocks = len(problem.heads) + (0 if problem.topk_ids is None else 3)
         widest = max(h.weight.shape[1] for h in problem.heads)
         fixed, row_bytes = plan.held_bytes()
-        row_bytes += 4 * (v * blocks + 3 * widest)  # logits; gathered hidden states and a gradient row
+        row_bytes += 4 * (v * blocks + 3 * widest)
         room = self.backend.workspace(problem) - fixed
         rows = max(1, room // row_bytes)
         if rows >= valid:

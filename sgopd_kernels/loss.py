@@ -182,7 +182,7 @@ def gated_loss(
     Args:
         student: its last layer; gradients flow to hidden states, weight and bias.
         teacher: a `Head`, or what a server gives in place of one: `SampledTeacher` (which needs
-            Options(estimator="sampled")) or `TopKTeacher`. Constant.
+            Options(estimator="sampled")) or `TopKTeacher`. Constant. Beside a `reference`, a `Head`.
         token_ids, verdict, reference, reliability, token_weight, num_items, backend, generator, process_group,
             return_stats: as in `gated_kl_loss`, where errors are named too: `student.weight` is its student_weight.
         options: the call's choices.
@@ -209,7 +209,7 @@ def gated_loss(
         )
 
     def tokens(name: str, given: Tensor | float | None) -> Tensor | None:
-        return None if given is None else per_rollout(name, given, shape, device, None, None).reshape(-1)
+        return None if given is None else per_rollout(name, given, shape, device).reshape(-1)
 
     if reference is not None and isinstance(teacher, (SampledTeacher, TopKTeacher)):
         raise NotImplementedError(
@@ -406,8 +406,8 @@ def per_rollout(
     value: Tensor | float,
     shape: torch.Size,
     device: torch.device,
-    gate: Gate | None,
-    generator: torch.Generator | None,
+    gate: Gate | None = None,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """A per-rollout quantity -> float32, shaped like token_ids; permuted over rollouts for gate.control "shuffled"."""
     if not isinstance(value, Tensor):

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from .gate import choose, draw_agreement
-from .problem import Head, Problem
+from .options import Head
+from .problem import Problem
 
 
 class TokenValues(NamedTuple):

@@ -165,9 +165,8 @@ def _decode(path: str, node: Any) -> Any:
     inner = {name: _decode(f"{path}.{name}", value) for name, value in node.items()}
     if path not in _CLASSES:
         return tuple(inner.values())
-    made: Any = object.__new__(
-        _CLASSES[path]
-    )  # resolved and checked when it was encoded; what is absent is None by default
+    # Checked when it was encoded; what is absent is None by default.
+    made: Any = object.__new__(_CLASSES[path])
     made.__dict__.update(inner)
     return made
 

@@ -13,39 +13,31 @@ from .problem import Problem
 ROUNDING = 1e-3
 
 
+def _first(ok: Tensor, values: Tensor) -> float | int:
+    """Of the values that are not ok."""
+    return values[~ok][0].item()
+
+
 def check_values(problem: Problem, rows: Tensor, v: int) -> None:
     """What only the values tell: ids in range, verdicts in {1, 0, -1}, reliability in [0, 1], log-probabilities."""
-    ids, verdict, reliability = problem.token_ids[rows], problem.verdict[rows], problem.reliability
+    ids, reliability = problem.token_ids[rows], problem.reliability
     ignored = ids == problem.options.ignore_index  # while a graph is captured `rows` are all
-
-    def bad(ok: Tensor, values: Tensor) -> float | int:
-        return values[~ok][0].item()
-
     in_range = ((ids >= 0) & (ids < v)) | ignored
     require(
-        in_range.all(),
+        in_range,
         f"token_ids: ids must lie in the shared vocabulary [0, {v}) or be ignore_index={problem.options.ignore_index}",
         lambda: (
-            f"{int((~in_range).sum())} of {ids.numel()} lie outside, the first is {bad(in_range, ids)}. Mask them with "
-            "ignore_index, or check that student and teacher share the tokenizer (heads have "
+            f"{int((~in_range).sum())} of {ids.numel()} lie outside, the first is {_first(in_range, ids)}. Mask them "
+            "with ignore_index, or check that student and teacher share the tokenizer (heads have "
             f"{problem.student.weight.shape[0]} and "
             f"{problem.teacher.weight.shape[0] if problem.teacher else 'no'} rows)"
         ),
     )
-    known = (verdict == 1) | (verdict == 0) | (verdict == -1) | ignored
-    require(
-        known.all(),
-        "verdict: values must be 1 (correct), -1 (incorrect) or 0 (unknown)",
-        lambda: f"got {bad(known, verdict)}",
-    )
-    if reliability is not None:
-        reliability = reliability[rows]
-        within = ((reliability >= 0) & (reliability <= 1)) | ignored
-        require(within, "reliability: values must lie in [0, 1]", lambda: f"got {bad(within, reliability)}")
+    check_rollouts(problem.verdict[rows], None if reliability is None else reliability[rows], ignored)
     if problem.token_weight is not None:
         factor = problem.token_weight[rows]
         finite = factor.isfinite() | ignored
-        require(finite, "token_weight: values must be finite", lambda: f"got {bad(finite, factor)}")
+        require(finite, "token_weight: values must be finite", lambda: f"got {_first(finite, factor)}")
     for name in ("teacher_logprob", "behaviour_logprob"):
         words = getattr(problem, name)
         if words is not None:
@@ -57,7 +49,7 @@ def check_values(problem: Problem, rows: Tensor, v: int) -> None:
         assert problem.topk_logprob is not None
         ids, log_q = problem.topk_ids[rows], problem.topk_logprob[rows].double()
         ids_ok = ((ids >= 0) & (ids < v)) | ignored.unsqueeze(-1)
-        require(ids_ok, f"topk_ids: ids must lie in [0, {v})", lambda: f"got {bad(ids_ok, ids)}")
+        require(ids_ok, f"topk_ids: ids must lie in [0, {v})", lambda: f"got {_first(ids_ok, ids)}")
         top = ids.sort(-1).values
         distinct = (top[:, 1:] != top[:, :-1]) | ignored.unsqueeze(-1)
         require(
@@ -74,13 +66,25 @@ def check_values(problem: Problem, rows: Tensor, v: int) -> None:
         )
 
 
+def check_rollouts(verdict: Tensor, reliability: Tensor | None, ignored: Tensor | bool = False) -> None:
+    known = (verdict == 1) | (verdict == 0) | (verdict == -1) | ignored
+    require(
+        known,
+        "verdict: values must be 1 (correct), -1 (incorrect) or 0 (unknown)",
+        lambda: f"got {_first(known, verdict)}",
+    )
+    if reliability is not None:
+        within = ((reliability >= 0) & (reliability <= 1)) | ignored
+        require(within, "reliability: values must lie in [0, 1]", lambda: f"got {_first(within, reliability)}")
+
+
 def check_logprob(name: str, values: Tensor, ignored: Tensor | bool = False) -> None:
     """A NaN goes on, and shows in the loss."""
     ok = ~(values > ROUNDING) | ignored
     require(
         ok,
         f"{name}: values are natural logarithms of probabilities, at most 0 (a rounding of 1e-3 is forgiven)",
-        lambda: f"got {float(values[~ok][0]):.4g}: pass log-probabilities, not probabilities or their negatives",
+        lambda: f"got {_first(ok, values):.4g}: pass log-probabilities, not probabilities or their negatives",
     )
 
 

@@ -3,7 +3,7 @@
 project(hidden, weight, out)             out [n, V] fp32 = hidden @ weight.T, accurate to fp32
 rows(problem, chunk, form)               statistics [n, 8] fp64; gradient in place of the student's logits
 add_hidden_gradient(g, weight, out, add) out [n, H] fp32 (+)= g @ weight
-add_weight_gradient(g, hidden, out, add) out [V, H] fp32 (+)= g.T @ hidden
+add_weight_gradient(g, hidden, out, add) out [V, H] fp32 (+)= g.T @ hidden; bf16 where `rounds_sums`
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from torch import float64  # not `import torch`: that name is a submodule here
 from .._checks import one_of
 from .cpu import CpuBackend
 from .cuda import CudaBackend
-from .native import NativeBackend
 from .torch import TorchBackend
 from .triton import TritonBackend
 
@@ -32,7 +31,7 @@ def resolve(name: str, device: Device, dtype: DType) -> str:
         if dtype == float64:
             return "reference"
         best = {"cpu": "cpu", "cuda": "triton"}.get(device.type, "torch")
-        return best if best == "torch" or usable(best) else "torch"
+        return best if usable(best) else "torch"
     if name != "reference" and dtype == float64:
         raise ValueError(
             f"backend={name!r} computes in float32; float64 inputs are served by backend='reference' (or 'auto')"
@@ -48,7 +47,7 @@ def resolve(name: str, device: Device, dtype: DType) -> str:
     if name == "triton":
         triton = _INSTANCES[name]
         assert isinstance(triton, TritonBackend)
-        if not triton.available():
+        if not usable(name):
             raise RuntimeError(
                 "backend='triton': Triton cannot be imported; install triton>=3.6 or use backend='torch'"
             )
@@ -62,8 +61,7 @@ def resolve(name: str, device: Device, dtype: DType) -> str:
 
 def usable(name: str) -> bool:
     """Whether what a backend is made of is there: a native one's extension, Triton."""
-    backend = _INSTANCES[name]
-    return isinstance(backend, (NativeBackend, TritonBackend)) and backend.available()
+    return _INSTANCES[name].available()
 
 
 def get(name: str) -> TorchBackend:

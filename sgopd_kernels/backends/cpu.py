@@ -105,9 +105,11 @@ class CpuBackend(NativeBackend):
         else:
             super().add_hidden_gradient(gradient, weight, out, add)
 
-    def add_weight_gradient(self, gradient: Tensor, hidden: Tensor, out: Tensor, add: bool = True) -> None:
+    def add_weight_gradient(
+        self, gradient: Tensor, hidden: Tensor, out: Tensor, add: bool = True, rest: Tensor | None = None
+    ) -> None:
         if hidden.dtype == torch.bfloat16 and self.has_tiles(hidden):
-            self.add_weight_gradient_tiles(gradient, None, hidden, out, first=not add)
+            self.add_weight_gradient_tiles(gradient, None, hidden, out, rest, first=not add)
         else:
             super().add_weight_gradient(gradient, hidden, out, add)
 
@@ -201,7 +203,7 @@ class CpuBackend(NativeBackend):
 
     def quantizes(self, *operands: Tensor) -> bool:
         """Whether there are 16-bit projections of these operands on this processor."""
-        return self.has_pairs(operands[0]) and self.kernels().int16 and all(t.dtype in _ELEMENTS for t in operands)
+        return all(map(self.has_pairs, operands)) and self.kernels().int16
 
     def project_quantized(
         self, hidden: Tensor, weight: Tensor, out: Tensor, segment: int, feedback: tuple[Tensor, Tensor] | None = None

@@ -124,6 +124,10 @@ class TorchBackend:
     whole_multiples = False  # … and what it has; else chunks are of equal size
     waits = False  # whether the host waits for the device where a plan reads a value
 
+    def available(self) -> bool:
+        """Whether what it is made of is there: a native one's extension, Triton."""
+        return True
+
     def workspace(self, problem: Problem) -> int:
         """Bytes that a call may hold above inputs and gradients."""
         return problem.options.workspace or self.default_workspace
@@ -175,7 +179,10 @@ class TorchBackend:
                 out.addmm_(gradient[:, columns], tile, beta=int(add))
                 add = True
 
-    def add_weight_gradient(self, gradient: Tensor, hidden: Tensor, out: Tensor, add: bool = True) -> None:
+    def add_weight_gradient(
+        self, gradient: Tensor, hidden: Tensor, out: Tensor, add: bool = True, rest: Tensor | None = None
+    ) -> None:
+        """`rest`: beside a sum in bf16 (`rounds_sums`)."""
         with ieee_matmul():
             out.addmm_(gradient.T, hidden.float(), beta=int(add))
 

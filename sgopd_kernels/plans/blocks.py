@@ -91,9 +91,8 @@ class Blocks(Exact):
             self.kept = 0
             return 0.0
         energy = chunk.energy if n == chunk.energy.shape[0] else chunk.energy[self.rows]
-        energy = (
-            torch.nn.functional.pad(energy, (0, 0, 0, -n % SIDE)).unflatten(0, (-1, SIDE)).sum(1, dtype=torch.float64)
-        )
+        rows_of_blocks = torch.nn.functional.pad(energy, (0, 0, 0, -n % SIDE)).unflatten(0, (-1, SIDE))
+        energy = rows_of_blocks.sum(1, dtype=torch.float64)
         total = float(energy.sum())
         if total == 0:  # or its squares are below fp32's smallest number: nothing to choose by
             self._set(None)
@@ -103,9 +102,9 @@ class Blocks(Exact):
         ordered, order = energy.flatten().sort()
         below = ordered.cumsum(0)
         coarse = int((below <= (self.numbers.share * self.budget / self.numbers.rounding) ** 2 * total).sum())
-        self._set(
-            torch.ones_like(energy, dtype=torch.uint8).flatten().index_fill_(0, order[:coarse], 0).view_as(energy)
-        )
+        fine = torch.ones_like(energy, dtype=torch.uint8)
+        fine.view(-1)[order[:coarse]] = 0
+        self._set(fine)
         left = float(below[coarse - 1]) if coarse else 0.0
         error = math.hypot(noise, self._error(left, total))
         if not error <= self.budget and coarse:

@@ -37,7 +37,8 @@ class Setting:
         in proportion to the logits' spread, whatever the width.
         """
         parts = max(1, round(width / self.products))
-        return max(self.products, -(-width // (2 * parts)) * 2) if parts == 1 else -(-width // (2 * parts)) * 2
+        equal = -(-width // (2 * parts)) * 2
+        return max(self.products, equal) if parts == 1 else equal
 
 
 @dataclass(frozen=True)
@@ -117,17 +118,12 @@ class DeviceNumbers:
 @dataclass(frozen=True)
 class Calibration:
     models: tuple[str, ...] = ("49,152 x 576", "262,144 x 640")  # SmolLM2-135M and Gemma 3 270M: whose hidden states
-    command: str = "python tools/calibrate.py"
     margin: float = 1.1
     residual: ResidualNumbers = field(default_factory=ResidualNumbers)
     pairs: PairNumbers = field(default_factory=PairNumbers)
     quantized: QuantizedNumbers = field(default_factory=QuantizedNumbers)
     devices: DeviceNumbers = field(default_factory=DeviceNumbers)
     blocks: BlockNumbers = field(default_factory=BlockNumbers)
-
-    def __post_init__(self) -> None:
-        if not self.quantized.settings:
-            raise ValueError("quantized.settings: expected at least one")
 
     def changed(self, **parts: dict[str, Any]) -> Calibration:
         """Another one, for a measurement or a test: changed(pairs={"worthwhile": 0.0})."""

@@ -97,6 +97,10 @@ class Residual:
         return Directions.of(self.weight)
 
     @cached_property
+    def rounding(self) -> Coefficients:
+        return feedback(self.directions)
+
+    @cached_property
     def along(self) -> Tensor:
         return self.directions.along(self.weight, self.product)
 

@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..backends.cpu import CpuBackend
 from ..backends.torch import TorchBackend, VocabularySlice
 from ..options import Head
 from ..oracle import STATS
@@ -21,7 +20,7 @@ class Exact:
     """`vocabulary`: its slice where it is spread over a group."""
 
     pays = True
-    narrow = False  # whether G is in fp16
+    form = torch.float32  # of G
 
     def __init__(
         self,
@@ -37,11 +36,11 @@ class Exact:
         self.ran, self.kept = "exact", 0
 
     def held_bytes(self) -> tuple[int, int]:
-        return self.backend.held_bytes(self.problem, self.narrow)
+        return self.backend.held_bytes(self.problem, self.form == torch.float16)
 
     def forward(self, chunk: Chunk) -> float:
         self.project(chunk)
-        form = torch.float32 if self.needs_grad else None
+        form = self.form if self.needs_grad else None
         chunk.stats = self.backend.rows(self.problem, chunk, form, self.vocabulary)
         self.kept = chunk.z_student.numel()
         return 0.0
@@ -75,24 +74,15 @@ class Exact:
             if self.vocabulary is not None:
                 dist.all_reduce(g_h, group=self.vocabulary.group)
             out.hidden[at] = g_h.to(out.hidden.dtype)
-        self.add_weight_gradient(g, h, out)
+        if out.weight is not None:
+            self.backend.add_weight_gradient(g, h, out.weight[: self.v], add=not out.empty, rest=out.rest)
+            out.empty = False
         if out.bias is not None:
             out.bias[: self.v] += g.sum(0, dtype=torch.float32)
 
-    def add_weight_gradient(self, g: Tensor, h: Tensor, out: Gradients) -> None:
-        if out.weight is None:
-            return
-        weight = out.weight[: self.v]
-        if weight.dtype == torch.float32:
-            self.backend.add_weight_gradient(g, h, weight, add=not out.empty)
-        else:
-            assert isinstance(self.backend, CpuBackend)
-            self.backend.add_weight_gradient_tiles(g, None, h, weight, out.rest, out.empty)
-        out.empty = False
-
     def gradient(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         """The chunk's gradient without rows that weigh nothing (where looking costs no wait); its rows' numbers."""
-        g = self.backend.gradient_of(chunk.z_student, self.narrow)
+        g = self.backend.gradient_of(chunk.z_student, self.form == torch.float16)
         if chunk.valid is not None or (self.backend.waits and not self.problem.may_weigh_0):
             return g, torch.arange(g.shape[0], device=g.device)
         order = compact(self.backend, g, self.active(chunk))
@@ -120,8 +110,9 @@ def compact(backend: TorchBackend, g: Tensor, active: Tensor) -> Tensor:
     return order
 
 
-def complete_teacher(problem: Problem, rows: Tensor, z_student: Tensor, out: Tensor) -> Tensor:
-    """Teacher logits [n, V] of top-k log-probabilities: the tail's mass is shared out as the student shares its own.
+def complete_teacher(problem: Problem, rows: Tensor, z_student: Tensor, out: Tensor) -> None:
+    """Teacher logits of top-k log-probabilities, to `out` [n, V]: the tail's mass is shared out as the student shares
+    its own.
 
     With q_v = p_v * q_tail / p_tail beyond the top k, the reverse KL over all columns *is* the one over k + 1 buckets,
     sum_k p_k (log p_k - log q_k) + p_tail (log p_tail - log q_tail) >= 0, and its logit gradient is that one's too.
@@ -141,7 +132,7 @@ def complete_teacher(problem: Problem, rows: Tensor, z_student: Tensor, out: Ten
     log_q_tail = tail_logprob(log_q)
     z += (log_q_tail - log_p_tail).unsqueeze(-1).float()
     z.scatter_(-1, ids, log_q.float())
-    return z.mul_(temperature)
+    z.mul_(temperature)
 
 
 def tail_logprob(log_q: Tensor) -> Tensor:

@@ -36,7 +36,8 @@ from .exact import Exact
 class Narrow(Exact):
     """`tokens` [M], `valid` [M], `weights` [3, M], `scale` [M]: the call's, as chunks have parts of them."""
 
-    narrow = True
+    backend: TensorCoreBackend
+    form = torch.float16
 
     def __init__(
         self,
@@ -49,7 +50,7 @@ class Narrow(Exact):
         scale: Tensor,
     ) -> None:
         super().__init__(problem, backend, needs_grad)
-        self.products, self.tokens, self.valid, self.weights, self.scale = backend, tokens, valid, weights, scale
+        self.tokens, self.valid, self.weights, self.scale = tokens, valid, weights, scale
         self.error = error_of(problem)
         self.splits = problem.budget > 0 and worthwhile(problem)
         self.balances: dict[int, Tensor | None] = {}
@@ -58,20 +59,16 @@ class Narrow(Exact):
         self.head_unit: Tensor | float = 1.0  # that fp16 head's
 
     def forward(self, chunk: Chunk) -> float:
-        self.project(chunk)
-        if not self.needs_grad:
-            chunk.stats = self.backend.rows(self.problem, chunk, None)
-        else:
+        if self.needs_grad:
             chunk.top = self.top_of_call()
-            chunk.stats = self.backend.rows(self.problem, chunk, torch.float16)
-        self.kept = chunk.z_student.numel()
+        super().forward(chunk)
         return self.error if self.needs_grad else 0.0
 
     def balance(self, head: Head) -> Tensor | None:
         if not self.splits:
             return None
         if id(head) not in self.balances:
-            self.balances[id(head)] = self.products.balance(head, self.largest_hidden(head))
+            self.balances[id(head)] = self.backend.balance(head, self.largest_hidden(head))
         return self.balances[id(head)]
 
     def largest_hidden(self, head: Head) -> Tensor:
@@ -95,7 +92,7 @@ class Narrow(Exact):
             return
         if isinstance(self.head_unit, float):
             self.head_unit = power_above(largest_of_rows(self.head).amax()) * 2.0**-15
-        step = self.products.narrow_rows(self.problem)
+        step = self.backend.narrow_rows(self.problem)
         for first in range(0, self.v, step):
             if step < self.v or not self.tiles:
                 part = self.head[first : first + step]
@@ -115,17 +112,17 @@ class Narrow(Exact):
         if out.hidden is not None:
             g_h = torch.empty(at.numel(), h.shape[1], dtype=torch.float32, device=h.device)
             for first, part in self.head_tiles():
-                self.products.multiply(g[:, first : first + part.shape[0]], part, g_h, add=first > 0)
+                self.backend.multiply(g[:, first : first + part.shape[0]], part, g_h, add=first > 0)
             out.hidden[at] = g_h.mul_((units * (top * self.head_unit)).unsqueeze(-1)).to(out.hidden.dtype)
         if out.weight is not None:
             if out.unit is None:
                 out.unit = power_above(self.largest_hidden(self.problem.student)) * (top * 2.0**-15)
             narrow = torch.mul(h, (units * (top / out.unit)).unsqueeze(-1)).half()
-            self.products.multiply(g.T, narrow, out.weight[: self.v], add=not out.empty)
+            self.backend.multiply(g.T, narrow, out.weight[: self.v], add=not out.empty)
             out.empty = False
         if out.bias is not None:
             added = torch.empty(1, self.v, dtype=torch.float32, device=h.device)
-            self.products.multiply((units * 2.0**15).half().unsqueeze(0), g, added, add=False)
+            self.backend.multiply((units * 2.0**15).half().unsqueeze(0), g, added, add=False)
             out.bias[: self.v] += added.squeeze(0) * (top * 2.0**-15)
 
 

@@ -68,9 +68,8 @@ class Pairs(Exact):
         noise = _relative(noise, energy)
         if energy == 0:
             return taken, noise
-        left = self.residual.error(
-            first.left, energy, self.hidden, self.residual.probe(g, active := self.active(chunk))
-        )
+        active = self.active(chunk)
+        left = self.residual.error(first.left, energy, self.hidden, self.residual.probe(g, active))
         error = math.hypot(noise, left)
         if not error <= budget and noise <= left_for_noise and math.isfinite(left):
             room = (budget**2 - noise**2) ** 0.5

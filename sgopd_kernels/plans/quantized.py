@@ -7,7 +7,6 @@ gate's sign.
 from __future__ import annotations
 
 import math
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -19,29 +18,14 @@ from ..problem import Chunk, Problem
 from . import calibration
 from .base import NeedsGrad, worst
 from .calibration import Setting
-from .directions import Coefficients, Directions, Residual, extrapolated, feedback
+from .directions import Residual, extrapolated
 from .pairs import Pairs
 
 MEASURED = ("reverse-kl", "forward-kl", "jsd")  # divergences whose error the estimate was held against
 
 
-class Feedback:
-    """Both models' roundings, made when they are first asked for."""
-
-    def __init__(self, residual: Residual, teacher: Tensor) -> None:
-        self.residual, self.teacher_weight = residual, teacher
-
-    @cached_property
-    def student(self) -> Coefficients:
-        return feedback(self.residual.directions)
-
-    @cached_property
-    def teacher(self) -> Coefficients:
-        return feedback(Directions.of(self.teacher_weight))
-
-
 class Quantized(Pairs):
-    """`mass`: the probability from which a logit is computed again."""
+    """`teacher`: as `residual`, of the teacher's head."""
 
     def __init__(
         self,
@@ -49,25 +33,23 @@ class Quantized(Pairs):
         backend: CpuBackend,
         needs_grad: NeedsGrad,
         residual: Residual,
-        feedback: Feedback | None,
+        teacher: Residual,
         setting: Setting,
-        mass: float,
     ) -> None:
         super().__init__(problem, backend, needs_grad, residual)
-        self.feedback, self.setting, self.mass = feedback, setting, mass
+        self.teacher, self.setting, self.mass = teacher, setting, calibration.FITTED.quantized.mass
         self.measured = residual.weight.new_empty(0)  # [n, 6], of a chunk's quantization (csrc/cpu/refine.cpp)
         self.adds_up = 1.0
 
     def project(self, chunk: Chunk) -> None:
-        p, at, feedback = self.problem, chunk.positions, self.feedback
+        p, at, project = self.problem, chunk.positions, self.backend.project_quantized
         assert p.teacher is not None and chunk.z_teacher is not None
-        student, teacher = (feedback.student, feedback.teacher) if feedback else (None, None)
-        project = self.backend.project_quantized
-        for hidden, weight, out, rounding in (
-            (p.student.hidden, self.head, chunk.z_student, student),
-            (p.teacher.hidden, p.teacher.weight[: self.v], chunk.z_teacher, teacher),
+        for hidden, side, out in (
+            (p.student.hidden, self.residual, chunk.z_student),
+            (p.teacher.hidden, self.teacher, chunk.z_teacher),
         ):
-            project(hidden[at], weight, out, self.setting.segment(weight.shape[1]), rounding)
+            rounding = side.rounding if self.setting.feedback else None
+            project(hidden[at], side.weight, out, self.setting.segment(side.weight.shape[1]), rounding)
         self.measured = self.backend.refine(p, at, chunk.z_student, chunk.z_teacher, self.mass)
         self.adds_up = self._adds_up(chunk)
 
@@ -198,15 +180,11 @@ def quantized(
         or rows.numel() == 0
     ):
         return []
-    numbers = calibration.FITTED.quantized
-    settings = numbers.settings
+    settings = calibration.FITTED.quantized.settings
     kl, share = probe(p, rows)
     if share >= calibration.FITTED.pairs.most:
         return []
     room = kl * p.budget**2
-    both = Feedback(residual, p.teacher.weight[: p.vocabulary])
+    teacher = Residual(p.teacher.weight[: p.vocabulary], residual.product)
     first = next((i for i, s in enumerate(settings) if room > s.kl), len(settings))
-    return [
-        Quantized(p, backend, needs_grad, residual, both if setting.feedback else None, setting, numbers.mass)
-        for setting in settings[first:]
-    ]
+    return [Quantized(p, backend, needs_grad, residual, teacher, setting) for setting in settings[first:]]
