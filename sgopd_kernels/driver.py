@@ -68,7 +68,8 @@ def run(
     with device_guard(device), without_autocast(device):
         shard, valid = None, None
         if group is not None:
-            problem, shard = same_everywhere(problem, group), shard_of(problem, group)
+            problem, shard = same_everywhere(problem, group), VocabularySlice.of(problem.vocabulary, device, group)
+            backend = TorchBackend(shard)
         if backend.capturing(device):
             # How many tokens are valid is not known while a graph is captured: all take part, ignored ones by weight 0.
             rows = torch.arange(problem.token_ids.numel(), device=device)
@@ -100,7 +101,7 @@ class Call:
     valid: Tensor | None  # [M]
     weights: Tensor  # [3, M]
     row_scale: Tensor  # [N]
-    shard: Shard | None
+    shard: VocabularySlice | None
 
     def compute(self, forced: Tensor | None, needs_grad: NeedsGrad) -> Result:
         """`forced` [M]: agreement, where the `random` control draws it."""
@@ -134,13 +135,12 @@ class Call:
     def ladder(self, needs_grad: NeedsGrad) -> list[Plan]:
         """Plans from the cheapest that the call may take to one that always keeps within the budget."""
         problem, backend, numbers = self.problem, self.backend, calibration.FITTED
-        vocabulary = self.shard.slice if self.shard else None
         budget, v, width = problem.budget, problem.vocabulary, problem.student.hidden.shape[1]
-        exact = Exact(problem, backend, needs_grad, vocabulary=vocabulary)
-        if isinstance(backend, TensorCoreBackend) and self.shard is None and backend.narrows() and narrow.fits(problem):
+        exact = Exact(problem, backend, needs_grad)
+        if isinstance(backend, TensorCoreBackend) and backend.narrows() and narrow.fits(problem):
             scale = self.row_scale[self.positions]
             return [narrow.Narrow(problem, backend, needs_grad, self.positions, self.valid, self.weights, scale)]
-        if budget == 0 or self.shard is not None:
+        if budget == 0:
             return [exact]
         work = self.positions.numel() * v * width
         if isinstance(backend, CpuBackend) and backend.has_tiles(*problem.operands()):
@@ -218,24 +218,6 @@ class Call:
             if needs_grad:
                 plan.gradients(chunk, out)
         return report
-
-
-@dataclass(frozen=True)
-class Shard:
-    """This rank's part of a vocabulary that is spread over a group: equal work, in chunks of equal size, everywhere."""
-
-    slice: VocabularySlice
-    total: int  # vocabulary over all ranks
-    widest: int  # the largest slice
-
-
-def shard_of(problem: Problem, group: dist.ProcessGroup) -> Shard:
-    """Slices are contiguous in the order of ranks; every rank learns every width."""
-    width = torch.tensor([problem.vocabulary], device=problem.token_ids.device)
-    widths = [torch.zeros_like(width) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(widths, width, group=group)
-    sizes = [int(w) for w in widths]
-    return Shard(VocabularySlice(sum(sizes[: dist.get_rank(group)]), group), sum(sizes), max(sizes))
 
 
 def same_everywhere(problem: Problem, group: dist.ProcessGroup) -> Problem:

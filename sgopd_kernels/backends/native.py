@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..options import DIVERGENCES, Head
 from ..problem import Chunk, Problem
-from .torch import TorchBackend, Vocabulary
+from .torch import TorchBackend
 
 
 class NativeBackend(TorchBackend):
@@ -27,10 +27,8 @@ class NativeBackend(TorchBackend):
     def held_bytes(self, problem: Problem, narrow: bool) -> tuple[int, int]:
         return self.cast_bytes(problem), 0
 
-    def rows(
-        self, problem: Problem, chunk: Chunk, gradient: torch.dtype | None, vocabulary: Vocabulary | None = None
-    ) -> Tensor:
-        assert self.module is not None and vocabulary is None, "a native pass sees whole rows"
+    def rows(self, problem: Problem, chunk: Chunk, gradient: torch.dtype | None) -> Tensor:
+        assert self.module is not None
         options, rows = problem.options, chunk.positions
         divergence = problem.divergence[0]
         n, v = chunk.z_student.shape

@@ -20,7 +20,7 @@ from torch import Tensor
 from .._checks import require
 from ..options import Head
 from ..problem import Chunk, Problem
-from .torch import TorchBackend, Vocabulary
+from .torch import TorchBackend
 
 COLUMNS_AT_ONCE = 8192  # of a product that can't be added in place; of G or a head, brought to fp16
 SCALED = 2.0**-12  # what a product of operands in parts is multiplied by
@@ -114,11 +114,9 @@ class TensorCoreBackend(TorchBackend):
         """Where `rows` leaves the gradient: over the logits, row by row; a narrow one over each row's first half."""
         return z_student.view(torch.float16)[:, : z_student.shape[1]] if narrow else z_student
 
-    def rows(
-        self, problem: Problem, chunk: Chunk, gradient: torch.dtype | None, vocabulary: Vocabulary | None = None
-    ) -> Tensor:
+    def rows(self, problem: Problem, chunk: Chunk, gradient: torch.dtype | None) -> Tensor:
         """Of a row pass that leaves G in fp32: in fp16 it comes by two passes more, its rows' bounds what they hold."""
-        stats = super().rows(problem, chunk, gradient, vocabulary)
+        stats = super().rows(problem, chunk, gradient)
         if gradient == torch.float16:
             assert chunk.top is not None
             wide, narrow = (self.gradient_of(chunk.z_student, form) for form in (False, True))

@@ -84,12 +84,27 @@ class Vocabulary:
         """values - 1[v = y]"""
         return values.scatter_add(-1, y, torch.full_like(y, -1, dtype=values.dtype))
 
+    def add_up(self, partial: Tensor) -> None:
+        """A product's sum over columns, in place, of the part in this process."""
+
 
 class VocabularySlice(Vocabulary):
-    """A slice of the vocabulary, columns [first, first + width) of it; the other ranks hold the rest."""
+    """A slice of the vocabulary, columns from `first` on; the other ranks hold the rest. Equal work, in chunks of equal
+    size, everywhere.
 
-    def __init__(self, first: int, group: dist.ProcessGroup) -> None:
-        self.first, self.group = first, group
+    `total`: columns over all ranks; `widest`: those of the largest slice.
+    """
+
+    def __init__(self, first: int, total: int, widest: int, group: dist.ProcessGroup) -> None:
+        self.first, self.total, self.widest, self.group = first, total, widest, group
+
+    @staticmethod
+    def of(width: int, device: torch.device, group: dist.ProcessGroup) -> VocabularySlice:
+        """Slices are contiguous in the order of ranks; every rank learns every width."""
+        widths = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(widths, torch.tensor([width], device=device), group=group)
+        sizes = [int(w) for w in widths]
+        return VocabularySlice(sum(sizes[: dist.get_rank(group)]), sum(sizes), max(sizes), group)
 
     def _reduce(self, tensor: Tensor, op: Any) -> Tensor:
         dist.all_reduce(tensor, op=op, group=self.group)
@@ -116,6 +131,9 @@ class VocabularySlice(Vocabulary):
         mine, local = self._own(values, y)
         return values.scatter_add(-1, local, -mine.to(values.dtype))
 
+    def add_up(self, partial: Tensor) -> None:
+        self._reduce(partial, dist.ReduceOp.SUM)
+
 
 class TorchBackend:
     name = "torch"
@@ -123,6 +141,9 @@ class TorchBackend:
     row_multiple = 16  # of tokens: the most that a chunk may have …
     whole_multiples = False  # … and what it has; else chunks are of equal size
     waits = False  # whether the host waits for the device where a plan reads a value
+
+    def __init__(self, vocabulary: Vocabulary | None = None) -> None:
+        self.vocabulary = vocabulary or Vocabulary()
 
     def available(self) -> bool:
         """Whether what it is made of is there: a native one's extension, Triton."""
@@ -186,20 +207,18 @@ class TorchBackend:
         with ieee_matmul():
             out.addmm_(gradient.T, hidden.float(), beta=int(add))
 
-    def rows(
-        self, problem: Problem, chunk: Chunk, gradient: torch.dtype | None, vocabulary: Vocabulary | None = None
-    ) -> Tensor:
+    def rows(self, problem: Problem, chunk: Chunk, gradient: torch.dtype | None) -> Tensor:
         """Statistics of a chunk, [n, 8] float64 in the order of `oracle.STATS`, from its raw projections.
 
         With `gradient`, a dtype, z_student is overwritten by scale * d(loss)/d(projection) in it; rows of weight 0
-        become 0. `vocabulary`: which part of the vocabulary the projections are; None: all of it.
+        become 0.
         """
         n, v = chunk.z_student.shape
         stats = torch.empty(n, 8, dtype=torch.float64, device=chunk.z_student.device)
         step = max(1, _block_bytes(stats.device.type) // (_LIVE_COPIES * 8 * v))
         for first in range(0, n, step):
             block = chunk.part(slice(first, first + step))
-            stats[first : first + step] = _block(problem, block, gradient is not None, vocabulary or Vocabulary())
+            stats[first : first + step] = _block(problem, block, gradient is not None, self.vocabulary)
         return stats
 
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from ..options import DIVERGENCES
 from ..problem import Chunk, Problem
 from .tensor_cores import TensorCoreBackend
-from .torch import Vocabulary
 
 # Columns a program holds at once, and its warps. Fewer where a divergence takes many operations, or a third model is
 # there.
@@ -55,10 +54,7 @@ class TritonBackend(TensorCoreBackend):
     def logits(self, rows: int, columns: int, device: torch.device) -> Tensor:
         return super().logits(rows, -(-columns // 16) * 16, device)[:, :columns]  # aligned rows
 
-    def rows(
-        self, problem: Problem, chunk: Chunk, gradient: torch.dtype | None, vocabulary: Vocabulary | None = None
-    ) -> Tensor:
-        assert vocabulary is None, "the row pass sees whole rows"
+    def rows(self, problem: Problem, chunk: Chunk, gradient: torch.dtype | None) -> Tensor:
         options = problem.options
         divergence = problem.divergence[0]
         z_student, z_teacher, z_reference = chunk.z_student, chunk.z_teacher, chunk.z_reference

@@ -6,10 +6,9 @@ N V logits.
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from ..backends.torch import TorchBackend, VocabularySlice
+from ..backends.torch import TorchBackend
 from ..options import Head
 from ..oracle import STATS
 from ..problem import Chunk, Problem
@@ -17,20 +16,11 @@ from .base import Gradients, NeedsGrad
 
 
 class Exact:
-    """`vocabulary`: its slice where it is spread over a group."""
-
     pays = True
     form = torch.float32  # of G
 
-    def __init__(
-        self,
-        problem: Problem,
-        backend: TorchBackend,
-        needs_grad: NeedsGrad,
-        *,
-        vocabulary: VocabularySlice | None = None,
-    ) -> None:
-        self.problem, self.backend, self.needs_grad, self.vocabulary = problem, backend, needs_grad, vocabulary
+    def __init__(self, problem: Problem, backend: TorchBackend, needs_grad: NeedsGrad) -> None:
+        self.problem, self.backend, self.needs_grad = problem, backend, needs_grad
         self.v = problem.vocabulary
         self.head = problem.student.weight[: self.v]
         self.ran, self.kept = "exact", 0
@@ -41,7 +31,7 @@ class Exact:
     def forward(self, chunk: Chunk) -> float:
         self.project(chunk)
         form = self.form if self.needs_grad else None
-        chunk.stats = self.backend.rows(self.problem, chunk, form, self.vocabulary)
+        chunk.stats = self.backend.rows(self.problem, chunk, form)
         self.kept = chunk.z_student.numel()
         return 0.0
 
@@ -71,8 +61,7 @@ class Exact:
         if out.hidden is not None:
             g_h = torch.empty(at.numel(), h.shape[1], dtype=torch.float32, device=h.device)
             self.backend.add_hidden_gradient(g, self.head, g_h, add=False)
-            if self.vocabulary is not None:
-                dist.all_reduce(g_h, group=self.vocabulary.group)
+            self.backend.vocabulary.add_up(g_h)
             out.hidden[at] = g_h.to(out.hidden.dtype)
         if out.weight is not None:
             self.backend.add_weight_gradient(g, h, out.weight[: self.v], add=not out.empty, rest=out.rest)

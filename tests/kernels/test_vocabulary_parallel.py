@@ -106,6 +106,6 @@ def test_a_large_offset_common_to_all_logits(tmp_path: Path) -> None:
     try:
         z = torch.full((1, 5), 1e16, dtype=torch.float64)
         assert dist.group.WORLD is not None
-        assert torch.allclose(VocabularySlice(0, dist.group.WORLD).log_softmax(z), torch.log_softmax(z, -1))
+        assert torch.allclose(VocabularySlice(0, 5, 5, dist.group.WORLD).log_softmax(z), torch.log_softmax(z, -1))
     finally:
         dist.destroy_process_group()

@@ -72,6 +72,7 @@ class Recorder(TritonBackend):
     """Keeps what would be launched."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.launches: list[tuple[Any, dict[str, Any]]] = []
 
     def launch(self, kernel: Any, grid: tuple[int, ...], /, **arguments: Any) -> None:

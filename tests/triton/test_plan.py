@@ -39,6 +39,7 @@ class Recorder(TritonBackend):
     """Keeps what would be launched. Products really are torch's calls: its meta functions look at shapes and types."""
 
     def __init__(self, capture: bool = False) -> None:
+        super().__init__()
         self.launches: list[str] = []
         self.capture = capture
         self.guarded: torch.device | None = None  # the current device
