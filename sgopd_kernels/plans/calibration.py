@@ -118,6 +118,7 @@ class DeviceNumbers:
 @dataclass(frozen=True)
 class Calibration:
     models: tuple[str, ...] = ("49,152 x 576", "262,144 x 640")  # SmolLM2-135M and Gemma 3 270M: whose hidden states
+    command: str = "python tools/calibrate.py"
     margin: float = 1.1
     residual: ResidualNumbers = field(default_factory=ResidualNumbers)
     pairs: PairNumbers = field(default_factory=PairNumbers)
