@@ -97,7 +97,7 @@ class BlockNumbers:
     both: float = 6e-6  # likewise with two numbers each
     # Fitted: the hidden gradient's error against that of independent entries and rows of one norm, and the weight's.
     hidden: float = 1.55
-    weight: float = 1.35
+    weight: float = 1.6
     share: float = 0.3  # tuned: of the budget, what rounding may take; less is more blocks with two
     # Fitted: noise of fp32 logits in dH against errors that are independent.
     coherence: float = 9.2

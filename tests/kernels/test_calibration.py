@@ -40,8 +40,7 @@ def too_small(factors: list[str]) -> list[dict[str, Any]]:
 )
 def test_a_factor_covers_what_was_measured(calibrate: Any, factors: list[str], part: str, number: str) -> None:
     measured = {row["model"] for row in RECORDED if row.get("factor") in factors and tool.matters(row)}
-    # On a processor with tiles one of the two models was measured so far.
-    assert measured == set(calibration.FITTED.models[:1] if part == "blocks" else calibration.FITTED.models)
+    assert measured == set(calibration.FITTED.models)
     assert too_small(factors) == []
     calibrate(**{part: {number: 0.9 * getattr(getattr(calibration.FITTED, part), number)}})
     assert too_small(factors) != [], "a factor a tenth smaller would show"
