@@ -99,8 +99,8 @@ def run(
             )
         made[task] = json.loads(facts.read_text())
     # A seed's arms are compared with each other, so they all have the models with which its first one ran.
-    theirs = {cell_of(line)._replace(arm=""): digests(line) for line in there}
-    ours = {cell: digests_of(cell, made[cell.task]) for cell in todo}
+    theirs = {cell_of(line)._replace(arm=""): study.models_of(line) for line in there}
+    ours = {cell: study.models_of(digests_of(cell, made[cell.task])) for cell in todo}
     todo = [cell for cell in todo if theirs.get(cell._replace(arm=""), ours[cell]) == ours[cell]]
     if left := len(ours) - len(todo):
         print(f"{left} runs are of seeds that began with other models than those of {model_folder}: left out")
@@ -185,10 +185,6 @@ def one_run(
 
 def digests_of(cell: Cell, facts: dict[str, Any]) -> dict[str, str]:
     return {f"{role}_sha256": facts[getattr(cell, role)]["weights_sha256"] for role in ("student", "teacher")}
-
-
-def digests(line: dict[str, Any]) -> dict[str, str]:
-    return {name: line[name] for name in ("student_sha256", "teacher_sha256")}
 
 
 def by_kind(correct: Sequence[int], samples: int, teacher: dict[str, Any]) -> dict[str, Any]:

@@ -201,6 +201,11 @@ def plan() -> list[Cell]:
     return list(dict.fromkeys(runs()))
 
 
+def models_of(line: dict[str, Any]) -> tuple[str | None, str | None]:
+    """Digests of the student and the teacher of a run: made elsewhere, they are others."""
+    return line.get("student_sha256"), line.get("teacher_sha256")
+
+
 def settings_of(cell: Cell) -> dict[str, Any]:
     """The configuration of a run, without its paths."""
     arm = ARMS[cell.arm]

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import mpmath  # sympy's
 from checkpoints import STUDENTS
 from constructed import TASKS
-from study import ARMS, BASELINE, CONTROLS, CORE, GROUPED, RATES, REAL_ARMS, REAL_TEACHERS, REST, Cell
+from study import ARMS, BASELINE, CONTROLS, CORE, GROUPED, RATES, REAL_ARMS, REAL_TEACHERS, REST, Cell, models_of
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "tools"))
@@ -177,8 +177,7 @@ class Results:
         for cell, line in self.lines.items():
             if (cell.part, cell.teacher, cell.student, cell.arm) == (part, teacher, student, arm):
                 other = self.lines.get(cell._replace(arm=base))
-                models = "student_sha256", "teacher_sha256"  # made elsewhere, they are others
-                if other is None or any(line.get(name) != other.get(name) for name in models):
+                if other is None or models_of(line) != models_of(other):
                     continue
                 if (mine := measure(line)) is not None and (its := measure(other)) is not None:
                     differences[cell.task].append(100 * (mine - its))
@@ -316,11 +315,10 @@ def real_table(results: Results, arms: Sequence[str], teachers: Sequence[str]) -
     columns = []
     for teacher in teachers:
         runs = {(cell.seed, cell.arm): line for cell, line in results.lines.items() if cell.teacher == teacher}
-        models = {run: (line.get("student_sha256"), line.get("teacher_sha256")) for run, line in runs.items()}
         seeds = [
             seed
             for seed in sorted({seed for seed, _ in runs})
-            if all((seed, arm) in runs for arm in arms) and len({models[seed, arm] for arm in arms}) == 1
+            if all((seed, arm) in runs for arm in arms) and len({models_of(runs[seed, arm]) for arm in arms}) == 1
         ]
         for name, measure in (("avg", avg), ("pass", passed)) if seeds else ():
             found = [[measure(runs[seed, arm]) for arm in arms] for seed in seeds]

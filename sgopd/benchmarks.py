@@ -87,8 +87,8 @@ def named(text: str) -> dict[str, dict[str, Any]]:
     """What each benchmark of a list sets."""
     found: dict[str, dict[str, Any]] = {}
     for part in text.split(","):
-        name, local, path = part.strip().partition("=")
-        if local and not path:
+        name, equals, path = part.strip().partition("=")
+        if equals and not path:
             raise UserError(f"benchmarks: got {part.strip()!r}, expected NAME or NAME=FILE")
         if name not in BENCHMARKS:
             raise UserError(f"benchmarks: got {name!r}, expected one or more of {', '.join(BENCHMARKS)}")

@@ -163,7 +163,8 @@ def plan(config: Config, device: Device, processes: int, prompt: int) -> list[St
         "student": student.parameters * width_S / shards,
         "optimiser": 2 * trained * width_O / shards,
     }
-    others, teachers = [], []
+    others: dict[str, Sizes] = {}
+    width_T = dtype_of(config.teacher_dtype).itemsize
     paths: dict[str, Any] = {
         f"teacher {name}".rstrip(): one.teacher_model_name_or_path
         for name, one in config.teachers.items()
@@ -173,11 +174,8 @@ def plan(config: Config, device: Device, processes: int, prompt: int) -> list[St
         if path is not None:
             other = sizes_of(path, dtype_of(config.teacher_dtype), config, f"{whose.split()[0]}_model_name_or_path")
             split = processes if whose == "teacher" and config.fsdp_teacher else 1
-            width = dtype_of(config.teacher_dtype).itemsize
-            fixed[whose] = ((other.parameters - other.head) / split + other.head) * width
-            others.append(other)
-            if whose != "reference":
-                teachers.append(other)
+            fixed[whose] = ((other.parameters - other.head) / split + other.head) * width_T
+            others[whose] = other
 
     # --- rollouts ---
     def generation(of: Sizes, texts: int, width: float, width_cache: int) -> tuple[dict[str, float], float]:
@@ -189,9 +187,8 @@ def plan(config: Config, device: Device, processes: int, prompt: int) -> list[St
         bytes_read = answer * batches * (of.parameters * width + cache * (prompt + answer / 2) / length)
         operations = 2 * (of.body + of.head) * texts * answer
         seconds = max(bytes_read / (device.bandwidth * STREAM), operations / (peak * COMPUTE))
-        seconds += (
-            2 * of.body * max(prompts, batches) * prompt / (peak * COMPUTE)
-        )  # a prompt once in each batch of them
+        read = max(prompts, batches)  # a prompt once in each batch of them
+        seconds += 2 * of.body * read * prompt / (peak * COMPUTE)
         return {"cache": cache, "logits": rows * 4 * at_once * of.vocabulary}, seconds
 
     autocast = config.bf16 and config.dtype == "float32"
@@ -205,10 +202,10 @@ def plan(config: Config, device: Device, processes: int, prompt: int) -> list[St
         sampling["student, whole"] = student.parameters * width_S
     if config.sampler == "vllm":
         sampling = fixed
+    teachers = [other for whose, other in others.items() if whose != "reference"]
     if teachers and config.teacher_probes:
-        width = dtype_of(config.teacher_dtype).itemsize
         largest = max(teachers, key=lambda one: one.parameters)
-        memory, seconds = generation(largest, prompts * config.teacher_probes, width, width)
+        memory, seconds = generation(largest, prompts * config.teacher_probes, width_T, width_T)
         generating += seconds
         sampling = max(sampling, fixed | memory, key=lambda parts: sum(parts.values()))
 
@@ -216,7 +213,7 @@ def plan(config: Config, device: Device, processes: int, prompt: int) -> list[St
     tokens, scored = rollouts * length, rollouts * answer
     passes = (4 if config.use_peft else 6) + (2 if config.gradient_checkpointing else 0)
     learning = passes * student.body * tokens + 6 * student.head * scored
-    learning += sum(2 * other.body * tokens + 2 * other.head * scored for other in others)
+    learning += sum(2 * other.body * tokens + 2 * other.head * scored for other in others.values())
     kept: float = kept_for_backward(student.model, micro, length)
     if config.gradient_checkpointing:  # the blocks' inputs, and one block at a time
         kept = kept // student.layers + student.layers * micro * length * student.width * (2 if low else 4)

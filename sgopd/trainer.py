@@ -763,12 +763,14 @@ def gate_of(config: Config) -> tuple[Gate, Rule | None]:
         )
     if asks_teacher and not (config.teacher_probes or config.cold_start_steps * config.teacher_share):
         served = any(one.teacher_url is not None for one in config.teachers.values())
-        measure = "" if served else "set teacher_probes to 1 or more, or cold_start_steps, or "
+        remedy = "set teacher_reliability_source to student, for the student's own"
+        if served:
+            remedy += " (a served teacher writes nothing)"
+        else:
+            remedy = f"set teacher_probes to 1 or more, or cold_start_steps, or {remedy}"
         raise UserError(
             f"gate: {config.gate} weighs rollouts by the teacher's pass rate on the prompt, and nothing would measure "
-            f"it: {measure}set teacher_reliability_source to student, for the student's own"
-            + " (a served teacher writes nothing)"
-            * served
+            f"it: {remedy}"
         )
     if config.gate == "exopd" and config.reference_model_name_or_path is None:
         raise UserError(
