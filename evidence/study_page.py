@@ -353,7 +353,10 @@ QUESTIONS: dict[Asked, str] = {
 
 
 def best_rates(results: Results) -> dict[tuple[str, str, str], str]:
-    """(part, teacher, student) -> the arm of the learning rate that did best over tasks, by seeds that ran with all."""
+    """(part, teacher, student) -> the arm of the learning rate that did best over tasks, by seeds that ran with all.
+
+    A task with one such seed decides nothing, as it has no interval.
+    """
     whole = Results(
         [
             line
@@ -363,6 +366,9 @@ def best_rates(results: Results) -> dict[tuple[str, str, str], str]:
     )
     found = {}
     for part, teacher, student in sorted({(cell.part, cell.teacher, cell.student) for cell in whole.lines}):
+        paired = whole.compare(RATES[0], BASELINE, teacher, student, part)
+        if paired is None or not paired.freedom:
+            continue
         levels = {arm: whole.level(arm, teacher, student, part, avg) or 0.0 for arm in (BASELINE, *RATES)}
         found[part, teacher, student] = max(levels, key=lambda arm: levels[arm])
     return found

@@ -137,10 +137,14 @@ def test_the_best_rate_is_judged_by_seeds_that_ran_with_all() -> None:
         return dict(zip(study.Cell._fields, ("main", "sums", "wrong", "weak", arm, seed)), avg=avg)
 
     best = study.RATES[1]
-    lines = [line(arm, 0, 0.6 if arm == best else 0.5) for arm in ("opd", *study.RATES)]
-    results = with_best_rate(Results([*lines, line("opd", 1, 0.9)]))
-    added = [line for cell, line in results.lines.items() if cell.arm == "opd at its best rate"]
-    assert [(one["seed"], one["avg"]) for one in added] == [(0, 0.6)]
+    def added(lines: list[dict[str, object]]) -> list[tuple[object, object]]:
+        found = with_best_rate(Results(lines)).lines.items()
+        return [(one["seed"], one["avg"]) for cell, one in found if cell.arm == "opd at its best rate"]
+
+    lines = [line(arm, seed, 0.6 if arm == best else 0.5) for seed in (0, 1) for arm in ("opd", *study.RATES)]
+    assert added([*lines, line("opd", 2, 0.9)]) == [(0, 0.6), (1, 0.6)]
+    assert added(lines[:-1]) == [], "one seed that ran with all decides nothing"
+    results = Results(lines)
     assert f"wrong teacher: × {study.ARMS[best].rate:.3g}." in rates_told(results)
 
 
