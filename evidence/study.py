@@ -63,13 +63,18 @@ PARTS: dict[str, dict[str, Any]] = {
 class Arm(NamedTuple):
     name: str
     settings: dict[str, Any]
-    group: str  # "gate", "control", "constant", "learning rate", "published", "trust", "grouped"
+    group: str  # "gate", "control", "sign", "constant", "learning rate", "published", "trust", "grouped"
     says: str  # what it is, in the page's words
     rate: float = 1.0  # factor on the student's learning rate
 
 
 def constant(correct_conflict: float, incorrect: float) -> dict[str, Any]:
     return {"gate": "opd", "gate_agree": [1.0, incorrect], "gate_conflict": [correct_conflict, incorrect]}
+
+
+def by_sign(positive: float, negative: float) -> dict[str, Any]:
+    """Weights by the sign of d, whatever the verdict: d > 0 agrees with "correct" and conflicts with "incorrect"."""
+    return {"gate": "opd", "gate_agree": [positive, negative], "gate_conflict": [negative, positive]}
 
 
 PROBES = {"teacher_probes": 4}
@@ -93,6 +98,8 @@ ARMS = {
         Arm("random", {"gate": "random"}, "control", "1.8 on as many tokens as sg-opd, at random"),
         Arm("opdvr, random", {"gate": "random", "gate_agree": 1.0, "gate_conflict": 0.0}, "control", "as many dropped"),
         Arm("protect, random", PROTECTED_RANDOM, "control", "in correct rollouts, dropped at random"),
+        Arm("d > 0 alone", by_sign(1.0, 0.0), "sign", "tokens of d < 0 count 0, without the verdict"),
+        Arm("d < 0 alone", by_sign(0.0, 1.0), "sign", "tokens of d > 0 count 0, without the verdict"),
         Arm("opd, rate × 0.5", {"gate": "opd"}, "learning rate", "", 0.5),
         Arm("opd, rate × 0.71", {"gate": "opd"}, "learning rate", "", 0.5**0.5),
         Arm("opd, rate × 1.41", {"gate": "opd"}, "learning rate", "", 2**0.5),
@@ -138,9 +145,10 @@ ARMS = {
 }
 CORE = ("opd", "sg-opd", "opdvr", "protect", "half", "trust")
 CONTROLS = tuple(arm.name for arm in ARMS.values() if arm.group == "control")
+SIGNS = tuple(arm.name for arm in ARMS.values() if arm.group == "sign")
 RATES = tuple(arm.name for arm in ARMS.values() if arm.group == "learning rate")
 GROUPED = tuple(arm.name for arm in ARMS.values() if arm.group == "grouped")  # beside CORE, in that part alone
-REST = tuple(name for name in ARMS if name not in (*CORE, *CONTROLS, *RATES, *GROUPED))
+REST = tuple(name for name in ARMS if name not in (*CORE, *CONTROLS, *SIGNS, *RATES, *GROUPED))
 
 
 class Cell(NamedTuple):
@@ -178,6 +186,8 @@ WAVES: tuple[tuple[str, str, tuple[str, ...], range], ...] = (  # part, student,
     ("sampled", "weak", CORE, range(1, 3)),
     ("grouped", "weak", (*CORE, *GROUPED), range(1, 3)),
     ("main", "weak", CORE, range(3, 8)),
+    ("main", "weak", SIGNS, range(3, 8)),
+    ("main", "early", SIGNS, range(3, 8)),
     ("main", "early", (*CORE, *CONTROLS, *RATES), range(0, 8)),
     ("main", "weak", (*CORE, *CONTROLS, *RATES, *REST), range(3, 8)),
     ("phased", "weak", CORE, range(3, 8)),

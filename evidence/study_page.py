@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import mpmath  # sympy's
 from checkpoints import STUDENTS
 from constructed import TASKS
-from study import ARMS, BASELINE, CONTROLS, CORE, GROUPED, RATES, REAL_ARMS, REAL_TEACHERS, REST, Cell, models_of
+from study import ARMS, BASELINE, CONTROLS, CORE, GROUPED, RATES, REAL_ARMS, REAL_TEACHERS, REST, SIGNS, Cell, models_of
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "tools"))
@@ -350,6 +350,11 @@ QUESTIONS: dict[Asked, str] = {
     ("half", "opd at its best rate"): "H8 `half` less `opd` at its best learning rate",
     ("trust", "opd at its best rate"): "H9 `trust` less `opd` at its best learning rate",
 }
+# Asked after runs had been looked at: a family of their own, so that they don't widen the others' intervals.
+LATE_QUESTIONS: dict[Asked, str] = {
+    ("half", "d > 0 alone"): "H10 `half` less tokens of d > 0 alone, without a verdict",
+    ("trust", "d > 0 alone"): "H11 `trust` less tokens of d > 0 alone, without a verdict",
+}
 
 
 def best_rates(results: Results) -> dict[tuple[str, str, str], str]:
@@ -406,7 +411,7 @@ def write(path: Path, page: Path, figure: Path) -> None:
     def for_students(make: Callable[[str], str]) -> str:
         return "\n\n".join(text for text in map(make, students) if text != NONE) or NONE
 
-    others = (*CONTROLS, *RATES, *REST)
+    others = (*CONTROLS, *SIGNS, *RATES, *REST)
     parts = {
         "figure": f"![Differences to opd, an arm a line, a teacher a panel](images/{figure.name})"
         if students
@@ -420,6 +425,9 @@ def write(path: Path, page: Path, figure: Path) -> None:
         "questions": for_students(lambda student: table(results, student, list(QUESTIONS), label=QUESTIONS.get)),
         "questions pass": for_students(
             lambda student: table(results, student, list(QUESTIONS), measure=passed, label=QUESTIONS.get)
+        ),
+        "questions late": for_students(
+            lambda student: table(results, student, list(LATE_QUESTIONS), label=LATE_QUESTIONS.get)
         ),
         "rates": rates_told(plain),
         "kinds": "\n\n".join(
@@ -459,7 +467,7 @@ def draw(results: Results, students: Sequence[str], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    arms = [arm for arm in (*CORE[1:], *CONTROLS) if any(cell.arm == arm for cell in results.lines)]
+    arms = [arm for arm in (*CORE[1:], *CONTROLS, *SIGNS) if any(cell.arm == arm for cell in results.lines)]
     with plt.rc_context({"svg.hashsalt": "evidence", "font.size": 9}):
         figure, axes = plt.subplots(1, len(TEACHERS), figsize=(10, 0.32 * len(arms) + 1.2), sharey=True)
         for axis, (teacher, title) in zip(axes, TEACHERS.items()):
