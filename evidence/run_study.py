@@ -16,6 +16,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -265,10 +266,11 @@ def smoke(folder: Path) -> None:
     with open(results, "a", encoding="utf-8") as file:
         file.write('{"part": "main", "ta')  # as a kill may leave it
     run(chosen, results, folder / "models", 1, changes=short)
-    page = folder / "evidence.md"
-    page.write_text((ROOT / "docs" / "evidence.md").read_text(encoding="utf-8"), encoding="utf-8")
+    (folder / study_page.FIGURE).parent.mkdir(exist_ok=True)
+    for page in (study_page.PAGE, study_page.TABLES):
+        shutil.copy(ROOT / "docs" / page, folder)
     checkpoints.record(folder / "models", results.with_name("models.jsonl"))
-    study_page.write(results, page, folder / "evidence.svg")
+    study_page.write(results, folder)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The study's tables and figure, from the results alone.
+"""The study's tables and figure, from the results alone: docs/evidence.md, docs/evidence-tables.md.
 
-    python evidence/study_page.py [--results evidence/results.jsonl] [--page docs/evidence.md]
+    python evidence/study_page.py [--results evidence/results.jsonl] [--docs docs]
 
 Everything is a difference between two arms of the same part, task, teacher, student and seed, in points. A comparison
 is the mean over tasks of the mean over seeds. Its variance is that between seeds within each task, so an interval is
@@ -32,6 +32,8 @@ import page as pages  # noqa: E402 (tools/page.py)
 
 TEACHERS = {"wrong": "systematically wrong teacher", "noisy": "noisy teacher", "right": "nearly perfect teacher"}
 NONE = "No runs yet."
+PAGE, TABLES, FIGURE = "evidence.md", "evidence-tables.md", "images/evidence.svg"
+ON_PAGE = ("figure", "gates", "real")  # all else is on TABLES
 
 Line = dict[str, Any]
 Measure = Callable[[Line], float | None]
@@ -401,8 +403,8 @@ def rates_told(results: Results) -> str:
     return f"Best learning rates (tried: × {tried}): {'; '.join(told)}." if told else NONE
 
 
-def write(path: Path, page: Path, figure: Path) -> None:
-    """Puts everything between its marks on `page`, and draws `figure`."""
+def write(path: Path, docs: Path) -> None:
+    """Puts everything between its marks on both pages of the folder `docs`, and draws the figure."""
     plain = Results(read(path))
     results = with_best_rate(plain)
     models = read(path.with_name("models.jsonl"))
@@ -413,9 +415,7 @@ def write(path: Path, page: Path, figure: Path) -> None:
 
     others = (*CONTROLS, *SIGNS, *RATES, *REST)
     parts = {
-        "figure": f"![Differences to opd, an arm a line, a teacher a panel](images/{figure.name})"
-        if students
-        else NONE,
+        "figure": f"![Differences to opd, an arm a line, a teacher a panel]({FIGURE})" if students else NONE,
         "models": settings_table(models),
         "runs": runs_table(plain),
         "levels": levels_table(plain),
@@ -452,12 +452,10 @@ def write(path: Path, page: Path, figure: Path) -> None:
         ),
     }
     parts["real"] = real_table(Results(read(path.with_name("real.jsonl"))), REAL_ARMS, REAL_TEACHERS)
-    text = page.read_text(encoding="utf-8")
     for name, content in parts.items():
-        text = pages.on_page(text, name, content)
-    page.write_text(text, encoding="utf-8")
+        pages.write(docs / (PAGE if name in ON_PAGE else TABLES), name, content)
     if students:
-        draw(results, students, figure)
+        draw(results, students, docs / FIGURE)
 
 
 def draw(results: Results, students: Sequence[str], path: Path) -> None:
@@ -505,10 +503,9 @@ def read(path: Path) -> list[Line]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=ROOT / "evidence" / "results.jsonl")
-    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "evidence.md")
-    parser.add_argument("--figure", type=Path, default=ROOT / "docs" / "images" / "evidence.svg")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs")
     arguments = parser.parse_args()
-    write(arguments.results, arguments.page, arguments.figure)
+    write(arguments.results, arguments.docs)
 
 
 if __name__ == "__main__":

@@ -137,6 +137,7 @@ def test_the_best_rate_is_judged_by_seeds_that_ran_with_all() -> None:
         return dict(zip(study.Cell._fields, ("main", "sums", "wrong", "weak", arm, seed)), avg=avg)
 
     best = study.RATES[1]
+
     def added(lines: list[dict[str, object]]) -> list[tuple[object, object]]:
         found = with_best_rate(Results(lines)).lines.items()
         return [(one["seed"], one["avg"]) for cell, one in found if cell.arm == "opd at its best rate"]
@@ -177,4 +178,5 @@ def test_smoke(root: Path, tmp_path: Path) -> None:
     for line in lines:
         assert len(line["correct"]) == 8 and line["settings"]["max_steps"] == 2 and line["skipped"] == 0
     assert "| `half`" in (tmp_path / "evidence.md").read_text()
-    assert (tmp_path / "evidence.svg").stat().st_size > 10_000
+    assert "| H1 `half` less `opd`" in (tmp_path / "evidence-tables.md").read_text()
+    assert (tmp_path / "images" / "evidence.svg").stat().st_size > 10_000
