@@ -24,7 +24,22 @@ from typing import Any, NamedTuple
 import mpmath  # sympy's
 from checkpoints import STUDENTS
 from constructed import TASKS
-from study import ARMS, BASELINE, CONTROLS, CORE, GROUPED, RATES, REAL_ARMS, REAL_TEACHERS, REST, SIGNS, Cell, models_of
+from study import (
+    ARMS,
+    BASELINE,
+    CONTROLS,
+    CORE,
+    GROUPED,
+    RATES,
+    REAL_ARMS,
+    REAL_PART,
+    REAL_TEACHERS,
+    REST,
+    SIGNS,
+    Cell,
+    models_of,
+    settings_of,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "tools"))
@@ -312,11 +327,12 @@ def task_table(results: Results, student: str, arms: Sequence[str]) -> str:
     return "\n".join(lines) if len(lines) > 2 else NONE
 
 
-def real_table(results: Results, arms: Sequence[str], teachers: Sequence[str]) -> str:
+def real_table(results: Results, arms: Sequence[str], teachers: Sequence[str], part: str = REAL_PART) -> str:
     """`opd` itself, differences to it by seeds that all arms ran with on the same models, and what could be seen."""
+    samples = settings_of(Cell(part, "arithmetic", teachers[0], "smollm2", arms[0], 0))["num_generations_eval"]
     columns = []
     for teacher in teachers:
-        runs = {(cell.seed, cell.arm): line for cell, line in results.lines.items() if cell.teacher == teacher}
+        runs = {(cell.seed, cell.arm): line for cell, line in results.lines.items() if cell[:3:2] == (part, teacher)}
         seeds = [
             seed
             for seed in sorted({seed for seed, _ in runs})
@@ -324,7 +340,7 @@ def real_table(results: Results, arms: Sequence[str], teachers: Sequence[str]) -
         ]
         for name, measure in (("avg", avg), ("pass", passed)) if seeds else ():
             found = [[measure(runs[seed, arm]) for arm in arms] for seed in seeds]
-            columns.append((f"{teacher} teacher, {name}@4", found, crossed(found)))
+            columns.append((f"{teacher} teacher, {name}@{samples}", found, crossed(found)))
     if not columns:
         return NONE
     comparisons = (len(arms) - 1) * len(columns)
@@ -451,7 +467,9 @@ def write(path: Path, docs: Path) -> None:
             )
         ),
     }
-    parts["real"] = real_table(Results(read(path.with_name("real.jsonl"))), REAL_ARMS, REAL_TEACHERS)
+    real = Results(read(path.with_name("real.jsonl")))
+    for name, part in (("real", REAL_PART), ("real first", "real")):
+        parts[name] = real_table(real, REAL_ARMS, REAL_TEACHERS, part)
     for name, content in parts.items():
         pages.write(docs / (PAGE if name in ON_PAGE else TABLES), name, content)
     if students:

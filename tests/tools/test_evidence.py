@@ -102,15 +102,16 @@ def test_few_seeds_of_many_arms() -> None:
 
 def test_the_real_models_table_takes_whole_seeds() -> None:
     def line(teacher: str, arm: str, seed: int, avg: float) -> dict[str, object]:
-        return dict(zip(study.Cell._fields, ("real", "arithmetic", teacher, "smollm2", arm, seed)), avg=avg) | {
-            "pass": avg
-        }
+        return dict(
+            zip(study.Cell._fields, (study.REAL_PART, "arithmetic", teacher, "smollm2", arm, seed)), avg=avg
+        ) | {"pass": avg}
 
     lines = [
         line("wrong", arm, seed, 0.1 * i + 0.01 * seed) for seed in (0, 1) for i, arm in enumerate(("opd", "half"))
     ]
     lines += [line("wrong", "opd", 3, 0.9), line("wrong", "half", 3, 0.9) | {"student_sha256": "other"}]
-    text = real_table(Results([*lines, line("wrong", "opd", 2, 0.9)]), ("opd", "half"), ("wrong", "right"))
+    lines += [line("wrong", "opd", 2, 0.9)] + [line("wrong", arm, 2, 0.9) | {"part": "real"} for arm in ("opd", "half")]
+    text = real_table(Results(lines), ("opd", "half"), ("wrong", "right"))
     assert "| `half` | **+10.0 ± 0.0** | **+10.0 ± 0.0** |" in text and text.endswith("| seeds | 2 | 2 |")
 
 
