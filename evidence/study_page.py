@@ -372,6 +372,8 @@ QUESTIONS: dict[Asked, str] = {
 LATE_QUESTIONS: dict[Asked, str] = {
     ("half", "d > 0 alone"): "H10 `half` less tokens of d > 0 alone, without a verdict",
     ("trust", "d > 0 alone"): "H11 `trust` less tokens of d > 0 alone, without a verdict",
+    ("trust, d > 0 alone", "d > 0 alone"): "H12 the two together less tokens of d > 0 alone",
+    ("trust, d > 0 alone", "trust"): "H13 the two together less `trust`",
 }
 
 
