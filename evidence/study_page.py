@@ -332,7 +332,11 @@ def real_table(results: Results, arms: Sequence[str], teachers: Sequence[str], p
     samples = settings_of(Cell(part, "arithmetic", teachers[0], "smollm2", arms[0], 0))["num_generations_eval"]
     columns = []
     for teacher in teachers:
-        runs = {(cell.seed, cell.arm): line for cell, line in results.lines.items() if cell[:3:2] == (part, teacher)}
+        runs = {
+            (cell.seed, cell.arm): line
+            for cell, line in results.lines.items()
+            if (cell.part, cell.teacher) == (part, teacher)
+        }
         seeds = [
             seed
             for seed in sorted({seed for seed, _ in runs})

@@ -307,6 +307,8 @@ DEFECTS += [
     Defect("study: paired with another seed", STUDY, "cell._replace(arm=base)", "cell._replace(arm=base, seed=0)", "tools/evidence::test_comparisons_are_paired_by_cell"),
     Defect("study: paired with other models", STUDY, "if other is None or models_of(line) != models_of(other):", "if other is None:", "tools/evidence::test_comparisons_are_paired_by_cell"),
     Defect("study: a seed with other models counts", STUDY, "and len({models_of(runs[seed, arm]) for arm in arms}) == 1", "", "tools/evidence::test_the_real_models_table_takes_whole_seeds"),
+    Defect("study: answers of another number in the real model's table", STUDY, "if (cell.part, cell.teacher) == (part, teacher)\n        }", "if cell.teacher == teacher\n        }", "tools/evidence::test_the_real_models_table_takes_whole_seeds"),
+    Defect("study: one seed decides the best rate", STUDY, "if paired is None or not paired.freedom:", "if paired is None:", "tools/evidence::test_the_best_rate_is_judged_by_seeds_that_ran_with_all"),
     Defect("study: variances of means without Bessel's correction", STUDY, "square / (n - 1) / n for", "square / n / n for", "tools/evidence::test_statistics_against_tables_and_by_hand"),
     Defect("study: no correction for the number of comparisons", STUDY, "(len(p_values) - rank) * p_values[i]", "p_values[i]", "tools/evidence::test_statistics_against_tables_and_by_hand"),
     Defect("study: what seeds have in common is noise", STUDY, "values[s][a] - of_arm[a] - of_seed[s] + whole", "values[s][a] - of_arm[a]", "tools/evidence::test_few_seeds_of_many_arms"),
