@@ -483,7 +483,10 @@ def write(path: Path, docs: Path) -> None:
 
 
 def draw(results: Results, students: Sequence[str], path: Path) -> None:
-    """Differences to `opd` with their intervals: an arm a line, a teacher a panel, a student a colour."""
+    """Differences to `opd` with their intervals: an arm a line, a teacher a panel, a student a colour.
+
+    A panel goes ten points beyond its means: wider intervals are cut, so that the others can be read.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -494,9 +497,11 @@ def draw(results: Results, students: Sequence[str], path: Path) -> None:
         figure, axes = plt.subplots(1, len(TEACHERS), figsize=(10, 0.32 * len(arms) + 1.2), sharey=True)
         for axis, (teacher, title) in zip(axes, TEACHERS.items()):
             axis.axvline(0, color="0.6", linewidth=1)
+            means = [0.0]
             for number, student in enumerate(students):
                 found = [(row, results.compare(arm, BASELINE, teacher, student)) for row, arm in enumerate(arms)]
                 there = [(row, one) for row, one in found if one is not None]
+                means += [one.mean for _, one in there]
                 comparisons = len(there) * len(TEACHERS)
                 widths = [one.half_width(comparisons) if one.freedom else 0.0 for _, one in there]
                 axis.errorbar(
@@ -509,6 +514,7 @@ def draw(results: Results, students: Sequence[str], path: Path) -> None:
                     color=("#1f77b4", "#d95f02")[number],
                     label=f"{student} student",
                 )
+            axis.set_xlim(min(means) - 10, max(means) + 10)
             axis.set_title(title, fontsize=9)
             axis.set_xlabel("avg@16 against opd, points")
             axis.grid(axis="x", alpha=0.3)
