@@ -49,7 +49,7 @@ REAL_SETTINGS: dict[str, Any] = {
     "warmup_steps": 2,
     "bf16": True,
 }
-REAL_PART = "real, 16 answers"  # the first seeds gave 4, and the spread was all theirs
+REAL_PART = "real, 16 answers"  # the first seeds gave 4, and stand apart
 LEARNING_RATES = {"weak": 1e-3, "early": 1e-3, "smollm2": 5e-5}
 PARTS: dict[str, dict[str, Any]] = {
     "main": {},
