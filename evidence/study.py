@@ -101,7 +101,7 @@ ARMS = {
         Arm("protect, random", PROTECTED_RANDOM, "control", "in correct rollouts, dropped at random"),
         Arm("d > 0 alone", by_sign(1.0, 0.0), "sign", "tokens of d < 0 count 0, without the verdict"),
         Arm("d < 0 alone", by_sign(0.0, 1.0), "sign", "tokens of d > 0 count 0, without the verdict"),
-        Arm("trust, d > 0 alone", {**TRUST, "gate_agree": [1.0, 0.0], "gate_conflict": [0.0, 1.0]}, "sign", "d < 0: 0"),
+        Arm("trust, d > 0 alone", {**by_sign(1.0, 0.0), **TRUST}, "sign", "and r on incorrect rollouts, 4 probes"),
         Arm("opd, rate × 0.5", {"gate": "opd"}, "learning rate", "", 0.5),
         Arm("opd, rate × 0.71", {"gate": "opd"}, "learning rate", "", 0.5**0.5),
         Arm("opd, rate × 1.41", {"gate": "opd"}, "learning rate", "", 2**0.5),

@@ -30,15 +30,16 @@ from study import (
     CONTROLS,
     CORE,
     GROUPED,
+    PARTS,
     RATES,
     REAL_ARMS,
     REAL_PART,
     REAL_TEACHERS,
     REST,
+    SETTINGS,
     SIGNS,
     Cell,
     models_of,
-    settings_of,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -329,7 +330,7 @@ def task_table(results: Results, student: str, arms: Sequence[str]) -> str:
 
 def real_table(results: Results, arms: Sequence[str], teachers: Sequence[str], part: str = REAL_PART) -> str:
     """`opd` itself, differences to it by seeds that all arms ran with on the same models, and what could be seen."""
-    samples = settings_of(Cell(part, "arithmetic", teachers[0], "smollm2", arms[0], 0))["num_generations_eval"]
+    samples = (SETTINGS | PARTS[part])["num_generations_eval"]
     columns = []
     for teacher in teachers:
         runs = {
