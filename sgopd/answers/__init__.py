@@ -14,13 +14,13 @@ the other (`mixed.MIXED`). What needs sympy is asked of `Comparer.same_formula`:
     numbers.py  units.py    plain numbers; units of measurement
     words.py  sets.py  equations.py  figures.py  formulae.py  quantities.py    the readers
     readers.py  their table, in order
-    rules.py  mixed.py  comparer.py    when two values are equal
+    comparer.py  rules.py  mixed.py    when two values are equal
 """
 
-from sgopd.answers.comparer import Comparer
+from sgopd.answers import mixed, readers, rules  # noqa: F401 (they fill the tables)
+from sgopd.answers.comparer import Comparer, NeedsWorker
 from sgopd.answers.latex import clean, spelling
 from sgopd.answers.numbers import number
-from sgopd.answers.rules import NeedsWorker
 from sgopd.answers.units import another_case, unit
 from sgopd.answers.value import Value, read
 

@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
 from sgopd.answers.latex import THOUSANDS, spelling
-from sgopd.answers.mixed import MIXED
 from sgopd.answers.numbers import number, same_number
-from sgopd.answers.rules import RULES, NeedsWorker, every
 from sgopd.answers.value import Value, read
+
+
+class NeedsWorker(Exception):
+    """The comparison needs sympy."""
+
+
+def every(verdicts: Iterable[Callable[[], bool | None]]) -> bool | None:
+    """True if all are, False if one is, else None; a worker is asked only where nothing else says False."""
+    unknown = later = False
+    for verdict in verdicts:
+        try:
+            same = verdict()
+        except NeedsWorker:
+            later = True
+            continue
+        if same is False:
+            return False
+        unknown |= same is None
+    if later:
+        raise NeedsWorker
+    return None if unknown else True
 
 
 def _characters(value: Any) -> set[str]:
@@ -105,3 +124,8 @@ class Comparer:
                     return False
                 unknown = True
         return None if unknown else True
+
+
+# Filled by rules.py and mixed.py, since rules compare the parts of their values by a comparer.
+RULES: dict[str, Callable[[Comparer, tuple, tuple], bool | None]] = {}  # of one kind: gold's parts, answer's
+MIXED: dict[tuple[str, str], Callable[[Comparer, Value, Value, bool], bool | None]] = {}  # two kinds, in that order

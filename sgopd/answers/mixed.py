@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from fractions import Fraction
 from functools import partial
-from typing import TYPE_CHECKING
 
+from sgopd.answers.comparer import MIXED, Comparer, every
 from sgopd.answers.figures import ORDINALS
 from sgopd.answers.latex import variables
 from sgopd.answers.numbers import fraction, number, plain_value
 from sgopd.answers.quantities import DENY
-from sgopd.answers.rules import distinct, every, have_relations, same_interval, same_ratio, same_words
+from sgopd.answers.rules import distinct, have_relations, same_interval, same_ratio, same_words
 from sgopd.answers.sets import ALL_REALS, linear
 from sgopd.answers.value import Value
-
-if TYPE_CHECKING:
-    from sgopd.answers.comparer import Comparer
 
 
 def _one_of(comparer: Comparer, collection: Value, other: Value, turned: bool) -> bool | None:
@@ -198,8 +194,7 @@ def _based(based: Value, plain: Value, turned: bool) -> bool | None:
     )
 
 
-Mixed = Callable[["Comparer", Value, Value, bool], "bool | None"]
-MIXED: dict[tuple[str, str], Mixed] = {
+MIXED |= {
     ("named", "any"): _named_or_not,
     ("labelled", "choice"): lambda c, x, y, _: y.parts[0] == (x.parts[0],),
     ("labelled", "any"): lambda c, x, y, turned: c.compare(x.parts[1], y) if not turned else c.compare(y, x.parts[1]),

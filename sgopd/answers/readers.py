@@ -7,11 +7,11 @@ from sgopd.answers.figures import based, degrees, ordinal, percent, ratio, remai
 from sgopd.answers.formulae import brackets, cycles, formula, matrix, vector
 from sgopd.answers.quantities import quantity
 from sgopd.answers.sets import braces, congruence, empty, family, union
-from sgopd.answers.value import Reader
+from sgopd.answers.value import READERS, Reader
 from sgopd.answers.words import choice, clock, date, labelled, sentence, words
 
 # The first that reads a text counts: words and letters before mathematics, lists before what they consist of.
-READERS = (
+READERS += (
     Reader(
         "choice", "letters of a multiple choice", choice, ((r"\text{ACD}", "A, C, D", 1), ("(C)", r"\text{not C}", -1))
     ),

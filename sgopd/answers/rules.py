@@ -3,41 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from sgopd.answers.comparer import RULES, Comparer, every
 from sgopd.answers.latex import variables
 from sgopd.answers.numbers import fraction, number, plain_value
 from sgopd.answers.quantities import DENY
 from sgopd.answers.units import UNITS
 from sgopd.answers.value import Value
 from sgopd.answers.words import stem
-
-if TYPE_CHECKING:
-    from sgopd.answers.comparer import Comparer
-
-
-class NeedsWorker(Exception):
-    """The comparison needs sympy."""
-
-
-def every(verdicts: Iterable[Callable[[], bool | None]]) -> bool | None:
-    """True if all are, False if one is, else None; a worker is asked only where nothing else says False."""
-    unknown = later = False
-    for verdict in verdicts:
-        try:
-            same = verdict()
-        except NeedsWorker:
-            later = True
-            continue
-        if same is False:
-            return False
-        unknown |= same is None
-    if later:
-        raise NeedsWorker
-    return None if unknown else True
 
 
 def distinct(comparer: Comparer, values: Sequence[Value]) -> list[Value]:
@@ -240,9 +217,6 @@ def same_matrix(comparer: Comparer, gold: tuple, answer: tuple) -> bool | None:
     return comparer.in_order([cell for row in gold for cell in row], [cell for row in answer for cell in row])
 
 
-Rule = Callable[["Comparer", tuple, tuple], "bool | None"]
-
-
 def have_relations(values: Sequence[Value]) -> bool:
     return any(value.kind in ("interval", "relation") for value in values)
 
@@ -256,7 +230,7 @@ def same_vectors(comparer: Comparer, gold: tuple, answer: tuple) -> bool | None:
     return comparer.in_order(xs, ys)
 
 
-RULES: dict[str, Rule] = {
+RULES |= {
     "formula": lambda c, x, y: c.formula(x[0], y[0]),
     "percent": lambda c, x, y: c.formula(x[0], y[0]),
     "degrees": lambda c, x, y: c.formula(x[0], y[0]),

@@ -23,6 +23,9 @@ class Reader(NamedTuple):
     examples: tuple[tuple[str, str, int], ...]  # gold, answer, verdict
 
 
+READERS: list[Reader] = []  # in order; readers.py fills it, since readers read their own parts by `read`
+
+
 def word_list(text: str) -> list[str]:
     return text.split()
 
@@ -34,8 +37,6 @@ def word_set(text: str) -> frozenset[str]:
 @lru_cache(maxsize=16_384)
 def read(text: str) -> Value:
     """What cleaned LaTeX is, by the first reader that reads it; else of kind "unread", with its spelling."""
-    from sgopd.answers.readers import READERS  # here, because most readers read their own parts by this
-
     for reader in READERS if text else ():
         value = reader.read(text)
         if value is not None:

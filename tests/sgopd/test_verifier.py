@@ -19,9 +19,8 @@ import verifier_accuracy as accuracy
 
 from sgopd import grading
 from sgopd.answers import clean, read
-from sgopd.answers.readers import READERS
-from sgopd.answers.rules import RULES
-from sgopd.answers.value import Reader
+from sgopd.answers.comparer import RULES
+from sgopd.answers.value import READERS, Reader
 from sgopd.verifier import CORRECT, INCORRECT, UNKNOWN, VerifierPool
 
 SLACK = 0.5  # seconds past the deadline within which every verdict is due
