@@ -328,8 +328,16 @@ def task_table(results: Results, student: str, arms: Sequence[str]) -> str:
     return "\n".join(lines) if len(lines) > 2 else NONE
 
 
-def real_table(results: Results, arms: Sequence[str], teachers: Sequence[str], part: str = REAL_PART) -> str:
-    """`opd` itself, differences to it by seeds that all arms ran with on the same models, and what could be seen."""
+class Column(NamedTuple):
+    """One measure of the real model with one teacher."""
+
+    name: str
+    level: float  # of the first arm itself, in percent
+    differences: list[Estimate]  # of each other arm to it
+
+
+def real_columns(results: Results, arms: Sequence[str], teachers: Sequence[str], part: str = REAL_PART) -> list[Column]:
+    """avg and pass with each teacher, by seeds that all arms ran with on the same models."""
     samples = (SETTINGS | PARTS[part])["num_generations_eval"]
     columns = []
     for teacher in teachers:
@@ -345,19 +353,25 @@ def real_table(results: Results, arms: Sequence[str], teachers: Sequence[str], p
         ]
         for name, measure in (("avg", avg), ("pass", passed)) if seeds else ():
             found = [[measure(runs[seed, arm]) for arm in arms] for seed in seeds]
-            columns.append((f"{teacher} teacher, {name}@{samples}", found, crossed(found)))
+            level = 100 * sum(row[0] for row in found) / len(found)
+            columns.append(Column(f"{teacher} teacher, {name}@{samples}", level, crossed(found)))
+    return columns
+
+
+def real_table(columns: Sequence[Column], arms: Sequence[str]) -> str:
+    """`opd` itself, differences to it, and what could be seen."""
     if not columns:
         return NONE
     comparisons = (len(arms) - 1) * len(columns)
-    lines = [f"|  | {' | '.join(name for name, *_ in columns)} |", "|---" * (len(columns) + 1) + "|"]
-    levels = [f"{100 * sum(row[0] for row in found) / len(found):.1f} %" for _, found, _ in columns]
-    lines.append(f"| `{arms[0]}` itself | {' | '.join(levels)} |")
-    for place, arm in enumerate(arms[1:]):
-        cells = [show(each[place], comparisons, comparisons * each[place].p()) for *_, each in columns]
+    lines = [f"|  | {' | '.join(column.name for column in columns)} |", "|---" * (len(columns) + 1) + "|"]
+    lines.append(f"| `{arms[0]}` itself | {' | '.join(f'{column.level:.1f} %' for column in columns)} |")
+    for arm, found in zip(arms[1:], zip(*(column.differences for column in columns))):
+        cells = [show(one, comparisons, comparisons * one.p()) for one in found]
         lines.append(f"| `{arm}` | {' | '.join(cells)} |")
-    seen = [f"{each[0].detectable(comparisons):.1f}" if each[0].freedom else "" for *_, each in columns]
+    first = [column.differences[0] for column in columns]  # of every arm the noise, and the seeds, are the same
+    seen = [f"{one.detectable(comparisons):.1f}" if one.freedom else "" for one in first]
     lines.append(f"| effect that would be seen four times in five | {' | '.join(seen)} |")
-    lines.append(f"| seeds | {' | '.join(str(each[0].runs) for *_, each in columns)} |")
+    lines.append(f"| seeds | {' | '.join(str(one.runs) for one in first)} |")
     return "\n".join(lines)
 
 
@@ -438,7 +452,9 @@ def write(path: Path, docs: Path) -> None:
 
     others = (*CONTROLS, *SIGNS, *RATES, *REST)
     parts = {
-        "figure": f"![Differences to opd, an arm a line, a teacher a panel]({FIGURE})" if students else NONE,
+        "figure": f"![Differences to opd, an arm a line, a teacher a panel; the real model in the last]({FIGURE})"
+        if students
+        else NONE,
         "models": settings_table(models),
         "runs": runs_table(plain),
         "levels": levels_table(plain),
@@ -474,17 +490,18 @@ def write(path: Path, docs: Path) -> None:
             )
         ),
     }
-    real = Results(read(path.with_name("real.jsonl")))
-    for name, part in (("real", REAL_PART), ("real first", "real")):
-        parts[name] = real_table(real, REAL_ARMS, REAL_TEACHERS, part)
+    runs = Results(read(path.with_name("real.jsonl")))
+    real, first = (real_columns(runs, REAL_ARMS, REAL_TEACHERS, part) for part in (REAL_PART, "real"))
+    parts |= {"real": real_table(real, REAL_ARMS), "real first": real_table(first, REAL_ARMS)}
     for name, content in parts.items():
         pages.write(docs / (PAGE if name in ON_PAGE else TABLES), name, content)
     if students:
-        draw(results, students, docs / FIGURE)
+        draw(results, students, real, docs / FIGURE)
 
 
-def draw(results: Results, students: Sequence[str], path: Path) -> None:
-    """Differences to `opd` with their intervals: an arm a line, a teacher a panel, a student a colour.
+def draw(results: Results, students: Sequence[str], real: Sequence[Column], path: Path) -> None:
+    """Differences to `opd` with their intervals: an arm a line, a teacher a panel, a student a colour; the real model
+    in panels of its own.
 
     A panel goes ten points beyond its means: wider intervals are cut, so that the others can be read.
     """
@@ -494,26 +511,35 @@ def draw(results: Results, students: Sequence[str], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     arms = [arm for arm in (*CORE[1:], *CONTROLS, *SIGNS) if any(cell.arm == arm for cell in results.lines)]
+    panels: list[tuple[str, dict[str, list[Estimate | None]]]] = [
+        (title, {f"{student} student": [results.compare(arm, BASELINE, teacher, student) for arm in arms]
+                 for student in students})
+        for teacher, title in TEACHERS.items()
+    ]  # fmt: skip
+    families = [sum(one is not None for *_, found in panels for one in found[name]) for name in panels[0][1]]
+    for column in real[::2]:  # avg, and not pass
+        of = dict(zip(REAL_ARMS[1:], column.differences))
+        panels.append((f"SmolLM2-135M, {column.name.split(',')[0]}", {"SmolLM2": [of.get(arm) for arm in arms]}))
     with plt.rc_context({"svg.hashsalt": "evidence", "font.size": 9}):
-        figure, axes = plt.subplots(1, len(TEACHERS), figsize=(10, 0.32 * len(arms) + 1.2), sharey=True)
-        for axis, (teacher, title) in zip(axes, TEACHERS.items()):
+        width, height = 1 + 3 * len(panels), 0.32 * len(arms) + 1.2
+        figure, axes = plt.subplots(1, len(panels), figsize=(width, height), sharey=True)
+        for axis, (title, series) in zip(axes, panels):
             axis.axvline(0, color="0.6", linewidth=1)
+            is_real = "SmolLM2" in series
             means = [0.0]
-            for number, student in enumerate(students):
-                found = [(row, results.compare(arm, BASELINE, teacher, student)) for row, arm in enumerate(arms)]
-                there = [(row, one) for row, one in found if one is not None]
+            for number, (label, found) in enumerate(series.items()):
+                there = [(row, one) for row, one in enumerate(found) if one is not None]
                 means += [one.mean for _, one in there]
-                comparisons = len(there) * len(TEACHERS)
-                widths = [one.half_width(comparisons) if one.freedom else 0.0 for _, one in there]
+                comparisons = (len(REAL_ARMS) - 1) * len(real) if is_real else families[number]
                 axis.errorbar(
                     [one.mean for _, one in there],
-                    [row + 0.24 * number - 0.12 * (len(students) - 1) for row, _ in there],
-                    xerr=widths,
-                    fmt="os"[number],
+                    [row + 0.24 * number - 0.12 * (len(series) - 1) for row, _ in there],
+                    xerr=[one.half_width(comparisons) if one.freedom else 0.0 for _, one in there],
+                    fmt="D" if is_real else "os"[number],
                     markersize=4,
                     elinewidth=1,
-                    color=("#1f77b4", "#d95f02")[number],
-                    label=f"{student} student",
+                    color="#4d4d4d" if is_real else ("#1f77b4", "#d95f02")[number],
+                    label=label,
                 )
             axis.set_xlim(min(means) - 10, max(means) + 10)
             axis.set_title(title, fontsize=9)
@@ -521,7 +547,7 @@ def draw(results: Results, students: Sequence[str], path: Path) -> None:
             axis.grid(axis="x", alpha=0.3)
         axes[0].set_yticks(range(len(arms)), arms)
         axes[0].invert_yaxis()
-        axes[-1].legend(fontsize=8, loc="best")
+        axes[len(TEACHERS) - 1].legend(fontsize=8, loc="best")
         figure.tight_layout()
         figure.savefig(path, metadata={"Date": None})
         plt.close(figure)
