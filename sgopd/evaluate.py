@@ -18,13 +18,14 @@ from sgopd import lora
 from sgopd.config import Config, UserError
 from sgopd.data import Prompts, derive_seed, has_eval_data, load_prompts
 from sgopd.metrics import finite
+from sgopd.model_checks import check_model
 from sgopd.models import eos_ids_of, head_of, load_model, load_tokenizer, logprobs_of, move
 from sgopd.processes import Processes
 from sgopd.rollout import sampling_of
 from sgopd.samplers import Sampler, student_sampler
 from sgopd.samplers.plain import PlainSampler
 from sgopd.scores import scores
-from sgopd.startup import check_golds, check_model, check_prompt_ends, start_verifier
+from sgopd.startup import check_golds, check_prompt_ends, start_verifier
 from sgopd.verdicts import VerdictWatch, verifying
 from sgopd.verifier import CORRECT, UNKNOWN, VerifierPool
 

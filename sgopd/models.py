@@ -1,6 +1,6 @@
 """Models as the loss sees them: last hidden states and a head. The teacher is one of them, frozen.
 
-Everything here serves student and teacher alike, so that both are read in the same way. `sgopd.startup` checks
+Everything here serves student and teacher alike, so that both are read in the same way. `sgopd.model_checks` checks
 that what is read here is what the model computes.
 """
 

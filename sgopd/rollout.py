@@ -126,7 +126,7 @@ class Steps:
     same are read once.
 
     Most forwards swallow a keyword that they do not know, and would then sample without their state. So each gets
-    only names that its signature has; `sgopd.startup.check_sampling` compares the steps with the uncached forward.
+    only names that its signature has; `sgopd.model_checks.check_sampling` compares the steps with the uncached forward.
     The model makes its own cache, of the kind that it needs.
     """
 

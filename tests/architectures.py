@@ -2,7 +2,7 @@
 
     python tests/architectures.py [NAME …]      (minutes)
 
-Each is put through the checks of a run's start (sgopd.startup.check_head and check_sampling), which say that it is
+Each is put through the checks of a run's start (sgopd.model_checks.check_head and check_sampling), which say that it is
 exact or refuse it; an exact one through that of `padding_free` as well. Configs are the classes' own with their sizes
 made small; where that makes no valid one, the architecture is listed as not tried. Ends with 1 if a check raised
 anything but a UserError.
@@ -27,7 +27,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel  
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # noqa: E402
 
 from sgopd.config import UserError  # noqa: E402
-from sgopd.startup import check_head, check_packing, check_sampling  # noqa: E402
+from sgopd.model_checks import check_head, check_packing, check_sampling  # noqa: E402
 
 SECONDS = 20  # that making or checking one may take
 # Sizes by the names that configs give them.

@@ -150,6 +150,7 @@ OPENAI = "sgopd/teachers/openai.py"
 REMOTE = "sgopd/teachers/remote.py"
 SERVE = "sgopd/teachers/serve.py"
 STARTUP = "sgopd/startup.py"
+RUN_DIR = "sgopd/run_dir.py"
 STUDY = "evidence/study_page.py"
 STUDENT_LOSS = "sgopd/student_loss.py"
 TRAINER = "sgopd/trainer.py"
@@ -195,7 +196,7 @@ DEFECTS += [
     Defect("checkpoint: saved with an earlier step's avg@k", CHECKPOINT, "self.metric if self.evaluated_at == self.step else None", "self.metric", "checkpoint::test_a_checkpoint_has_the_avg_at_k_of_its_own_step"),
     Defect("checkpoint: a step saved by a signal stays without its avg@k", TRAINER, "            self.state.saved_at = None  #", "            #", "checkpoint::test_a_checkpoint_has_the_avg_at_k_of_its_own_step"),
     Defect("checkpoint: saved before its records are on the disk", TRAINER, "            self.metrics.sync()\n", "", "trainer"),
-    Defect("resume: records not compared", STARTUP, "    if own:\n        check_records", "    if False:\n        check_records", "checkpoint::test_records_that_changed_or_went_are_no_ground_to_go_on_from"),
+    Defect("resume: records not compared", RUN_DIR, "    if own:\n        check_records", "    if False:\n        check_records", "checkpoint::test_records_that_changed_or_went_are_no_ground_to_go_on_from"),
     Defect("resume: records' sum not compared", METRICS, 'if hashlib.sha256(content).hexdigest() != state.get', 'if False and state.get', "files"),
     Defect("resume: random states of another run's", TRAINER, "        checkpoint.set_random_state(random_states[self.processes.rank])\n", "", "trainer"),
     Defect("resume: another number of processes accepted", TRAINER, "if before != now and not self.config.fsdp:", "if False:", "trainer"),
@@ -225,7 +226,7 @@ DEFECTS += [
     Defect("serve-teacher: any key", SERVE, "if key is not None and not hmac", "if False and not hmac", "teachers"),
     Defect("serve-teacher: a body of any size", SERVE, "if len(body) > options.max_body:", "if False:", "teachers"),
     Defect("serve-teacher: positions one late", SERVE, "start - 1 : len(text) - 1]", "start : len(text)]", "teachers"),
-    Defect("a run in the folder of another", STARTUP, "        if used:\n            raise", "        if False:\n            raise", "cli::test_a_run_is_never_overwritten"),
+    Defect("a run in the folder of another", RUN_DIR, "        if used:\n            raise", "        if False:\n            raise", "cli::test_a_run_is_never_overwritten"),
     Defect("update: a gradient that is not finite applied", TRAINER, '(("loss", measured["loss"]), ("gradient", norm))', '(("loss", measured["loss"]),)', "numbers"),
     Defect("plan: the gradient beside all that was kept", "sgopd/plan.py", "    if micro >= rollouts:", "    if False:", "plan"),
     Defect("plan: the teacher's probes cost nothing", "sgopd/plan.py", "    if teachers and config.teacher_probes:", "    if False:", "plan"),
@@ -242,7 +243,7 @@ DEFECTS += [
     Defect("update: forward passes beyond the limit of tokens", "sgopd/rollout.py", "length * (end + 1 - starts[-1])) > limit", "length * (end - starts[-1])) > limit", "trainer::test_forward_passes_by_tokens_are_the_update_of_fixed_ones"),
     Defect("padding-free: each text's positions go on from the last one's", "sgopd/rollout.py", "expand_as(ids_BT)[there]", "expand_as(ids_BT)[there] * 0 + torch.arange(int(there.sum()), device=device)", "padding_free"),
     Defect("padding-free: hidden states of the first text", "sgopd/rollout.py", "starts[rows] + columns), rows", "columns), rows", "padding_free"),
-    Defect("padding-free: a model that mixes texts is trained", "sgopd/startup.py", "        check_packing(model, setting, tokens, config.bf16)\n", "        pass\n", "padding_free"),
+    Defect("padding-free: a model that mixes texts is trained", "sgopd/model_checks.py", "        check_packing(model, setting, tokens, config.bf16)\n", "        pass\n", "padding_free"),
     Defect("update: some processes make more forward passes", TRAINER, "max(self.processes.gather([len(parts)]))", "len(parts)", "fsdp::test_shards_train_as_one_process_does_and_go_on_with_another_number_of_them"),
     Defect("update: left out without being counted", TRAINER, "            self.state.skipped += 1\n", "", "numbers"),
     Defect("update: no limit to those left out", TRAINER, "if (skipped := self.state.skipped) >= config.max_skipped_steps:", "if (skipped := 0):", "numbers"),

@@ -28,7 +28,7 @@ class PlainSampler:
         self.whole, self.tokenizer = whole, tokenizer
 
     def check(self, prompts: Prompts, questions: Prompts | None) -> list[str]:
-        return []  # sgopd.startup looks at models in this process
+        return []  # sgopd.model_checks looks at models in this process
 
     def sync(self, step: int, weights: Callable[[], dict[str, Tensor]], logprobs: Logprobs) -> dict[str, float]:
         return {}

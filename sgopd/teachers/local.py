@@ -58,7 +58,7 @@ class LocalTeacher:
         return [Hidden.specimen(self.head)]
 
     def check(self, prompts: Prompts, questions: Prompts | None, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-        return []  # sgopd.startup looks at models in this process
+        return []  # sgopd.model_checks looks at models in this process
 
     def digest(self) -> str:
         return self._digest

@@ -20,7 +20,7 @@ from sgopd.cli import main
 from sgopd.config import Config, UserError
 from sgopd.files import new_folder
 from sgopd.processes import Interrupt
-from sgopd.startup import open_run_dir
+from sgopd.run_dir import open_run_dir
 from sgopd.trainer import Trainer
 
 STEPS = 12

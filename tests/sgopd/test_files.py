@@ -18,7 +18,7 @@ from sgopd import checkpoint, files
 from sgopd.config import Config, LostProcess, UserError
 from sgopd.metrics import MetricsFile, lost_records
 from sgopd.processes import together
-from sgopd.startup import lock_run_dir
+from sgopd.run_dir import lock_run_dir
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, FalconH1Config, Gemma3Config, Lla
 
 from sgopd.cli import main
 from sgopd.config import UserError
-from sgopd.startup import check_head, check_sampling, check_save
+from sgopd.model_checks import check_head, check_sampling, check_save
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ from transformers import (
 )
 
 from sgopd.config import UserError
+from sgopd.model_checks import check_packing
 from sgopd.rollout import parts_by_tokens
-from sgopd.startup import check_packing
 
 SHAPE = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 32, "eos_token_id": 1}
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
@@ -105,6 +105,6 @@ def test_models_that_mix_texts_are_refused(kind):
 def test_a_run_looks_at_the_start(trainer, monkeypatch):
     """At the teacher as well as at the student."""
     asked = []
-    monkeypatch.setattr("sgopd.startup.check_packing", lambda model, setting, *rest: asked.append(setting))
+    monkeypatch.setattr("sgopd.model_checks.check_packing", lambda model, setting, *rest: asked.append(setting))
     trainer(padding_free=True)
     assert asked == ["model_name_or_path", "teacher_model_name_or_path"]

@@ -17,9 +17,9 @@ from transformers import (
 
 from sgopd.config import UserError
 from sgopd.grading import THOUGHT_TAGS
+from sgopd.model_checks import check_sampling
 from sgopd.models import head_of, hidden_states
 from sgopd.rollout import Rollout, Sampling, collate, filtered, generate, in_parts, parts_by_tokens, sample, texts_of
-from sgopd.startup import check_sampling
 
 PROMPTS = ["1+2=", "12345+6=", "7", "0+0+0+0+0="]
 

@@ -18,7 +18,7 @@ import yaml
 from sgopd import checkpoint
 from sgopd.cli import main
 from sgopd.config import Config, UserError
-from sgopd.startup import compare_settings
+from sgopd.run_dir import compare_settings
 from sgopd.trainer import Trainer
 
 

@@ -5,8 +5,9 @@ import torch
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GPT2Config, GraniteConfig, LlamaConfig
 
 from sgopd.config import Config, UserError
+from sgopd.model_checks import check_head
 from sgopd.models import eos_ids_of, head_of, hidden_states, load_model, load_tokenizer
-from sgopd.startup import check_golds, check_head, check_pair, check_prompts
+from sgopd.startup import check_golds, check_pair, check_prompts
 from sgopd.verifier import VerifierPool
 
 SIZE = {
