@@ -23,6 +23,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from sgopd_kernels import Options  # noqa: E402
+from sgopd_kernels.backends.tensor_cores import narrow_gradient  # noqa: E402
 from sgopd_kernels.backends.triton import TritonBackend  # noqa: E402
 from sgopd_kernels.options import Head  # noqa: E402
 from sgopd_kernels.plans.narrow import Narrow, NeedsGrad  # noqa: E402
@@ -64,7 +65,7 @@ def errors(z: Tensor, t: Tensor) -> dict[str, tuple[float, float]]:
     def left(form: torch.dtype) -> tuple[Tensor, Chunk]:
         chunk = Chunk(rows, hidden, z.clone(), t, None, weights, None, scale, top=plan.top_of_call())
         backend.rows(problem, chunk, form)
-        return backend.gradient_of(chunk.z_student, form == torch.float16), chunk
+        return narrow_gradient(chunk.z_student) if form == torch.float16 else chunk.z_student, chunk
 
     def products(of_hidden: Tensor, of_weight: Tensor, operand: Tensor = hidden) -> Pair:
         return of_hidden.double() @ weight.double(), of_weight.double().T @ operand.double()

@@ -62,12 +62,12 @@ class CpuBackend(NativeBackend):
         """What products pack and threads hold: 25 MiB of 256 were measured, less in a smaller workspace."""
         return self.workspace(problem) // 8
 
-    def held_bytes(self, problem: Problem, narrow: bool) -> tuple[int, int]:
+    def held_bytes(self, problem: Problem) -> tuple[int, int]:
         """Beside a tile of a head: the fp32 sum of a bf16 head's gradient, which at the most halves the chunks."""
         scratch = self.scratch(problem)
         if self.rounds_sums(problem):
             return scratch, 16 * problem.student.weight.shape[1]  # packed operands and sums
-        fixed, row_bytes = super().held_bytes(problem, narrow)
+        fixed, row_bytes = super().held_bytes(problem)
         head = problem.student.weight
         total = 4 * head.numel() if head.dtype == torch.bfloat16 else 0
         return fixed + scratch + min(total, self.workspace(problem) // 2), row_bytes

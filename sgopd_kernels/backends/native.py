@@ -24,7 +24,7 @@ class NativeBackend(TorchBackend):
     def runs_on(self) -> dict[str, Any]:
         raise NotImplementedError
 
-    def held_bytes(self, problem: Problem, narrow: bool) -> tuple[int, int]:
+    def held_bytes(self, problem: Problem) -> tuple[int, int]:
         return self.cast_bytes(problem), 0
 
     def rows(self, problem: Problem, chunk: Chunk, gradient: torch.dtype | None) -> Tensor:

@@ -69,6 +69,11 @@ def unit_of(ratio: Tensor) -> Tensor:
     return torch.ldexp(torch.ones_like(ratio), e - 15 + (12 - e).clamp(min=0) // 3)
 
 
+def narrow_gradient(z_student: Tensor) -> Tensor:
+    """Where `rows` leaves a gradient in fp16 [n, V]: over the student's logits, in the first half of each row."""
+    return z_student.view(torch.float16)[:, : z_student.shape[1]]
+
+
 def part_pairs(a: Tensor, b: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Which part of a meets which part of b, of two tensors that are multiplied: 0 the high, 1 the low one.
 
@@ -88,9 +93,11 @@ class TensorCoreBackend(TorchBackend):
     waits = True
     narrowing_bytes = 6 * COLUMNS_AT_ONCE  # a token of a chunk: what G is brought from fp32 to fp16 by
 
-    def held_bytes(self, problem: Problem, narrow: bool) -> tuple[int, int]:
-        if not narrow:
-            return self.cast_bytes(problem), 0
+    def held_bytes(self, problem: Problem) -> tuple[int, int]:
+        return self.cast_bytes(problem), 0
+
+    def narrow_held_bytes(self, problem: Problem) -> tuple[int, int]:
+        """`held_bytes` of plans/narrow.py."""
         rows, width = self.narrow_rows(problem), problem.student.weight.shape[1]
         fixed, row_bytes = 2 * min(2 * rows, problem.vocabulary) * width, self.narrowing_bytes  # two tiles: one is made
         if any(not self.multiplies(h.hidden, h.weight) for h in problem.heads):  # parts, and what they are made by
@@ -110,16 +117,12 @@ class TensorCoreBackend(TorchBackend):
         """Whether products of fp16 operands have fp32 results."""
         return torch.version.hip is None
 
-    def gradient_of(self, z_student: Tensor, narrow: bool) -> Tensor:
-        """Where `rows` leaves the gradient: over the logits, row by row; a narrow one over each row's first half."""
-        return z_student.view(torch.float16)[:, : z_student.shape[1]] if narrow else z_student
-
     def rows(self, problem: Problem, chunk: Chunk, gradient: torch.dtype | None) -> Tensor:
         """Of a row pass that leaves G in fp32: in fp16 it comes by two passes more, its rows' bounds what they hold."""
         stats = super().rows(problem, chunk, gradient)
         if gradient == torch.float16:
             assert chunk.top is not None
-            wide, narrow = (self.gradient_of(chunk.z_student, form) for form in (False, True))
+            wide, narrow = chunk.z_student, narrow_gradient(chunk.z_student)
             chunk.units = unit_of(largest_of_rows(wide) / chunk.top)
             inverse = (1 / chunk.units / chunk.top).unsqueeze(1)
             for first in range(0, wide.shape[1], COLUMNS_AT_ONCE):  # ascending: what is written over has been read

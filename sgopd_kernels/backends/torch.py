@@ -153,7 +153,7 @@ class TorchBackend:
         """Bytes that a call may hold above inputs and gradients."""
         return problem.options.workspace or self.default_workspace
 
-    def held_bytes(self, problem: Problem, narrow: bool) -> tuple[int, int]:
+    def held_bytes(self, problem: Problem) -> tuple[int, int]:
         """(bytes, bytes a token of the chunk) that `rows` and the products hold beside logits, for the plan's count."""
         return self.cast_bytes(problem) + _block_bytes(problem.token_ids.device.type), 0
 
@@ -165,10 +165,6 @@ class TorchBackend:
     def capturing(self, device: torch.device) -> bool:
         """Whether a CUDA graph is being captured: nothing may depend on a value."""
         return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-    def gradient_of(self, z_student: Tensor, narrow: bool) -> Tensor:
-        """Where `rows` left the gradient in a chunk's logits."""
-        return z_student
 
     def move_rows(self, z: Tensor, to: Tensor, origin: Tensor) -> None:
         """z[to] = z[origin], row numbers [m] that have none in common."""

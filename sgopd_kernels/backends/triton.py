@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..options import DIVERGENCES
 from ..problem import Chunk, Problem
-from .tensor_cores import TensorCoreBackend
+from .tensor_cores import TensorCoreBackend, narrow_gradient
 
 # Columns a program holds at once, and its warps. Fewer where a divergence takes many operations, or a third model is
 # there.
@@ -63,7 +63,7 @@ class TritonBackend(TensorCoreBackend):
         if n == 0:
             return stats
         student, teacher, reference = problem.student, problem.teacher, problem.reference
-        g = None if gradient is None else self.gradient_of(z_student, gradient == torch.float16)
+        g = None if gradient is None else narrow_gradient(z_student) if gradient == torch.float16 else z_student
         if gradient == torch.float16:
             chunk.units = torch.empty(n, dtype=torch.float32, device=z_student.device)
 

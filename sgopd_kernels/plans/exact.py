@@ -26,7 +26,7 @@ class Exact:
         self.ran, self.kept = "exact", 0
 
     def held_bytes(self) -> tuple[int, int]:
-        return self.backend.held_bytes(self.problem, self.form == torch.float16)
+        return self.backend.held_bytes(self.problem)
 
     def forward(self, chunk: Chunk) -> float:
         self.project(chunk)
@@ -71,11 +71,15 @@ class Exact:
 
     def gradient(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         """The chunk's gradient without rows that weigh nothing (where looking costs no wait); its rows' numbers."""
-        g = self.backend.gradient_of(chunk.z_student, self.form == torch.float16)
+        g = self.left_by_rows(chunk)
         if chunk.valid is not None or (self.backend.waits and not self.problem.may_weigh_0):
             return g, torch.arange(g.shape[0], device=g.device)
         order = compact(self.backend, g, self.active(chunk))
         return g[: order.numel()], order
+
+    def left_by_rows(self, chunk: Chunk) -> Tensor:
+        """The gradient [n, V], where the row pass left it."""
+        return chunk.z_student
 
     def active(self, chunk: Chunk) -> Tensor:
         """[n] bool: rows with a weight; the others leave the backward."""

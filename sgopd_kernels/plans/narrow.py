@@ -25,7 +25,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..backends.tensor_cores import TensorCoreBackend, largest_of_rows, power_above
+from ..backends.tensor_cores import TensorCoreBackend, largest_of_rows, narrow_gradient, power_above
 from ..options import Head
 from ..problem import Chunk, Problem
 from . import calibration
@@ -57,6 +57,12 @@ class Narrow(Exact):
         self.top: Tensor | None = None
         self.tiles: list[tuple[int, Tensor]] = []  # of the head in fp16, where it is held
         self.head_unit: Tensor | float = 1.0  # that fp16 head's
+
+    def held_bytes(self) -> tuple[int, int]:
+        return self.backend.narrow_held_bytes(self.problem)
+
+    def left_by_rows(self, chunk: Chunk) -> Tensor:
+        return narrow_gradient(chunk.z_student)
 
     def forward(self, chunk: Chunk) -> float:
         if self.needs_grad:
