@@ -9,16 +9,17 @@ gradient.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sgopd.config import Config
+from sgopd.config import Config, UserError, unknown
 from sgopd.phases import Phases
 from sgopd.rollout import Batch, Rollout
-from sgopd_kernels import CORRECT, UNKNOWN, Gate, Stats
+from sgopd_kernels import CORRECT, PRESETS, UNKNOWN, Gate, Stats, resolve_gate
 
 
 class Told(NamedTuple):
@@ -161,3 +162,61 @@ def token_weights(batch: Batch, config: Config) -> Tensor | None:
         first = torch.tensor([len(one.prompt_ids) - 1 for one in rollouts], device=device)[batch.rows]
         weights = weights * torch.exp2((first - batch.columns) / config.position_half_life)
     return weights
+
+
+def gate_of(config: Config) -> tuple[Gate, Rule | None]:
+    """The preset, or the rule's gate, with the config's numbers in place of its own; and the rule, if it is one."""
+    numbers = {name: getattr(config, f"gate_{name}") for name in ("agree", "conflict", "neutral", "tolerance")}
+    numbers["reliability"] = None if config.gate_reliability == "preset" else config.gate_reliability
+    rule = RULES.get(config.gate)
+    try:
+        if rule is None and config.gate not in PRESETS:
+            raise ValueError(unknown("gate", config.gate, [*PRESETS, *RULES]))
+        preset = rule.gate if rule else resolve_gate(config.gate)
+        gate = dataclasses.replace(preset, **{k: v for k, v in numbers.items() if v is not None})
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    own = config.gate == "tgopd" or (rule is not None and rule.argument == "reliability")
+    for name, none in (("teacher_reliability", "off"), ("gate_reliability", "preset")):
+        if (given := getattr(config, name)) != none and own:
+            raise UserError(f"{name}: got {given!r}, expected {none} with gate {config.gate}, which has one of its own")
+    if config.teacher_reliability != "off" and gate.needs_reliability:
+        raise UserError(
+            f"teacher_reliability: got {config.teacher_reliability!r}, expected off with a gate whose reliability is "
+            f"{gate.reliability} ({config.gate}): r weighs incorrect rollouts there, and no conflicts"
+        )
+    if config.teacher_reliability == "incorrect" and gate.control == "shuffled":
+        raise UserError(
+            "teacher_reliability: got 'incorrect', expected off or all with gate shuffled, which is told other "
+            "rollouts' verdicts"
+        )
+    asks = config.gate == "tgopd" or config.teacher_reliability != "off" or (gate.needs_reliability and not own)
+    asks_teacher = asks and config.teacher_reliability_source != "student"
+    if config.teacher_probes and not asks_teacher:
+        raise UserError(
+            f"teacher_probes: got {config.teacher_probes}, expected 0 where no pass rate of the teacher is asked for "
+            f"(gate {config.gate}, teacher_reliability {config.teacher_reliability}, teacher_reliability_source "
+            f"{config.teacher_reliability_source}): gate trust asks for it"
+        )
+    if asks_teacher and not (config.teacher_probes or config.cold_start_steps * config.teacher_share):
+        served = any(one.teacher_url is not None for one in config.teachers.values())
+        remedy = "set teacher_reliability_source to student, for the student's own"
+        if served:
+            remedy += " (a served teacher writes nothing)"
+        else:
+            remedy = f"set teacher_probes to 1 or more, or cold_start_steps, or {remedy}"
+        raise UserError(
+            f"gate: {config.gate} weighs rollouts by the teacher's pass rate on the prompt, and nothing would measure "
+            f"it: {remedy}"
+        )
+    if config.gate == "exopd" and config.reference_model_name_or_path is None:
+        raise UserError(
+            "gate: exopd extrapolates from a reference to the teacher, and without one it is opd with a larger loss: "
+            "set reference_model_name_or_path (the teacher before its reinforcement learning, or the student)"
+        )
+    if config.gate in ("tgopd", "diffgate") and not config.reward_weight:
+        raise UserError(
+            f"gate: {config.gate} teaches some rollouts by the task reward alone, and reward_weight is 0: set it, to 1 "
+            "for a start"
+        )
+    return gate, rule if rule and rule.weigh else None
