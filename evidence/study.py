@@ -146,10 +146,14 @@ ARMS = {
     )
 }
 CORE = ("opd", "sg-opd", "opdvr", "protect", "half", "trust")
-CONTROLS = tuple(arm.name for arm in ARMS.values() if arm.group == "control")
-SIGNS = tuple(arm.name for arm in ARMS.values() if arm.group == "sign")
-RATES = tuple(arm.name for arm in ARMS.values() if arm.group == "learning rate")
-GROUPED = tuple(arm.name for arm in ARMS.values() if arm.group == "grouped")  # beside CORE, in that part alone
+
+
+def arms_of(*groups: str) -> tuple[str, ...]:
+    return tuple(arm.name for arm in ARMS.values() if arm.group in groups)
+
+
+CONTROLS, SIGNS, RATES, PUBLISHED = map(arms_of, ("control", "sign", "learning rate", "published"))
+GROUPED = arms_of("grouped")  # beside CORE, in that part alone
 REST = tuple(name for name in ARMS if name not in (*CORE, *CONTROLS, *SIGNS, *RATES, *GROUPED))
 
 

@@ -31,14 +31,15 @@ from study import (
     CORE,
     GROUPED,
     PARTS,
+    PUBLISHED,
     RATES,
     REAL_ARMS,
     REAL_PART,
     REAL_TEACHERS,
-    REST,
     SETTINGS,
     SIGNS,
     Cell,
+    arms_of,
     models_of,
 )
 
@@ -49,7 +50,7 @@ import page as pages  # noqa: E402 (tools/page.py)
 TEACHERS = {"wrong": "systematically wrong teacher", "noisy": "noisy teacher", "right": "nearly perfect teacher"}
 NONE = "No runs yet."
 PAGE, TABLES, FIGURE = "evidence.md", "evidence-tables.md", "images/evidence.svg"
-ON_PAGE = ("figure", "gates", "real", "real first")  # all else is on TABLES
+ON_PAGE = ("figure", "gates", "published", "real", "real first")  # all else is on TABLES
 
 Line = dict[str, Any]
 Measure = Callable[[Line], float | None]
@@ -393,6 +394,9 @@ LATE_QUESTIONS: dict[Asked, str] = {
     ("trust", "d > 0 alone"): "H11 `trust` less tokens of d > 0 alone, without a verdict",
     ("trust, d > 0 alone", "d > 0 alone"): "H12 the two together less tokens of d > 0 alone",
     ("trust, d > 0 alone", "trust"): "H13 the two together less `trust`",
+    ("trust", "protect, incorrect 0.25"): "H14 `trust` less `protect` with 0.25 on incorrect rollouts",
+    ("trust, r²", "trust"): "H15 `trust` with r² less `trust`",
+    ("trust", "r2-opd, β 1"): "H16 `trust` less `r2-opd` with β = 1",
 }
 
 
@@ -450,7 +454,20 @@ def write(path: Path, docs: Path) -> None:
     def for_students(make: Callable[[str], str]) -> str:
         return "\n\n".join(text for text in map(make, students) if text != NONE) or NONE
 
-    others = (*CONTROLS, *SIGNS, *RATES, *REST)
+    others = {
+        "Controls, and the sign of d alone": (*CONTROLS, *SIGNS),
+        "Learning rates": RATES,
+        "Constants": arms_of("constant"),
+        "Variants of `trust`": arms_of("trust"),
+    }
+
+    def tables_of_others(measure: Measure) -> str:
+        return "\n\n".join(
+            f"{title}:\n\n"
+            + for_students(lambda student, arms=arms: table(results, student, against(arms), measure=measure))
+            for title, arms in others.items()
+        )
+
     parts = {
         "figure": f"![Differences to opd, an arm a line, a teacher a panel; the real model in the last]({FIGURE})"
         if students
@@ -474,8 +491,10 @@ def write(path: Path, docs: Path) -> None:
             + for_students(lambda student, kind=kind: table(results, student, against(CORE), measure=on(kind)))
             for kind in ("teacher right", "teacher wrong")
         ),
-        "others": for_students(lambda student: table(results, student, against(others))),
-        "others pass": for_students(lambda student: table(results, student, against(others), measure=passed)),
+        "published": for_students(lambda student: table(results, student, against(PUBLISHED))),
+        "published pass": for_students(lambda student: table(results, student, against(PUBLISHED), measure=passed)),
+        "others": tables_of_others(avg),
+        "others pass": tables_of_others(passed),
         "parts": "\n\n".join(
             f"{title}:\n\n"
             + for_students(lambda student, arms=arms, part=part: table(results, student, against(arms), part))
