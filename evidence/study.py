@@ -196,7 +196,7 @@ WAVES: tuple[tuple[str, str, tuple[str, ...], range], ...] = (  # part, student,
     ("main", "early", SIGNS, range(3, 8)),
     ("main", "early", (*CORE, *CONTROLS, *RATES), range(0, 8)),
     ("main", "weak", (*CORE, *CONTROLS, *RATES, *REST), range(3, 8)),
-    ("main", "weak", (BASELINE, *REST), range(8, 10)),  # these had one seed with the first models
+    ("main", "weak", (BASELINE, "trust", *REST), range(8, 10)),  # REST had one seed with the first models
     ("phased", "weak", CORE, range(3, 8)),
     ("sampled", "weak", CORE, range(3, 8)),
     ("grouped", "weak", (*CORE, *GROUPED), range(3, 8)),
