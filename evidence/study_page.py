@@ -529,7 +529,8 @@ def draw(results: Results, students: Sequence[str], real: Sequence[Column], path
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    arms = [arm for arm in (*CORE[1:], *CONTROLS, *SIGNS) if any(cell.arm == arm for cell in results.lines)]
+    chosen = (*CORE[1:], "trust, r²", "r2-opd, β 1", "protect, incorrect 0.25", *CONTROLS, *SIGNS)
+    arms = [arm for arm in chosen if any(cell.arm == arm for cell in results.lines)]
     panels: list[tuple[str, dict[str, list[Estimate | None]]]] = [
         (title, {f"{student} student": [results.compare(arm, BASELINE, teacher, student) for arm in arms]
                  for student in students})
