@@ -397,6 +397,7 @@ LATE_QUESTIONS: dict[Asked, str] = {
     ("trust", "protect, incorrect 0.25"): "H14 `trust` less `protect` with 0.25 on incorrect rollouts",
     ("trust, r²", "trust"): "H15 `trust` with r² less `trust`",
     ("trust", "r2-opd, β 1"): "H16 `trust` less `r2-opd` with β = 1",
+    ("trust, r ≥ 0.5", "trust"): "H17 `trust` with r cut at a half less `trust`",
 }
 
 
