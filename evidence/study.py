@@ -173,7 +173,7 @@ REAL = [
     Cell(REAL_PART, "arithmetic", teacher, "smollm2", arm, seed)
     for seed in range(8)
     for teacher in REAL_TEACHERS
-    for arm in REAL_ARMS
+    for arm in (*REAL_ARMS, "trust, r²")
 ]
 
 # Breadth first: each wave adds arms or seeds to what is there.
