@@ -168,12 +168,13 @@ class Cell(NamedTuple):
     seed: int
 
 
-REAL_ARMS, REAL_TEACHERS = (*CORE, "random"), ("wrong", "right")
+REAL_TEACHERS = ("wrong", "right")
+REAL_ARMS = {"real": (*CORE, "random"), REAL_PART: (*CORE, "random", "trust, r²")}
 REAL = [
     Cell(REAL_PART, "arithmetic", teacher, "smollm2", arm, seed)
     for seed in range(8)
     for teacher in REAL_TEACHERS
-    for arm in (*REAL_ARMS, "trust, r²")
+    for arm in REAL_ARMS[REAL_PART]
 ]
 
 # Breadth first: each wave adds arms or seeds to what is there.

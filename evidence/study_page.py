@@ -511,12 +511,12 @@ def write(path: Path, docs: Path) -> None:
         ),
     }
     runs = Results(read(path.with_name("real.jsonl")))
-    real, first = (real_columns(runs, REAL_ARMS, REAL_TEACHERS, part) for part in (REAL_PART, "real"))
-    parts |= {"real": real_table(real, REAL_ARMS), "real first": real_table(first, REAL_ARMS)}
+    for name, part in (("real", REAL_PART), ("real first", "real")):
+        parts[name] = real_table(real_columns(runs, REAL_ARMS[part], REAL_TEACHERS, part), REAL_ARMS[part])
     for name, content in parts.items():
         pages.write(docs / (PAGE if name in ON_PAGE else TABLES), name, content)
     if students:
-        draw(results, students, real, docs / FIGURE)
+        draw(results, students, real_columns(runs, REAL_ARMS[REAL_PART], REAL_TEACHERS), docs / FIGURE)
 
 
 def draw(results: Results, students: Sequence[str], real: Sequence[Column], path: Path) -> None:
@@ -539,7 +539,7 @@ def draw(results: Results, students: Sequence[str], real: Sequence[Column], path
     ]  # fmt: skip
     families = [sum(one is not None for *_, found in panels for one in found[name]) for name in panels[0][1]]
     for column in real[::2]:  # avg, and not pass
-        of = dict(zip(REAL_ARMS[1:], column.differences))
+        of = dict(zip(REAL_ARMS[REAL_PART][1:], column.differences))
         panels.append((f"SmolLM2-135M, {column.name.split(',')[0]}", {"SmolLM2": [of.get(arm) for arm in arms]}))
     with plt.rc_context({"svg.hashsalt": "evidence", "font.size": 9}):
         width, height = 1 + 3 * len(panels), 0.32 * len(arms) + 1.2
@@ -551,7 +551,7 @@ def draw(results: Results, students: Sequence[str], real: Sequence[Column], path
             for number, (label, found) in enumerate(series.items()):
                 there = [(row, one) for row, one in enumerate(found) if one is not None]
                 means += [one.mean for _, one in there]
-                comparisons = (len(REAL_ARMS) - 1) * len(real) if is_real else families[number]
+                comparisons = len(real[0].differences) * len(real) if is_real else families[number]
                 axis.errorbar(
                     [one.mean for _, one in there],
                     [row + 0.24 * number - 0.12 * (len(series) - 1) for row, _ in there],
