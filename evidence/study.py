@@ -148,8 +148,8 @@ ARMS = {
 CORE = ("opd", "sg-opd", "opdvr", "protect", "half", "trust")
 
 
-def arms_of(*groups: str) -> tuple[str, ...]:
-    return tuple(arm.name for arm in ARMS.values() if arm.group in groups)
+def arms_of(group: str) -> tuple[str, ...]:
+    return tuple(arm.name for arm in ARMS.values() if arm.group == group)
 
 
 CONTROLS, SIGNS, RATES, PUBLISHED = map(arms_of, ("control", "sign", "learning rate", "published"))

@@ -332,9 +332,11 @@ def task_table(results: Results, student: str, arms: Sequence[str]) -> str:
 class Column(NamedTuple):
     """One measure of the real model with one teacher."""
 
-    name: str
-    level: float  # of the first arm itself, in percent
-    differences: list[Estimate]  # of each other arm to it
+    teacher: str
+    measure: str  # "avg" or "pass"
+    samples: int
+    level: float  # of `opd` itself, in percent
+    differences: dict[str, Estimate]  # of each other arm to it
 
 
 def real_columns(results: Results, arms: Sequence[str], teachers: Sequence[str], part: str = REAL_PART) -> list[Column]:
@@ -355,25 +357,30 @@ def real_columns(results: Results, arms: Sequence[str], teachers: Sequence[str],
         for name, measure in (("avg", avg), ("pass", passed)) if seeds else ():
             found = [[measure(runs[seed, arm]) for arm in arms] for seed in seeds]
             level = 100 * sum(row[0] for row in found) / len(found)
-            columns.append(Column(f"{teacher} teacher, {name}@{samples}", level, crossed(found)))
+            columns.append(Column(teacher, name, samples, level, dict(zip(arms[1:], crossed(found)))))
     return columns
 
 
-def real_table(columns: Sequence[Column], arms: Sequence[str]) -> str:
+def real_table(columns: Sequence[Column]) -> str:
     """`opd` itself, differences to it, and what could be seen."""
     if not columns:
         return NONE
-    comparisons = (len(arms) - 1) * len(columns)
-    lines = [f"|  | {' | '.join(column.name for column in columns)} |", "|---" * (len(columns) + 1) + "|"]
-    lines.append(f"| `{arms[0]}` itself | {' | '.join(f'{column.level:.1f} %' for column in columns)} |")
-    for arm, found in zip(arms[1:], zip(*(column.differences for column in columns))):
-        cells = [show(one, comparisons, comparisons * one.p()) for one in found]
-        lines.append(f"| `{arm}` | {' | '.join(cells)} |")
-    first = [column.differences[0] for column in columns]  # of every arm the noise, and the seeds, are the same
-    seen = [f"{one.detectable(comparisons):.1f}" if one.freedom else "" for one in first]
+    comparisons = compared(columns)
+    names = [f"{column.teacher} teacher, {column.measure}@{column.samples}" for column in columns]
+    lines = [f"|  | {' | '.join(names)} |", "|---" * (len(columns) + 1) + "|"]
+    lines.append(f"| `{BASELINE}` itself | {' | '.join(f'{column.level:.1f} %' for column in columns)} |")
+    for arm in columns[0].differences:
+        found = [column.differences[arm] for column in columns]
+        lines.append(f"| `{arm}` | {' | '.join(show(one, comparisons, comparisons * one.p()) for one in found)} |")
+    # Of every arm the noise, and the seeds, are the same: the last one's stand for all.
+    seen = [f"{one.detectable(comparisons):.1f}" if one.freedom else "" for one in found]
     lines.append(f"| effect that would be seen four times in five | {' | '.join(seen)} |")
-    lines.append(f"| seeds | {' | '.join(str(one.runs) for one in first)} |")
+    lines.append(f"| seeds | {' | '.join(str(one.runs) for one in found)} |")
     return "\n".join(lines)
+
+
+def compared(columns: Sequence[Column]) -> int:
+    return sum(len(column.differences) for column in columns)
 
 
 # The questions of the protocol: the arm, and what it has to beat.
@@ -462,11 +469,12 @@ def write(path: Path, docs: Path) -> None:
         "Variants of `trust`": arms_of("trust"),
     }
 
-    def tables_of_others(measure: Measure) -> str:
+    def titled(arms_of_title: dict[str, Sequence[str]], part: str = "main", measure: Measure = avg) -> str:
+        """A table of each, against `opd`, under its title."""
         return "\n\n".join(
             f"{title}:\n\n"
-            + for_students(lambda student, arms=arms: table(results, student, against(arms), measure=measure))
-            for title, arms in others.items()
+            + for_students(lambda student, arms=arms: table(results, student, against(arms), part, measure))
+            for title, arms in arms_of_title.items()
         )
 
     parts = {
@@ -488,17 +496,15 @@ def write(path: Path, docs: Path) -> None:
         ),
         "rates": rates_told(plain),
         "kinds": "\n\n".join(
-            f"Questions that the {kind[:7]} mostly gets {kind[8:]}:\n\n"
-            + for_students(lambda student, kind=kind: table(results, student, against(CORE), measure=on(kind)))
-            for kind in ("teacher right", "teacher wrong")
+            titled({f"Questions that the teacher mostly gets {kind}": CORE}, measure=on(f"teacher {kind}"))
+            for kind in ("right", "wrong")
         ),
         "published": for_students(lambda student: table(results, student, against(PUBLISHED))),
         "published pass": for_students(lambda student: table(results, student, against(PUBLISHED), measure=passed)),
-        "others": tables_of_others(avg),
-        "others pass": tables_of_others(passed),
+        "others": titled(others),
+        "others pass": titled(others, measure=passed),
         "parts": "\n\n".join(
-            f"{title}:\n\n"
-            + for_students(lambda student, arms=arms, part=part: table(results, student, against(arms), part))
+            titled({title: arms}, part)
             for part, title, arms in (
                 ("phased", "With phased teacher sampling", CORE),
                 ("sampled", "The sampled-token estimator", CORE),
@@ -511,12 +517,22 @@ def write(path: Path, docs: Path) -> None:
         ),
     }
     runs = Results(read(path.with_name("real.jsonl")))
-    for name, part in (("real", REAL_PART), ("real first", "real")):
-        parts[name] = real_table(real_columns(runs, REAL_ARMS[part], REAL_TEACHERS, part), REAL_ARMS[part])
+    real = {part: real_columns(runs, arms, REAL_TEACHERS, part) for part, arms in REAL_ARMS.items()}
+    parts |= {"real": real_table(real[REAL_PART]), "real first": real_table(real["real"])}
     for name, content in parts.items():
         pages.write(docs / (PAGE if name in ON_PAGE else TABLES), name, content)
     if students:
-        draw(results, students, real_columns(runs, REAL_ARMS[REAL_PART], REAL_TEACHERS), docs / FIGURE)
+        draw(results, students, real[REAL_PART], docs / FIGURE)
+
+
+class Series(NamedTuple):
+    """What a panel of the figure shows in one colour."""
+
+    label: str
+    marker: str
+    colour: str
+    differences: dict[str, Estimate]  # by arm
+    comparisons: int  # of the family that its intervals hold for
 
 
 def draw(results: Results, students: Sequence[str], real: Sequence[Column], path: Path) -> None:
@@ -532,35 +548,37 @@ def draw(results: Results, students: Sequence[str], real: Sequence[Column], path
 
     chosen = (*CORE[1:], "trust, r²", "r2-opd, β 1", "protect, incorrect 0.25", *CONTROLS, *SIGNS)
     arms = [arm for arm in chosen if any(cell.arm == arm for cell in results.lines)]
-    panels: list[tuple[str, dict[str, list[Estimate | None]]]] = [
-        (title, {f"{student} student": [results.compare(arm, BASELINE, teacher, student) for arm in arms]
-                 for student in students})
-        for teacher, title in TEACHERS.items()
-    ]  # fmt: skip
-    families = [sum(one is not None for *_, found in panels for one in found[name]) for name in panels[0][1]]
-    for column in real[::2]:  # avg, and not pass
-        of = dict(zip(REAL_ARMS[REAL_PART][1:], column.differences))
-        panels.append((f"SmolLM2-135M, {column.name.split(',')[0]}", {"SmolLM2": [of.get(arm) for arm in arms]}))
+    panels: dict[str, list[Series]] = {title: [] for title in TEACHERS.values()}
+    for student, marker, colour in zip(students, "os", ("#1f77b4", "#d95f02")):
+        found = {
+            teacher: {arm: one for arm in arms if (one := results.compare(arm, BASELINE, teacher, student)) is not None}
+            for teacher in TEACHERS
+        }
+        comparisons = sum(map(len, found.values()))
+        for teacher, title in TEACHERS.items():
+            panels[title].append(Series(f"{student} student", marker, colour, found[teacher], comparisons))
+    for column in real:
+        if column.measure == "avg":
+            series = Series("SmolLM2", "D", "#4d4d4d", column.differences, compared(real))
+            panels[f"SmolLM2-135M, {column.teacher} teacher"] = [series]
     with plt.rc_context({"svg.hashsalt": "evidence", "font.size": 9}):
         width, height = 1 + 3 * len(panels), 0.32 * len(arms) + 1.2
         figure, axes = plt.subplots(1, len(panels), figsize=(width, height), sharey=True)
-        for axis, (title, series) in zip(axes, panels):
+        for axis, (title, shown) in zip(axes, panels.items()):
             axis.axvline(0, color="0.6", linewidth=1)
-            is_real = "SmolLM2" in series
             means = [0.0]
-            for number, (label, found) in enumerate(series.items()):
-                there = [(row, one) for row, one in enumerate(found) if one is not None]
+            for number, series in enumerate(shown):
+                there = [(row, series.differences[arm]) for row, arm in enumerate(arms) if arm in series.differences]
                 means += [one.mean for _, one in there]
-                comparisons = len(real[0].differences) * len(real) if is_real else families[number]
                 axis.errorbar(
                     [one.mean for _, one in there],
-                    [row + 0.24 * number - 0.12 * (len(series) - 1) for row, _ in there],
-                    xerr=[one.half_width(comparisons) if one.freedom else 0.0 for _, one in there],
-                    fmt="D" if is_real else "os"[number],
+                    [row + 0.24 * number - 0.12 * (len(shown) - 1) for row, _ in there],
+                    xerr=[one.half_width(series.comparisons) if one.freedom else 0.0 for _, one in there],
+                    fmt=series.marker,
                     markersize=4,
                     elinewidth=1,
-                    color="#4d4d4d" if is_real else ("#1f77b4", "#d95f02")[number],
-                    label=label,
+                    color=series.colour,
+                    label=series.label,
                 )
             axis.set_xlim(min(means) - 10, max(means) + 10)
             axis.set_title(title, fontsize=9)

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from transformers import get_scheduler, set_seed
 
-from sgopd import __version__, checkpoint, lora, run_dir, startup
+from sgopd import __version__, checkpoint, lora, startup
 from sgopd.checkpoint import RunState
 from sgopd.completions import keep_token_stats, write_completions
 from sgopd.config import Config, UserError
@@ -58,6 +58,7 @@ from sgopd.report import write_report
 from sgopd.report.checks import Health
 from sgopd.report.run import read_metrics
 from sgopd.rollout import Rollout, batch_of, in_parts, parts_by_tokens, sampling_of, whole_texts
+from sgopd.run_dir import compare_contents, lock_run_dir, open_run_dir
 from sgopd.samplers import Sampler, student_sampler
 from sgopd.student_loss import StudentLoss
 from sgopd.teachers import Hidden, Teacher, whole
@@ -209,9 +210,9 @@ class Trainer:
 
     def open_run_dir(self) -> tuple[Path | None, list[str]]:
         """The checkpoint to resume from, and what to say, once no other run can change the folder any more."""
-        lock, said = run_dir.lock_run_dir(self.config)
+        lock, said = lock_run_dir(self.config)
         self.opened.callback(lock.release)
-        resume_from, more = run_dir.open_run_dir(self.config)
+        resume_from, more = open_run_dir(self.config)
         return resume_from, said + more
 
     def digests(self) -> dict[str, str | None]:
@@ -693,7 +694,7 @@ class Trainer:
         contents = state.get("contents", {})
         if self.teacher.same(contents.get("teacher", "")):
             contents["teacher"] = self.contents["teacher"]
-        self.findings = run_dir.compare_contents(self.contents, state, path) + self.findings
+        self.findings = compare_contents(self.contents, state, path) + self.findings
         if before == now:
             checkpoint.set_random_state(random_states[self.processes.rank])
         else:

@@ -117,6 +117,11 @@ def _pair(comparer: Comparer, pair: Value, interval: Value, turned: bool) -> boo
     )
 
 
+def _bounded(comparer: Comparer, bounds: Value, listed: Value, turned: bool) -> bool | None:
+    """An interval or a relation beside a list of them."""
+    return comparer.same_relation(bounds, listed) if have_relations(listed.parts[0]) else False
+
+
 def _timed(comparer: Comparer, clock: Value, ratio: Value, turned: bool) -> bool | None:
     """8:10 beside 4:5, which is no time: as the gold's ratio. The other way round, the gold may be a time."""
     hour, minute, second, half = clock.parts
@@ -177,7 +182,7 @@ def _divided(comparer: Comparer, ratio: Value, other: Value, turned: bool) -> bo
     return comparer.formula(quotient, other.parts[0])
 
 
-def _based(based: Value, plain: Value, turned: bool) -> bool | None:
+def _based(comparer: Comparer, based: Value, plain: Value, turned: bool) -> bool | None:
     """The base may be left out; a number in base ten is one, but who asks for a base wants that base."""
     digits, base = based.parts
     if plain.parts[0].lstrip("0") == digits:
@@ -219,8 +224,8 @@ MIXED |= {
     ("set", "words"): lambda c, x, y, _: (not x.parts and y.parts[1] == "no solution") or False,
     ("interval", "words"): lambda c, x, y, _: (x.parts[0] == ALL_REALS and y.parts[1] == "all reals") or False,
     ("interval", "relation"): lambda c, x, y, turned: c.same_relation(x, y),
-    ("interval", "list"): lambda c, x, y, turned: c.same_relation(x, y) if have_relations(y.parts[0]) else False,
-    ("relation", "list"): lambda c, x, y, turned: c.same_relation(x, y) if have_relations(y.parts[0]) else False,
+    ("interval", "list"): _bounded,
+    ("relation", "list"): _bounded,
     ("matrix", "any"): _scaled,
     ("ratio", "formula"): _divided,
     ("words", "formula"): lambda c, x, y, _: (
@@ -230,14 +235,14 @@ MIXED |= {
         if y.parts[0].isalpha()
         else False
     ),
-    ("clock", "ratio"): lambda c, x, y, turned: _timed(c, x, y, turned),
+    ("clock", "ratio"): _timed,
     ("clock", "formula"): lambda c, x, y, _: (
         _divided(c, Value("ratio", tuple(Value("formula", (str(p),)) for p in x.parts[:2])), y, _)
         if not x.parts[3] and x.parts[1]
         else False
     ),
-    ("based", "formula"): lambda c, x, y, turned: _based(x, y, turned),
-    ("congruence", "formula"): lambda c, x, y, turned: _residues(c, x, y, turned),
+    ("based", "formula"): _based,
+    ("congruence", "formula"): _residues,
     ("congruence", "named"): lambda c, x, y, turned: _residues(c, x, y.parts[1], turned),
     ("family", "any"): lambda c, x, y, turned: c.compare(x.parts[0], y) or None,
     ("pieces", "any"): lambda c, x, y, turned: None,

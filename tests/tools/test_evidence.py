@@ -112,8 +112,7 @@ def test_the_real_models_table_takes_whole_seeds() -> None:
     ]
     lines += [line("wrong", "opd", 3, 0.9), line("wrong", "half", 3, 0.9) | {"student_sha256": "other"}]
     lines += [line("wrong", "opd", 2, 0.9)] + [line("wrong", arm, 2, 0.9) | {"part": "real"} for arm in ("opd", "half")]
-    arms = ("opd", "half")
-    text = real_table(real_columns(Results(lines), arms, ("wrong", "right")), arms)
+    text = real_table(real_columns(Results(lines), ("opd", "half"), ("wrong", "right")))
     assert "| `half` | **+10.0 ± 0.0** | **+10.0 ± 0.0** |" in text and text.endswith("| seeds | 2 | 2 |")
 
 
