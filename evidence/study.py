@@ -169,6 +169,7 @@ class Cell(NamedTuple):
 
 
 REAL_TEACHERS = ("wrong", "right")
+REAL_UNSEEN = 3  # seeds from here on had not been seen when the protocol said what to look for
 REAL_ARMS = {"real": (*CORE, "random"), REAL_PART: (*CORE, "random", "trust, r²")}
 REAL = [
     Cell(REAL_PART, "arithmetic", teacher, "smollm2", arm, seed)

@@ -36,6 +36,7 @@ from study import (
     REAL_ARMS,
     REAL_PART,
     REAL_TEACHERS,
+    REAL_UNSEEN,
     SETTINGS,
     SIGNS,
     Cell,
@@ -339,15 +340,17 @@ class Column(NamedTuple):
     differences: dict[str, Estimate]  # of each other arm to it
 
 
-def real_columns(results: Results, arms: Sequence[str], teachers: Sequence[str], part: str = REAL_PART) -> list[Column]:
-    """avg and pass with each teacher, by seeds that all arms ran with on the same models."""
+def real_columns(
+    results: Results, arms: Sequence[str], teachers: Sequence[str], part: str = REAL_PART, first: int = 0
+) -> list[Column]:
+    """avg and pass with each teacher, by seeds from `first` on that all arms ran with on the same models."""
     samples = (SETTINGS | PARTS[part])["num_generations_eval"]
     columns = []
     for teacher in teachers:
         runs = {
             (cell.seed, cell.arm): line
             for cell, line in results.lines.items()
-            if (cell.part, cell.teacher) == (part, teacher)
+            if (cell.part, cell.teacher) == (part, teacher) and cell.seed >= first
         }
         seeds = [
             seed
@@ -518,7 +521,12 @@ def write(path: Path, docs: Path) -> None:
     }
     runs = Results(read(path.with_name("real.jsonl")))
     real = {part: real_columns(runs, arms, REAL_TEACHERS, part) for part, arms in REAL_ARMS.items()}
-    parts |= {"real": real_table(real[REAL_PART]), "real first": real_table(real["real"])}
+    unseen = real_columns(runs, REAL_ARMS[REAL_PART], REAL_TEACHERS, first=REAL_UNSEEN)
+    parts |= {
+        "real": real_table(real[REAL_PART]),
+        "real first": real_table(real["real"]),
+        "real unseen": real_table(unseen),
+    }
     for name, content in parts.items():
         pages.write(docs / (PAGE if name in ON_PAGE else TABLES), name, content)
     if students:

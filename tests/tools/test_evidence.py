@@ -114,6 +114,7 @@ def test_the_real_models_table_takes_whole_seeds() -> None:
     lines += [line("wrong", "opd", 2, 0.9)] + [line("wrong", arm, 2, 0.9) | {"part": "real"} for arm in ("opd", "half")]
     text = real_table(real_columns(Results(lines), ("opd", "half"), ("wrong", "right")))
     assert "| `half` | **+10.0 ± 0.0** | **+10.0 ± 0.0** |" in text and text.endswith("| seeds | 2 | 2 |")
+    assert real_table(real_columns(Results(lines), ("opd", "half"), ("wrong",), first=1)).endswith("| seeds | 1 | 1 |")
 
 
 def test_comparisons_are_paired_by_cell() -> None:
