@@ -221,6 +221,11 @@ class Config:
         "rollout, every weight times r, or at most r; the preset's",
         "preset",
     )
+    gate_control: Literal["preset", "random", "shuffled"] = free(
+        "a control of the gate, with its weights and without its information. random: tokens are dealt to agree and "
+        "conflict by chance, at the measured rate; shuffled: with the verdicts of other rollouts; the preset's",
+        "preset",
+    )
     gate_margin: float = free(
         "of gate rg-opd: nats a whole rollout between teacher and student that count as neither", 0.0
     )

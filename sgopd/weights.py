@@ -166,20 +166,20 @@ def token_weights(batch: Batch, config: Config) -> Tensor | None:
 
 def gate_of(config: Config) -> tuple[Gate, Rule | None]:
     """The preset, or the rule's gate, with the config's numbers in place of its own; and the rule, if it is one."""
-    numbers = {name: getattr(config, f"gate_{name}") for name in ("agree", "conflict", "neutral", "tolerance")}
-    numbers["reliability"] = None if config.gate_reliability == "preset" else config.gate_reliability
+    names = ("agree", "conflict", "neutral", "tolerance", "reliability", "control")
+    given = {name: getattr(config, f"gate_{name}") for name in names}
     rule = RULES.get(config.gate)
     try:
         if rule is None and config.gate not in PRESETS:
             raise ValueError(unknown("gate", config.gate, [*PRESETS, *RULES]))
         preset = rule.gate if rule else resolve_gate(config.gate)
-        gate = dataclasses.replace(preset, **{k: v for k, v in numbers.items() if v is not None})
+        gate = dataclasses.replace(preset, **{k: v for k, v in given.items() if v not in (None, "preset")})
     except ValueError as error:
         raise UserError(str(error)) from error
     own = config.gate == "tgopd" or (rule is not None and rule.argument == "reliability")
     for name, none in (("teacher_reliability", "off"), ("gate_reliability", "preset")):
-        if (given := getattr(config, name)) != none and own:
-            raise UserError(f"{name}: got {given!r}, expected {none} with gate {config.gate}, which has one of its own")
+        if (value := getattr(config, name)) != none and own:
+            raise UserError(f"{name}: got {value!r}, expected {none} with gate {config.gate}, which has one of its own")
     if config.teacher_reliability != "off" and gate.needs_reliability:
         raise UserError(
             f"teacher_reliability: got {config.teacher_reliability!r}, expected off with a gate whose reliability is "
@@ -187,11 +187,11 @@ def gate_of(config: Config) -> tuple[Gate, Rule | None]:
         )
     if config.teacher_reliability == "incorrect" and gate.control == "shuffled":
         raise UserError(
-            "teacher_reliability: got 'incorrect', expected off or all with gate shuffled, which is told other "
+            "teacher_reliability: got 'incorrect', expected off or all with a shuffled gate, which is told other "
             "rollouts' verdicts"
         )
-    asks = config.gate == "tgopd" or config.teacher_reliability != "off" or (gate.needs_reliability and not own)
-    asks_teacher = asks and config.teacher_reliability_source != "student"
+    check_control(config, gate, rule)
+    asks_teacher = asks_pass_rate(config, gate) and config.teacher_reliability_source != "student"
     if config.teacher_probes and not asks_teacher:
         raise UserError(
             f"teacher_probes: got {config.teacher_probes}, expected 0 where no pass rate of the teacher is asked for "
@@ -220,3 +220,40 @@ def gate_of(config: Config) -> tuple[Gate, Rule | None]:
             "for a start"
         )
     return gate, rule if rule and rule.weigh else None
+
+
+def asks_pass_rate(config: Config, gate: Gate) -> bool:
+    """Whether a prompt's reliability r enters, from wherever."""
+    return gate.needs_reliability or config.gate == "tgopd" or config.teacher_reliability != "off"
+
+
+def check_control(config: Config, gate: Gate, rule: Rule | None) -> None:
+    """Refuses a `gate_control` that would control nothing."""
+    if config.gate_control == "preset":
+        return
+    why = None
+    if config.gate in ("tgopd", "diffgate"):
+        why = f"with gate {config.gate}, whose reward goes by the verdict as it is"
+    elif config.gate_control == "random" and gate.agree_pair == gate.conflict_pair:
+        why = f"with gate {config.gate}, in which agree and conflict weigh the same: there is nothing to deal"
+    elif rule is None and gate.keep == "all" and len({*gate.agree_pair, *gate.conflict_pair, gate.neutral}) == 1:
+        why = f"with gate {config.gate}, in which all tokens weigh the same"
+    if why is not None:
+        raise UserError(f"gate_control: got {config.gate_control!r}, expected preset {why}")
+
+
+def unread(config: Config, gate: Gate) -> list[str]:
+    """A line for each setting that was given and that is not read beside the others."""
+    this = f"gate {config.gate}"
+    owners = {"gate_margin": "rg-opd", "gate_sharpness": "r2-opd", "gate_bound": "diffgate"}
+    beside = {name: this for name, owner in owners.items() if config.gate != owner}
+    if not asks_pass_rate(config, gate):
+        beside |= {f"teacher_reliability_{name}": this for name in ("source", "prior", "power", "threshold")}
+    elif config.gate == "tgopd" or config.teacher_reliability_threshold is not None:
+        beside["teacher_reliability_power"] = "a threshold, which makes r 0 or 1"
+    default = {field.name: field.default for field in dataclasses.fields(Config)}
+    return [
+        f"warning: {name} is {value}, and is not read with {what}"
+        for name, what in beside.items()
+        if (value := getattr(config, name)) != default[name]
+    ]

@@ -56,6 +56,7 @@ RUNS = {
         "gate_reliability": "conflict",
         "gate_conflict": 0.5,
         "gate_tolerance": 0.01,
+        "gate_control": "random",
         "precision": "exact",
         "num_completions_to_log": 2,
         "num_tokens_to_log": 3,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import statistics
@@ -15,7 +16,8 @@ from sgopd.metrics import Sums
 from sgopd.phases import Phases
 from sgopd.trainer import Trainer
 from sgopd.weights import RULES as WEIGHTS
-from sgopd.weights import Told
+from sgopd.weights import Told, gate_of, unread
+from sgopd_kernels import PRESETS
 
 
 def read_slowly(trainer, rollouts, weigh, sampled=False, advantage=None):
@@ -317,7 +319,7 @@ def test_prompts_weigh_by_the_students_pass_rate_and_tokens_by_their_place(train
         ),
         (
             {"gate": "shuffled", "teacher_probes": 2, "teacher_reliability": "incorrect"},
-            "expected off or all with gate shuffled",
+            "expected off or all with a shuffled gate",
         ),
         ({"gate": "opdvr", "teacher_reliability": "all"}, "nothing would measure it: set teacher_probes"),
         ({"gate": "opd", "teacher_probes": 4}, "teacher_probes: got 4, expected 0 where no pass rate .*gate opd"),
@@ -356,11 +358,69 @@ def test_prompts_weigh_by_the_students_pass_rate_and_tokens_by_their_place(train
         ({"reward_weight": -1.0}, "reward_weight: got -1.0, expected >= 0"),
         ({"gate_bound": 0.0}, "gate_bound: got 0.0, expected > 0 nats"),
         ({"gate": "q_protect"}, "did you mean 'q-protect'"),
+        ({"gate": "exopd", "gate_control": "random"}, "gate_control: got 'random', expected preset .* nothing to deal"),
+        (
+            {"gate": "r2-opd", "gate_control": "random"},
+            "gate_control: got 'random', expected preset .* nothing to deal",
+        ),
+        (
+            {"gate": "opd", "gate_control": "shuffled"},
+            "expected preset with gate opd, in which all tokens weigh the same",
+        ),
+        (
+            {"gate": "diffgate", "gate_control": "shuffled", "reward_weight": 1.0, "num_generations": 2},
+            "expected preset with gate diffgate, whose reward",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused(trainer, changes, said):
     with pytest.raises(UserError, match=said):
         trainer(**changes)
+
+
+@pytest.mark.parametrize("control", ["random", "shuffled"])
+def test_a_control_has_the_weights_of_its_gate(settings, control):
+    half = gate_of(Config.load(None, settings(gate="half", gate_control=control)))
+    numbers = {"gate_agree": [1.0, 0.5], "gate_conflict": [0.0, 0.5]}
+    assert half == gate_of(Config.load(None, settings(gate=control, **numbers)))
+    trust = gate_of(Config.load(None, settings(gate="trust", teacher_probes=2, gate_control=control)))[0]
+    assert trust == dataclasses.replace(PRESETS["trust"], control=control)
+
+
+def test_a_rule_under_shuffled_verdicts(trainer):
+    """The rule is told what the gate is told: the verdicts of other rollouts."""
+    one = trainer(gate="rg-opd", gate_control="shuffled", max_grad_norm=0.0)
+    rollouts, _ = one.make_batch()
+    for i, rollout in enumerate(rollouts):
+        rollout.verdict = (1, -1)[i % 2]
+    told, original = [], one.loss_of
+    one.loss_of = lambda part, verdicts, *rest: told.append((part, verdicts)) or original(part, verdicts, *rest)
+    student = copy.deepcopy(one.student)
+    record = one.update(rollouts, fresh=True)
+    words = {id(rollout): word for part, verdicts in told for rollout, word in zip(part, verdicts.tolist())}
+    assert [words[id(r)] for r in rollouts] != [r.verdict for r in rollouts]
+    one.student.load_state_dict(student.state_dict())
+    loss, _ = read_slowly(one, rollouts, lambda d, log_q, verdict, r: rg_opd_without_margin(d, words[id(r)]))
+    assert record["loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def rg_opd_without_margin(d, verdict):
+    return [float(sum(d) * verdict > 0)] * len(d)
+
+
+def test_what_is_not_read_is_said(settings):
+    def said(**changes):
+        config = Config.load(None, settings(**changes))
+        return unread(config, gate_of(config)[0])
+
+    assert said(gate="opd", teacher_reliability_power=2.0, gate_sharpness=1.0) == [
+        "warning: gate_sharpness is 1.0, and is not read with gate opd",
+        "warning: teacher_reliability_power is 2.0, and is not read with gate opd",
+    ]
+    trust = {"gate": "trust", "teacher_probes": 4, "teacher_reliability_power": 2.0}
+    assert said(**trust) == said(gate="r2-opd", gate_sharpness=1.0) == []
+    [line] = said(**trust, teacher_reliability_threshold=0.5)
+    assert "teacher_reliability_power is 2.0, and is not read with a threshold" in line
 
 
 def test_exopd_is_its_lambda_towards_the_reference(trainer, tiny, tmp_path):
