@@ -237,10 +237,13 @@ class Config:
     )
     position_half_life: float | None = free("tokens of a completion after which a token weighs half; null is off", None)
     estimator: Literal["full", "sampled"] = free("exact KL over the vocabulary, or the sampled token only", "full")
-    divergence: Literal["reverse-kl", "forward-kl", "jsd"] = free("what is minimised", "reverse-kl")
+    divergence: Literal["reverse-kl", "forward-kl", "jsd", "skew-reverse-kl", "skew-forward-kl", "alpha"] = free(
+        "what is minimised (method.md, section 2)", "reverse-kl"
+    )
     jsd_beta: float = free("of divergence jsd, in (0, 1); 0.5 is the symmetric one", 0.5)
+    divergence_alpha: float = free("of the skew divergences, where DistiLLM takes 0.1, and of alpha; in [0, 1)", 0.1)
     precision: float | str = free("exact, bf16, auto, or a relative gradient error such as 1e-3", "auto")
-    backend: str = free("kernel: auto, torch, cpu, triton or cuda", "auto")
+    backend: str = free("kernel: auto, reference, torch, cpu, triton or cuda", "auto")
 
     # --- task reward ---
     reward_weight: float = free(
@@ -403,7 +406,7 @@ class Config:
         for name in ("top_p", "teacher_share"):
             self._expect(name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
         self._expect("top_p", self.top_p > 0, "> 0")
-        for name in ("jsd_beta", "adam_beta1", "adam_beta2"):
+        for name in ("jsd_beta", "divergence_alpha", "adam_beta1", "adam_beta2"):
             self._expect(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
         for name in ("save_steps", "eval_steps", "max_steps"):
             steps = getattr(self, name)
@@ -506,6 +509,13 @@ class Config:
     def _expect(self, name: str, right: bool, expected: str) -> None:
         if not right:
             raise UserError(f"{name}: got {getattr(self, name)!r}, expected {expected}")
+
+    @property
+    def divergence_argument(self) -> str | tuple[str, float]:
+        """`divergence` and its parameter, as the loss takes them."""
+        if self.divergence in ("reverse-kl", "forward-kl"):
+            return self.divergence
+        return self.divergence, self.jsd_beta if self.divergence == "jsd" else self.divergence_alpha
 
     @property
     def rollouts_per_batch(self) -> int:

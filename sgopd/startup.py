@@ -6,6 +6,7 @@ ask for action begin with "warning".
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Sequence
 from datetime import date
@@ -20,6 +21,29 @@ from sgopd.models import eos_ids_of, has_tokenizer, head_of, load_tokenizer
 from sgopd.rows import is_file, texts_of
 from sgopd.verdicts import verifying
 from sgopd.verifier import VerifierPool
+from sgopd.weights import asks_pass_rate
+from sgopd_kernels import Gate
+
+
+def unread(config: Config, gate: Gate) -> list[str]:
+    """A line for each setting that was given and that is not read beside the others."""
+    this = f"gate {config.gate}"
+    owners = {"gate_margin": "rg-opd", "gate_sharpness": "r2-opd", "gate_bound": "diffgate"}
+    beside = {name: this for name, owner in owners.items() if config.gate != owner}
+    if not asks_pass_rate(config, gate):
+        beside |= {f"teacher_reliability_{name}": this for name in ("source", "prior", "power", "threshold")}
+    elif config.gate == "tgopd" or config.teacher_reliability_threshold is not None:
+        beside["teacher_reliability_power"] = "a threshold, which makes r 0 or 1"
+    parameters = {"jsd_beta": ("jsd",), "divergence_alpha": ("skew-reverse-kl", "skew-forward-kl", "alpha")}
+    for name, divergences in parameters.items():
+        if config.divergence not in divergences:
+            beside[name] = f"divergence {config.divergence}"
+    default = {field.name: field.default for field in dataclasses.fields(Config)}
+    return [
+        f"warning: {name} is {value}, and is not read with {what}"
+        for name, what in beside.items()
+        if (value := getattr(config, name)) != default[name]
+    ]
 
 
 def check_models(

@@ -216,7 +216,7 @@ class StudentLoss(nn.Module):
             return loss, stats
         settings = self.settings | {
             "estimator": config.estimator,
-            "divergence": ("jsd", config.jsd_beta) if config.divergence == "jsd" else config.divergence,
+            "divergence": config.divergence_argument,
             **head_arguments(head, targets.head),
         }
         heads = hidden_NH, weight, targets.hidden_NH, targets.head.weight

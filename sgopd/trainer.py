@@ -66,7 +66,7 @@ from sgopd.teachers.local import LocalTeacher
 from sgopd.teachers.routed import RoutedTeacher
 from sgopd.verdicts import VerdictWatch, verifying
 from sgopd.verifier import Verdict
-from sgopd.weights import gate_of, share_out, unread, weighs_rollouts
+from sgopd.weights import gate_of, share_out, weighs_rollouts
 from sgopd_kernels import CORRECT, INCORRECT, UNKNOWN
 
 Record = dict[str, Any]
@@ -120,7 +120,7 @@ class Trainer:
         source = str(resume_from or config.model_name_or_path)
         self.tokenizer = load_tokenizer(source, config, "model_name_or_path")
         self.student, self.findings = lora.load_student(source, config)
-        self.findings += unread(config, self.gate)
+        self.findings += startup.unread(config, self.gate)
         self.student.to(self.device).train()
         self.models = {"student": self.student}
         teachers = self.load_teachers()

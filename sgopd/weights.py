@@ -240,20 +240,3 @@ def check_control(config: Config, gate: Gate, rule: Rule | None) -> None:
         why = f"with gate {config.gate}, in which all tokens weigh the same"
     if why is not None:
         raise UserError(f"gate_control: got {config.gate_control!r}, expected preset {why}")
-
-
-def unread(config: Config, gate: Gate) -> list[str]:
-    """A line for each setting that was given and that is not read beside the others."""
-    this = f"gate {config.gate}"
-    owners = {"gate_margin": "rg-opd", "gate_sharpness": "r2-opd", "gate_bound": "diffgate"}
-    beside = {name: this for name, owner in owners.items() if config.gate != owner}
-    if not asks_pass_rate(config, gate):
-        beside |= {f"teacher_reliability_{name}": this for name in ("source", "prior", "power", "threshold")}
-    elif config.gate == "tgopd" or config.teacher_reliability_threshold is not None:
-        beside["teacher_reliability_power"] = "a threshold, which makes r 0 or 1"
-    default = {field.name: field.default for field in dataclasses.fields(Config)}
-    return [
-        f"warning: {name} is {value}, and is not read with {what}"
-        for name, what in beside.items()
-        if (value := getattr(config, name)) != default[name]
-    ]

@@ -108,6 +108,9 @@ PRESETS: dict[str, Gate] = {
     "shuffled": Gate(1.8, 1.0, control="shuffled"),  # control
 }
 
+# Gates that need a whole rollout, or the task reward: they are the package sgopd's, not the loss's.
+OF_THE_LOOP = ("q-protect", "rg-opd", "r2-opd", "tgopd", "diffgate")
+
 
 def resolve_gate(gate: str | Gate) -> Gate:
     """A preset's name or a `Gate` -> `Gate`."""
@@ -118,6 +121,8 @@ def resolve_gate(gate: str | Gate) -> Gate:
             return PRESETS[gate]
         close = difflib.get_close_matches(gate, PRESETS, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else "."
+        if gate in OF_THE_LOOP:
+            hint = ": it weighs whole rollouts, which `sgopd train` does and the loss cannot."
         raise ValueError(f"gate: no preset {gate!r}{hint} Presets: {', '.join(PRESETS)}")
     raise TypeError(f"gate must be a preset's name or a Gate, got {type(gate).__name__}")
 

@@ -178,7 +178,7 @@ DEFECTS += [
     Defect("diffgate: the easier the prompt, the more of the teacher", WEIGHTS, "one.weight *= 1.0 - mean", "one.weight *= mean", "weights::test_the_task_reward_is_the_policy_gradient_on_the_groups_advantage"),
     Defect("diffgate: no bound", WEIGHTS, "x.tanh() / x.clamp", "x / x.clamp", "weights::test_the_task_reward_is_the_policy_gradient_on_the_groups_advantage"),
     Defect("gate: a control that is not passed on", WEIGHTS, '"reliability", "control")', '"reliability")', "weights::test_a_control_has_the_weights_of_its_gate"),
-    Defect("gate: what is not read is passed over", WEIGHTS, "if (value := getattr(config, name)) != default[name]", "if (value := default[name]) != default[name]", "weights::test_what_is_not_read_is_said"),
+    Defect("gate: what is not read is passed over", "sgopd/startup.py", "if (value := getattr(config, name)) != default[name]", "if (value := default[name]) != default[name]", "weights::test_what_is_not_read_is_said"),
     Defect("rg-opd: against the verdict", WEIGHTS, "told.verdict * told.logratio.sum()", "-told.verdict * told.logratio.sum()", "weights::test_a_rule_is_its_formula"),
     Defect("rg-opd: no margin", WEIGHTS, "> config.gate_margin", "> 0", "weights::test_a_rule_is_its_formula"),
     Defect("r2-opd: the verdict left out", WEIGHTS, "config.gate_sharpness * told.verdict * d", "config.gate_sharpness * d", "weights::test_a_rule_is_its_formula"),

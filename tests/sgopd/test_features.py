@@ -57,6 +57,8 @@ RUNS = {
         "gate_conflict": 0.5,
         "gate_tolerance": 0.01,
         "gate_control": "random",
+        "divergence": "skew-reverse-kl",
+        "divergence_alpha": 0.2,
         "precision": "exact",
         "num_completions_to_log": 2,
         "num_tokens_to_log": 3,

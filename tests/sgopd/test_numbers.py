@@ -390,7 +390,15 @@ def test_whole_runs_of_one_verdict(settings, tiny, verdicts, word):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"estimator": "sampled"}, {"divergence": "jsd"}, {"divergence": "forward-kl"}, {"backend": "torch"}]
+    "changes",
+    [
+        {},
+        {"estimator": "sampled"},
+        {"divergence": "jsd"},
+        {"divergence": "forward-kl"},
+        {"divergence": "skew-reverse-kl"},
+        {"backend": "torch"},
+    ],
 )
 def test_a_teacher_identical_to_the_student_moves_nothing(trainer, tiny, changes):
     one = trainer(teacher_model_name_or_path=str(tiny.student), **changes)

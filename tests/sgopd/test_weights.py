@@ -14,10 +14,11 @@ import torch
 from sgopd.config import Config, UserError
 from sgopd.metrics import Sums
 from sgopd.phases import Phases
+from sgopd.startup import unread
 from sgopd.trainer import Trainer
 from sgopd.weights import RULES as WEIGHTS
-from sgopd.weights import Told, gate_of, unread
-from sgopd_kernels import PRESETS
+from sgopd.weights import Told, gate_of
+from sgopd_kernels import PRESETS, resolve_gate
 
 
 def read_slowly(trainer, rollouts, weigh, sampled=False, advantage=None):
@@ -378,6 +379,12 @@ def test_what_cannot_work_is_refused(trainer, changes, said):
         trainer(**changes)
 
 
+@pytest.mark.parametrize("gate", WEIGHTS)
+def test_the_loss_knows_which_gates_are_the_loops(gate):
+    with pytest.raises(ValueError, match=rf"no preset '{gate}': it weighs whole rollouts, which `sgopd train` does"):
+        resolve_gate(gate)
+
+
 @pytest.mark.parametrize("control", ["random", "shuffled"])
 def test_a_control_has_the_weights_of_its_gate(settings, control):
     half = gate_of(Config.load(None, settings(gate="half", gate_control=control)))
@@ -419,8 +426,38 @@ def test_what_is_not_read_is_said(settings):
     ]
     trust = {"gate": "trust", "teacher_probes": 4, "teacher_reliability_power": 2.0}
     assert said(**trust) == said(gate="r2-opd", gate_sharpness=1.0) == []
+    assert said(divergence="jsd", jsd_beta=0.3) == said(divergence="alpha", divergence_alpha=0.5) == []
+    [line] = said(divergence="alpha", jsd_beta=0.3)
+    assert line == "warning: jsd_beta is 0.3, and is not read with divergence alpha"
     [line] = said(**trust, teacher_reliability_threshold=0.5)
     assert "teacher_reliability_power is 2.0, and is not read with a threshold" in line
+
+
+def kl(p, q):
+    return (p * (p.log() - q.log())).sum(-1)
+
+
+DIVERGENCES = {
+    "forward-kl": lambda p, q: kl(q, p),
+    "jsd": lambda p, q: 0.3 * kl(q, 0.3 * q + 0.7 * p) + 0.7 * kl(p, 0.3 * q + 0.7 * p),
+    "skew-reverse-kl": lambda p, q: kl(p, 0.2 * p + 0.8 * q),
+    "skew-forward-kl": lambda p, q: kl(q, 0.2 * q + 0.8 * p),
+    "alpha": lambda p, q: (1 - (p**0.2 * q**0.8).sum(-1)) / (0.2 * 0.8),
+}
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_a_divergence_is_its_formula(trainer, divergence):
+    one = trainer(gate="opd", divergence=divergence, jsd_beta=0.3, divergence_alpha=0.2)
+    rollouts, _ = one.make_batch()
+    student, teacher = (copy.deepcopy(model).double() for model in (one.student, one.teacher.model))
+    losses = []
+    for rollout in rollouts:
+        ids, start = torch.tensor([rollout.prompt_ids + rollout.completion.ids.tolist()]), len(rollout.prompt_ids)
+        with torch.no_grad():
+            p, q = ((m(ids).logits[0, start - 1 : -1] / one.config.temperature).softmax(-1) for m in (student, teacher))
+        losses.append(DIVERGENCES[divergence](p, q))
+    assert one.update(rollouts, fresh=True)["loss"] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
 
 
 def test_exopd_is_its_lambda_towards_the_reference(trainer, tiny, tmp_path):
