@@ -5,7 +5,7 @@
     python evidence/run_study.py --real                         # minutes a run on one core: evidence/real.jsonl
 
 The task is `arithmetic` (sgopd/tasks.py): "What is 13 + 4?", in English. The student is SmolLM2-135M-Instruct after 8
-updates of fine-tuning on worked answers, at which it is right about half the time. `right` is the same after 40.
+updates of fine-tuning on worked answers, at which about two answers in five are right. `right` is the same after 40.
 `wrong` goes on from there for 24 updates on answers that forget the carry of a sum and the borrow of a difference.
 """
 

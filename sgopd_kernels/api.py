@@ -161,8 +161,8 @@ def gated_kl_loss(
             AMX of 2^28. On CUDA devices operands go to tensor cores as 16-bit numbers: from 2^33 within the budget
             (3e-4 of fp32 ones), and of bf16 heads always, whose gradients are rounded to bf16, which costs eight
             times as much (docs/gpu.md). All else is exact.
-        backend: "auto", "cpu" (native), "triton" (CUDA devices), "torch" (any device), "reference" (plain autograd in
-            float64, O(N V) memory, twice differentiable).
+        backend: "auto", "cpu" (native), "triton" (CUDA devices), "cuda" (CUDA devices, never by "auto"), "torch" (any
+            device), "reference" (plain autograd in float64, O(N V) memory, twice differentiable).
         generator: of the gate's controls ("random", "shuffled"). None: torch's default generator.
         process_group: vocabulary-parallel mode: each rank passes its slice of every head (and bias), contiguous in the
             order of ranks and of one width in all heads, with the same hidden states, global token_ids and settings.
