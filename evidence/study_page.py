@@ -78,14 +78,6 @@ class Estimate(NamedTuple):
     by_task: dict[str, float]
     runs: int
 
-    def p(self) -> float:
-        """Two-sided, of no difference; NaN without degrees of freedom."""
-        if not self.freedom:
-            return math.nan
-        if self.se == 0:
-            return 0.0 if self.mean else 1.0
-        return 2 * t_tail(abs(self.mean) / self.se, self.freedom)
-
     def half_width(self, comparisons: int) -> float:
         """Of the 95 % interval that holds for that many comparisons at once."""
         return self.se * t_quantile(1 - 0.025 / comparisons, self.freedom) if self.freedom else math.nan
@@ -123,17 +115,6 @@ def estimate(differences: dict[str, list[float]]) -> Estimate | None:
         doubt = sum(variance**2 / (n - 1) for variance, n in zip(variances, seeds))
         freedom = sum(variances) ** 2 / doubt if doubt else sum(seeds) - len(seeds)
     return Estimate(sum(means.values()) / len(means), se, freedom, means, sum(map(len, tasks.values())))
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's adjusted p-values; a NaN stays one and counts as a comparison."""
-    order = sorted(range(len(p_values)), key=lambda i: (math.isnan(p_values[i]), p_values[i]))
-    adjusted, largest = [math.nan] * len(p_values), 0.0
-    for rank, i in enumerate(order):
-        if not math.isnan(p_values[i]):
-            largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
-            adjusted[i] = largest
-    return adjusted
 
 
 def t_tail(t: float, freedom: float) -> float:
@@ -237,10 +218,9 @@ def table(
     if not rows:
         return NONE
     every = [one for _, found in rows for one in found if one is not None]
-    adjusted = dict(zip(map(id, every), holm([one.p() for one in every])))
     lines = [f"| {student} student | {' | '.join(TEACHERS.values())} | runs a cell |", "|---|---|---|---|---|"]
     for pair, found in rows:
-        cells = [show(one, len(every), adjusted.get(id(one), math.nan)) for one in found]
+        cells = [show(one, len(every)) for one in found]
         runs = sorted({one.runs for one in found if one is not None})
         says = ARMS[pair[0]].says if label is None else ""
         name = label(pair) if label else f"`{pair[0]}`" + (f": {says}" if says else "")
@@ -248,13 +228,15 @@ def table(
     return "\n".join(lines)
 
 
-def show(one: Estimate | None, comparisons: int, p: float) -> str:
+def show(one: Estimate | None, comparisons: int) -> str:
+    """With its interval; bold where that leaves 0 out."""
     if one is None:
         return ""
     if not one.freedom:
         return signed(one.mean)
-    text = f"{signed(one.mean)} ± {one.half_width(comparisons):.1f}"
-    return f"**{text}**" if p < 0.05 else text
+    half = one.half_width(comparisons)
+    text = f"{signed(one.mean)} ± {half:.1f}"
+    return f"**{text}**" if abs(one.mean) > half else text
 
 
 def signed(points: float) -> str:
@@ -374,7 +356,7 @@ def real_table(columns: Sequence[Column]) -> str:
     lines.append(f"| `{BASELINE}` itself | {' | '.join(f'{column.level:.1f} %' for column in columns)} |")
     for arm in columns[0].differences:
         found = [column.differences[arm] for column in columns]
-        lines.append(f"| `{arm}` | {' | '.join(show(one, comparisons, comparisons * one.p()) for one in found)} |")
+        lines.append(f"| `{arm}` | {' | '.join(show(one, comparisons) for one in found)} |")
     # Of every arm the noise, and the seeds, are the same: the last one's stand for all.
     seen = [f"{one.detectable(comparisons):.1f}" if one.freedom else "" for one in found]
     lines.append(f"| effect that would be seen four times in five | {' | '.join(seen)} |")

@@ -314,7 +314,7 @@ DEFECTS += [
     Defect("study: seeds that had been seen count as unseen", STUDY, " and cell.seed >= first", "", "tools/evidence::test_the_real_models_table_takes_whole_seeds"),
     Defect("study: one seed decides the best rate", STUDY, "if paired is None or not paired.freedom:", "if paired is None:", "tools/evidence::test_the_best_rate_is_judged_by_seeds_that_ran_with_all"),
     Defect("study: variances of means without Bessel's correction", STUDY, "square / (n - 1) / n for", "square / n / n for", "tools/evidence::test_statistics_against_tables_and_by_hand"),
-    Defect("study: no correction for the number of comparisons", STUDY, "(len(p_values) - rank) * p_values[i]", "p_values[i]", "tools/evidence::test_statistics_against_tables_and_by_hand"),
+    Defect("study: no correction for the number of comparisons", STUDY, "self.se * t_quantile(1 - 0.025 / comparisons", "self.se * t_quantile(1 - 0.025", "tools/evidence::test_statistics_against_tables_and_by_hand"),
     Defect("study: what seeds have in common is noise", STUDY, "values[s][a] - of_arm[a] - of_seed[s] + whole", "values[s][a] - of_arm[a]", "tools/evidence::test_few_seeds_of_many_arms"),
     Defect("report: an axis label in two notations", "sgopd/report/figures.py", "                written = powers", "                pass", "report::test_the_labels_of_an_axis_fit_beside_it_in_one_notation"),
 ]

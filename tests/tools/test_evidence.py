@@ -18,7 +18,6 @@ from study_page import (
     Results,
     crossed,
     estimate,
-    holm,
     rates_told,
     real_columns,
     real_table,
@@ -68,21 +67,22 @@ def test_kinds_are_by_half_of_the_teachers_own_answers() -> None:
 def test_statistics_against_tables_and_by_hand() -> None:
     for probability, freedom, value in ((0.975, 2, 4.302653), (0.975, 10, 2.228139), (0.9995, 6, 5.958816)):
         assert t_quantile(probability, freedom) == pytest.approx(value, abs=1e-5)
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert holm([math.nan, 0.01])[1] == pytest.approx(0.02)
     one = estimate({"a": [1.0, 3.0], "b": [4.0, 8.0], "c": []})
     assert one is not None and one.mean == 4 and one.runs == 4
     assert one.se == pytest.approx(math.sqrt(2 / 2 + 8 / 2) / 2)
     assert one.freedom == pytest.approx((1 + 4) ** 2 / (1**2 + 4**2))  # Welch's and Satterthwaite's
+    half = one.half_width(2)
+    assert half == pytest.approx(one.se * t_quantile(1 - 0.05 / 4, one.freedom))
+    assert show(one, 2) == f"+4.0 ± {half:.1f}" and show(one._replace(mean=-1.1 * half), 2).startswith("**−")
     alike = estimate({"a": [1.0, 3.0], "b": [6.0, 4.0]})
     assert alike is not None and alike.freedom == pytest.approx(2)
     same = estimate({"a": [1.0, 1.0, 1.0]})
-    assert same is not None and (same.se, same.freedom, same.p()) == (0, 2, 0)
+    assert same is not None and (same.se, same.freedom, show(same, 1)) == (0, 2, "**+1.0 ± 0.0**")
     assert estimate({"a": []}) is None
     one_alone = estimate({"a": [1.0, 3.0], "b": [4.0]})
     assert one_alone is not None and not one_alone.freedom and math.isnan(one_alone.half_width(1))
     single = estimate({"a": [2.0]})
-    assert single is not None and math.isnan(single.p()) and show(single, 1, math.nan) == "+2.0"
+    assert single is not None and math.isnan(single.half_width(1)) and show(single, 1) == "+2.0"
 
 
 def test_few_seeds_of_many_arms() -> None:
