@@ -90,7 +90,7 @@ def setting(resume: str, help: str, default: Any = MISSING) -> Any:
     return dataclasses.field(**given, metadata={"help": help, "resume": resume})
 
 
-# What a resumed run makes of another value than its checkpoint was saved with (docs/reliability.md, "Other settings").
+# What a resumed run makes of another value than its checkpoint was saved with; docs/reliability.md has a table.
 free = functools.partial(setting, "free")  # it takes effect from the next update on, and is said
 fixed = functools.partial(setting, "fixed")  # refused
 content = functools.partial(setting, "content")  # said, and refused unless what it names or makes is the same
