@@ -7,7 +7,7 @@ sgopd watch RUN_DIR                           a run in this terminal: at work in
 sgopd report RUN_DIR                          report.html anew
 sgopd report RUN_DIR RUN_DIR … [--output FILE]  comparison.html: curves over each other, paired differences
 sgopd plan CONFIG.yaml [--key value …]        memory and seconds of a step, before anything is loaded
-sgopd serve-teacher MODEL                     a teacher for trainers on other machines (docs/scaling.md)
+sgopd serve-teacher MODEL                     a teacher for trainers on other machines (docs/scaling/teacher.md)
 
 Every setting of a config file is a flag: `sgopd train --help` lists them. On several processes or GPUs:
 torchrun --nproc_per_node 8 -m sgopd train CONFIG.yaml
@@ -75,7 +75,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[str, Path | None, dict[str, 
         ("train", "CONFIG.yaml", "train a student"),
         ("quickstart", None, "train the shipped example"),
         ("evaluate", "RUN_DIR|CONFIG.yaml", "evaluate a trained model; JSON lines if the output is not a terminal"),
-        ("plan", "CONFIG.yaml", "say what memory and seconds a step takes, and whether it fits (docs/scaling.md)"),
+        ("plan", "CONFIG.yaml", "say what memory and seconds a step takes, and whether it fits (docs/scaling/plan.md)"),
         ("watch", "RUN_DIR", "show a run that is at work in another process, or a finished one"),
         ("report", "RUN_DIR", "write report.html from a run directory, or comparison.html from several"),
     ):

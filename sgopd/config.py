@@ -90,7 +90,7 @@ def setting(resume: str, help: str, default: Any = MISSING) -> Any:
     return dataclasses.field(**given, metadata={"help": help, "resume": resume})
 
 
-# What a resumed run makes of another value than its checkpoint was saved with (docs/reliability.md, "Other settings").
+# What a resumed run makes of another value than its checkpoint was saved with; docs/reliability.md has a table.
 free = functools.partial(setting, "free")  # it takes effect from the next update on, and is said
 fixed = functools.partial(setting, "fixed")  # refused
 content = functools.partial(setting, "content")  # said, and refused unless what it names or makes is the same
@@ -118,8 +118,8 @@ class Config:
     )
     teacher_column: str | None = content("with several teachers: column with the name of a prompt's teacher", None)
     teacher_url: str | dict | None = content(
-        "address of a server that has the teacher (docs/scaling.md); teacher_model_name_or_path is its name there. Of "
-        "several teachers: one server for all, or the names of those that are elsewhere with their addresses",
+        "address of a server that has the teacher (docs/scaling/teacher.md); teacher_model_name_or_path is its name "
+        "there. Of several teachers: one server for all, or the names of those that are elsewhere with their addresses",
         None,
     )
     teacher_top_k: int = free("with teacher_url and estimator full: tokens a position that the server gives", 20)
@@ -175,7 +175,7 @@ class Config:
     generation_batch_size: int | None = free("rollouts generated at once per process; all of a batch by default", None)
 
     sampler: Literal["plain", "vllm"] = free("where rollouts come from: this process, or a vLLM server", "plain")
-    sampler_url: str | None = free("with sampler vllm: its address (docs/scaling.md)", None)
+    sampler_url: str | None = free("with sampler vllm: its address (docs/scaling/rollouts.md)", None)
     sampler_folder: str | None = free(
         "folder for the weights, which the server sees under the same path; sampler/ in output_dir by default", None
     )
@@ -292,7 +292,7 @@ class Config:
     )
     padding_free: bool = free(
         "put the rollouts of a forward pass one after another in one row, where attention keeps them apart "
-        "(docs/scaling.md)",
+        "(docs/scaling/memory.md)",
         False,
     )
     num_iterations: int = fixed("updates made on each batch of rollouts", 1)
@@ -311,7 +311,8 @@ class Config:
 
     # --- processes ---
     fsdp: bool = fixed(
-        "put the student, its gradient and optimiser state into shards over the processes (FSDP2, docs/scaling.md)",
+        "put the student, its gradient and optimiser state into shards over the processes (FSDP2, "
+        "docs/scaling/processes.md)",
         False,
     )
     fsdp_teacher: bool = free("with fsdp, the teacher's body as well", False)

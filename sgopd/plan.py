@@ -1,7 +1,7 @@
 """`sgopd plan CONFIG.yaml`: memory and seconds of a step, before anything is loaded.
 
 Sizes are counted on the models themselves, on torch's meta device, which has shapes and no data: parameters, and the
-tensors that a forward pass keeps for its backward. The rest is arithmetic, which docs/scaling.md states. Rates are
+tensors that a forward pass keeps for its backward. The rest is arithmetic, which docs/scaling/plan.md states. Rates are
 assumed shares of the vendor's numbers; with a run at hand, seconds are scaled by what that run has taken.
 """
 

@@ -140,7 +140,7 @@ DEFECTS = [
     Defect("triton: a softcap unmasks a column", TRITON, 'tl.where(z == float("-inf"), z, softcap * _tanh(z / softcap))', "softcap * _tanh(z / softcap)"),
 ]
 
-# A guard of the trainer removed, weakened or turned round; docs/reliability.md says what each is for.
+# A guard of the trainer removed, weakened or turned round; docs/trials.md says what they are for.
 FILES = "sgopd/files.py"
 CHECKPOINT = "sgopd/checkpoint.py"
 METRICS = "sgopd/metrics.py"

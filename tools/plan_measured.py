@@ -1,4 +1,4 @@
-"""`sgopd plan` beside steps that were measured on this machine: memory and seconds by stage, for docs/scaling.md.
+"""`sgopd plan` beside steps that were measured on this machine: memory and seconds by stage, for docs/scaling/plan.md.
 
     python tools/plan_measured.py                          SmolLM2-135M's shape, random weights: ten minutes
     python tools/plan_measured.py --models runs/smollm2    student/ and teacher/ of examples/smollm2_prepare.py

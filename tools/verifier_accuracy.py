@@ -2,13 +2,13 @@ r"""Precision and recall of `VerifierPool("math")` beside plain math-verify, on 
 
     python tools/verifier_accuracy.py             the table, and whether the pool's size changes a verdict
     python tools/verifier_accuracy.py --wrong     and every row that our verifier gets wrong
-    python tools/verifier_accuracy.py --page docs/reliability.md       and puts the table into that page
+    python tools/verifier_accuracy.py --page docs/trials.md       and puts the table into that page
 
 The rows are in tests/sgopd/corpora: those the rules were written against (answers_rules.txt), rows written later and
 then used to better them (answers_later.txt), rows of that same sitting that were set aside (answers_unseen.txt), rows
 by someone who had not read the rules (answers_blind.txt), some of which led to a rule afterwards, and rows by a third
 hand over what had gone wrong elsewhere: answers_dev.txt, on which rules were bettered, and answers_heldout.txt, whose
-first figures are in docs/reliability.md. An interval is Wilson's, at 95 %: what the share may be on further rows of
+first figures are in docs/trials.md. An interval is Wilson's, at 95 %: what the share may be on further rows of
 the same kind. "Plain math-verify" is its documented use, with its defaults: `verify(parse(gold), parse(response))`,
 the gold in a box. Endorsed means verdict correct; a gold that cannot be read (unknown) counts as not endorsed.
 """

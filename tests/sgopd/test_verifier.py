@@ -57,7 +57,7 @@ def test_hand_checked_answers(math_pool: VerifierPool) -> None:
     assert wrong == []
 
 
-# What docs/reliability.md says of the rows written after the rules: it may get better, not worse.
+# What docs/trials.md says of the rows written after the rules: it may get better, not worse.
 @pytest.mark.parametrize(
     ("name", "precision", "recall"),
     [
