@@ -187,7 +187,7 @@ def _unit_behind(text: str, answer: str) -> str:
     for count in range(len(said), 0, -1):
         words = " ".join(said[:count])
         rest = text[match.start("word") + len(words) :]
-        if words not in ("in", "A", "a") and unit(words):
+        if words not in ("in", "A", "a") and (unit(words) or words.casefold() in ("percent", "degree", "degrees")):
             alone = len(words) > 1 or re.match(r"[.,;]?(?:\s|$)", rest)
             return rf"\text{{ {words}}}" if alone and not _GOES_ON.match(rest) else ""
     return ""
@@ -218,8 +218,18 @@ def stated_answer(response: str, tags: Tags = THOUGHT_TAGS) -> str | None:
     tagged = _ANSWER_TAG.findall(text)
     lines = text.strip().splitlines()
     answer = last_box(text) or (tagged and tagged[-1]) or (lines and lines[-1]) or ""
-    wrapped = _WRAPPED.fullmatch(answer.strip())
-    return (wrapped[1] if wrapped else answer).strip() or None
+    return _unwrapped(answer) or None
+
+
+def _unwrapped(text: str) -> str:
+    wrapped = _WRAPPED.fullmatch(text.strip())
+    return (wrapped[1] if wrapped else text).strip()
+
+
+def stated_gold(example: Example) -> str:
+    """The reference of a task that is not mathematics; empty where there is none."""
+    answer = example.get("answer")
+    return "" if answer is None else _unwrapped(str(answer))
 
 
 def read_answer(kind: str, response: str, tags: Tags = THOUGHT_TAGS) -> str | None:
@@ -394,9 +404,8 @@ def decide_gold(example: Example) -> str | Work:
 
 
 def decide_exact(response: str, example: Example, tags: Tags = THOUGHT_TAGS) -> str:
-    """Grades `stated_answer` by string equality with `example["answer"]`, both stripped."""
-    answer = stated_answer(response, tags)
-    gold = str(example.get("answer") or "").strip()
+    """Grades `stated_answer` by string equality with `stated_gold`."""
+    answer, gold = stated_answer(response, tags), stated_gold(example)
     if answer is None:
         return "no_answer"
     if not gold:

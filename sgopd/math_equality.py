@@ -10,11 +10,16 @@ from __future__ import annotations
 import logging
 import math
 import random
+import re
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from math_verify import LatexExtractionConfig, parse
+from latex2sympy2_extended import latex2sympy
+from latex2sympy2_extended.latex2sympy2 import ConversionConfig
+from latex2sympy2_extended.math_normalization import normalize_latex
+from math_verify import LatexExtractionConfig
+from math_verify.parser import should_treat_as_complex
 from sympy import (
     Abs,
     Expr,
@@ -51,7 +56,8 @@ from sgopd.grading import MAX_DIGITS, REASONS, magnitude
 
 logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it warns that its timeouts are off
 
-_EXTRACTION = [LatexExtractionConfig(boxed_match_priority=0)]
+_NORMALIZATION = LatexExtractionConfig().normalization_config
+_CONVERSION = ConversionConfig(lowercase_symbols=False)  # math-verify's own makes R and r one letter
 _POINTS = 8  # at which two expressions are compared
 _POINT_DIGITS = 40
 
@@ -93,8 +99,36 @@ def _check(value: Value, text: str) -> str:
 
 @lru_cache(maxsize=16_384)
 def _parse(latex: str) -> Any | None:
-    parsed = parse(rf"\boxed{{{latex}}}", _EXTRACTION, fallback_mode="no_fallback", parsing_timeout=None)
-    return parsed[0] if parsed and parsed[0] not in (nan, zoo) else None
+    """As math-verify reads a box, but with capital letters, primes and powers of T kept. None: it cannot be read."""
+    text = _spelled(normalize_latex(latex, _NORMALIZATION))
+    try:
+        parsed = latex2sympy(
+            text,
+            is_real=not should_treat_as_complex(text),
+            convert_degrees=False,
+            normalization_config=None,
+            conversion_config=_CONVERSION,
+        )
+    except Exception:  # whatever the grammar does not know
+        return None
+    return parsed if parsed not in (nan, zoo) else None
+
+
+def _spelled(latex: str) -> str:
+    """What the parser would take for something else, spelled as a letter: a capital I, which is the imaginary
+    unit to it and loses its subscripts and powers; T in an exponent, a transposition; a prime, which it drops."""
+    letters = set(re.findall(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", latex)))
+    if letters != {"I"} or re.search(r"I\s*[_^]", latex):  # 3 + 4I alone is a complex number
+        latex = re.sub(r"\\[A-Za-z]+|I", lambda found: r"\mathbf{I}" if found[0] == "I" else found[0], latex)
+    latex = re.sub(r"\^\s*(?:T(?![A-Za-z])|\{\s*T\s*\})", r"^{\\mathbf{T}}", latex)
+    return re.sub(r"'+(?!\s*\()", lambda found: "^{" + r"\prime" * len(found[0]) + "}", latex)
+
+
+def _named(value: Any) -> Any:
+    """Letters of one name are one real number, whatever else stands in the text that they are from; i is imaginary."""
+    names = {symbol: re.sub(r"^math\{(\w+)\}", r"\1", symbol.name) for symbol in value.free_symbols}
+    letters = {symbol: I if name == "i" else Symbol(name, real=True) for symbol, name in names.items()}
+    return value.subs({old: new for old, new in letters.items() if old != new}, simultaneous=True)
 
 
 class _WithSympy(Comparer):
@@ -148,8 +182,7 @@ def _expression(latex: str) -> Expr | None:
     value = _parse(latex)
     if not isinstance(value, Expr) or isinstance(value, MatrixBase):
         return None
-    letters = {symbol: I for symbol in value.free_symbols if symbol.name == "i"}
-    return value.subs(letters).doit() if letters else value.doit()
+    return _named(value).doit()
 
 
 def _digits(gold: str, answer: str) -> int:
@@ -268,8 +301,6 @@ def _as_set(value: Value) -> tuple[Set, str] | None:
     if len(symbols) != 1 or any(side.atoms(Function) - side.atoms(Abs) for side in sides):
         return None
     (symbol,) = symbols
-    real = Symbol(symbol.name, real=True)
-    sides = [side.subs(symbol, real) for side in sides]
     parts = [_SIGNS[sign](x, y) for sign, x, y in zip(value.parts[0], sides, sides[1:])]
     return Intersection(*(part.as_set() for part in parts)), symbol.name
 
@@ -298,5 +329,5 @@ def _as_matrix(value: Value) -> MatrixBase | None:
     parsed = _parse(value.parts[0]) if value.parts else None
     if parsed is None:
         return None
-    parsed = parsed.doit()
+    parsed = _named(parsed).doit()
     return parsed if isinstance(parsed, MatrixBase) else None

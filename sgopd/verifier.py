@@ -277,7 +277,7 @@ class VerifierPool:
             if self.kind == "math":
                 return grading.decide_gold(example)
             if self.kind == "exact":
-                return "" if str(example.get("answer") or "").strip() else "it is empty"
+                return "" if grading.stated_gold(example) else "it is empty"
         except Exception as error:  # such as a number of 5,000 digits, which Python does not write out
             return f"it cannot be read: {error}"
         return ""

@@ -75,6 +75,42 @@ def test_answers_written_after_the_rules(math_pool: VerifierPool, name: str, pre
     assert figures["precision"] >= precision and figures["recall"] >= recall, figures
 
 
+# What math-verify's reading of LaTeX would make one letter, or no letter: right and wrong answers of a gold.
+LETTERS = {
+    "capital and small": [
+        (r"\pi(R^2-r^2)", r"\pi R^2-\pi r^2", "0"),
+        (r"\frac{m}{M+m}", r"\frac{2m}{2M+2m}", r"\frac{1}{2}", r"\frac{M}{M+m}"),
+        (r"\ln\frac{R}{r}", r"\ln R-\ln r", "0"),
+        ("x_1+X_1", "X_1+x_1", "2x_1"),
+        ("(R,r)", "(R, r)", "(r,R)"),
+        ("N>n", "n<N", "n>N"),
+        (r"2\Delta", r"\Delta+\Delta", r"2\delta"),
+        ("N!/2", r"\frac{N\cdot(N-1)!}{2}", "n!/2"),
+    ],
+    "a capital I": [
+        ("I^2R", "RI^2", "IR"),
+        (r"\frac{I_1}{I_2}", "I_1/I_2", "1", r"\frac{I_2}{I_1}"),
+        ("3+4i", "3+4I", "3-4i"),
+    ],
+    "T in an exponent": [("P(1+r)^T", "(1+r)^{T}P", "P(1+r)"), ("e^{-T}", r"\frac{1}{e^T}", r"\frac{1}{e}")],
+    "an i on one side alone": [
+        (r"\frac{n(n+1)}{2}", r"\sum_{i=1}^n i", r"\sum_{i=1}^n i^2"),
+        ("2^n", r"\sum_{i=0}^{n}\binom{n}{i}", r"\sum_{i=1}^{n}\binom{n}{i}"),
+        (r"2\cos\theta", r"e^{i\theta}+e^{-i\theta}", r"e^{i\theta}-e^{-i\theta}"),
+        (r"\cos x+i\sin x", "e^{ix}", "e^{-ix}"),
+        (r"\begin{pmatrix}i&2x\end{pmatrix}", r"\begin{pmatrix}i&x+x\end{pmatrix}", r"\begin{pmatrix}i&x\end{pmatrix}"),
+    ],
+}
+
+
+@pytest.mark.parametrize("what", LETTERS)
+def test_letters_stay_apart_and_the_same(math_pool: VerifierPool, what: str) -> None:
+    for gold, right, *wrong in LETTERS[what]:
+        assert grade(math_pool, gold, box(right)) == (CORRECT, "correct"), (gold, right)
+        for answer in wrong:
+            assert grade(math_pool, gold, box(answer)) == (INCORRECT, "incorrect"), (gold, answer)
+
+
 def test_verdicts_do_not_depend_on_the_pool_or_the_order() -> None:
     rows = corpus()[::5]
 
@@ -738,6 +774,8 @@ def test_exact() -> None:
         assert grade(pool, "Monday", r"\boxed{\text{Monday}}, surely") == (CORRECT, "correct")
         assert grade(pool, "Monday", "monday") == (INCORRECT, "incorrect")
         assert grade(pool, "Monday", "<think>Monday") == (INCORRECT, "no_answer")
+        assert grade(pool, r"\text{Monday}", r"\boxed{\text{Monday}}") == (CORRECT, "correct")
+        assert pool.verify([r"\boxed{0}"], [{"answer": 0}])[0].reason == "correct", "0 is an answer"
         assert grade(pool, "", "x") == (UNKNOWN, "bad_gold")
         assert pool.check_golds([{"answer": "a"}, {"answer": " "}, {}]) == [(1, "it is empty"), (2, "it is empty")]
 
