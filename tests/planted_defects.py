@@ -80,6 +80,7 @@ DEFECTS = [
     Defect("torch: temperature missing in the gradient", TORCH, "(head.logit_scale / temperature)", "(head.logit_scale)"),
     Defect("torch: softcap's slope missing", TORCH, "dense = (dense * slope)", "dense = (dense * 1)"),
     Defect("torch: bias left out", TORCH, "    if head.bias is not None:\n        z +=", "    if False:\n        z +="),
+    Defect("rows: the likeliest column takes the others' digits", ROWS, "      add<true>(z, t, count);", "      add<false>(z, t, count);"),
     Defect("cpu: mean of z - t not subtracted", ROWS, "reverse_kl_gradient(e, zb[i] - tb[i], mean.hi, mean.lo)", "reverse_kl_gradient(e, zb[i] - tb[i], 0.f, 0.f)"),
     Defect("cpu: KL from first moments always", ROWS, "value < kPrecise", "value < 0"),
     Defect("cpu: statistics not rescaled at a new maximum", ROWS, "    sum *= factor;", ""),

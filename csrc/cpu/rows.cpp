@@ -107,7 +107,6 @@ struct Moments {
   float offset = 0.f;
   double p_delta = 0, q_delta = 0;  // sums of e * (z - t - offset) under p and q
   double q_outside = 0;             // q's sum over columns where p is 0 by -inf
-  bool centred = false;
 
   double lse_difference() const { return (static_cast<double>(p.max) - q.max) + (p.log_sum() - q.log_sum()); }
   double mean_delta() const { return offset + p_delta / p.sum; }
@@ -122,30 +121,50 @@ struct Moments {
     offset = to;
   }
 
+  // Where a row has nearly all of its probability in one column, its gradient is that of the others: 1 - p, and what
+  // they add to the mean of z - t. So that column is counted apart (`kTop`), and z - t taken around it.
   void add_block(const float* __restrict z, const float* __restrict t, int64_t count) {
+    const float before_p = p.max, before_q = q.max;
     p_delta *= p.raise(block_max(z, count));
     const double factor = q.raise(block_max(t, count));
     q_delta *= factor;
     q_outside *= factor;
-    if (!centred && p.max != kNegInf) {
+    if (p.max > before_p) {
       for (int64_t i = 0; i < count; ++i) {
         if (z[i] == p.max) {
-          offset = z[i] - t[i];
+          recentre(z[i] - t[i]);
           break;
         }
       }
-      centred = true;
     }
+    if (p.max > before_p || q.max > before_q) {
+      add<true>(z, t, count);
+    } else {
+      add<false>(z, t, count);
+    }
+    if (p.sum > 0) recentre(static_cast<float>(offset + p_delta / p.sum));
+  }
+
+  // Of columns that are in no block before; `kTop`: the largest yet may be among them.
+  template <bool kTop>
+  void add(const float* __restrict z, const float* __restrict t, int64_t count) {
     const float mp = p.origin(), mq = q.origin(), c = offset;
-    float sp = 0, sq = 0, ep = 0, eq = 0, dp = 0, dq = 0, out = 0;
-#pragma omp simd reduction(+ : sp, sq, ep, eq, dp, dq, out)
+    float sp = 0, sq = 0, ep = 0, eq = 0, dp = 0, dq = 0, out = 0, top_p = 0, top_q = 0;
+#pragma omp simd reduction(+ : sp, sq, ep, eq, dp, dq, out, top_p, top_q)
     for (int64_t i = 0; i < count; ++i) {
       const float a = z[i] - mp, b = t[i] - mq;
       const float ea = exp_f32(a), eb = exp_f32(b);
       const bool p_in = z[i] != kNegInf, q_in = t[i] != kNegInf;
       const float delta = p_in ? (z[i] - t[i]) - c : 0.f;  // t is finite wherever z is
-      sp += ea;
-      sq += eb;
+      if constexpr (kTop) {
+        top_p += a == 0.f ? 1.f : 0.f;
+        top_q += b == 0.f ? 1.f : 0.f;
+        sp += a == 0.f ? 0.f : ea;
+        sq += b == 0.f ? 0.f : eb;
+      } else {
+        sp += ea;
+        sq += eb;
+      }
       ep += p_in ? ea * a : 0.f;
       eq += q_in ? eb * b : 0.f;
       dp += ea * delta;
@@ -153,14 +172,13 @@ struct Moments {
       // below fp32's smallest number a probability is still one: as far down as float64 has it
       out += p_in ? 0.f : (b > -745.f ? (eb > kTiny ? eb : kTiny) : 0.f);
     }
-    p.sum += sp;
-    q.sum += sq;
+    p.sum += static_cast<double>(top_p) + sp;
+    q.sum += static_cast<double>(top_q) + sq;
     p.moment += ep;
     q.moment += eq;
     p_delta += dp;
     q_delta += dq;
     q_outside += out;
-    if (p.sum > 0) recentre(static_cast<float>(offset + p_delta / p.sum));
   }
 };
 
@@ -243,8 +261,9 @@ void chain(float* __restrict g, const float* __restrict logits, const RowsArgs& 
 }
 
 struct Coefficients {
-  float full = 0;     // of the divergence's gradient
-  float sampled = 0;  // of p - 1[v = y]
+  float full = 0;      // of the divergence's gradient
+  double sampled = 0;  // of p - 1[v = y]
+  double logprob = 0;  // of the sampled token
   double mean_score = 0;
 };
 
@@ -262,10 +281,10 @@ void gradient(float* __restrict z, const float* __restrict t, const RowsArgs& a,
     const float* __restrict tb = t == nullptr ? nullptr : t + first;
     if (a.student_head.softcap != 0.f) std::memcpy(logits, zb, sizeof(float) * count);
     if (a.sampled) {
-      const float c = k.sampled * ip;
+      const float c = static_cast<float>(k.sampled) * ip;
 #pragma omp simd
       for (int64_t i = 0; i < count; ++i) zb[i] = c * exp_f32(zb[i] - mp);
-      if (y >= first && y < first + count) zb[y - first] -= k.sampled;
+      if (y >= first && y < first + count) zb[y - first] = static_cast<float>(k.sampled * std::expm1(k.logprob));
     } else if (a.divergence == kReverseKL) {
       const float c = k.full * ip;
 #pragma omp simd
@@ -307,14 +326,15 @@ Moments student_statistics(const float* z, int64_t v) {
     const float* __restrict zb = z + first;
     s.p.raise(block_max(zb, count));
     const float mp = s.p.origin();
-    float sum = 0, moment = 0;
-#pragma omp simd reduction(+ : sum, moment)
+    float sum = 0, moment = 0, top = 0;
+#pragma omp simd reduction(+ : sum, moment, top)
     for (int64_t i = 0; i < count; ++i) {
-      const float e = exp_f32(zb[i] - mp);
-      sum += e;
-      moment += zb[i] == kNegInf ? 0.f : e * (zb[i] - mp);
+      const float a = zb[i] - mp, e = exp_f32(a);
+      top += a == 0.f ? 1.f : 0.f;  // apart, as in Moments
+      sum += a == 0.f ? 0.f : e;
+      moment += zb[i] == kNegInf ? 0.f : e * a;
     }
-    s.p.sum += sum;
+    s.p.sum += static_cast<double>(top) + sum;
     s.p.moment += moment;
   }
   return s;
@@ -400,7 +420,8 @@ void one_row(const RowsArgs& a, int64_t n) {
   out[kLoss] = a.sampled ? -weight * advantage * lp : weight * kl;
   if (!a.gradient) return;
   k.full = static_cast<float>(weight * a.row_scale[n]);
-  k.sampled = static_cast<float>(weight * advantage * a.row_scale[n]);
+  k.sampled = weight * advantage * a.row_scale[n];
+  k.logprob = lp;
   gradient(z, t, a, s, y, k);
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -63,6 +64,21 @@ def check(kit: Any, inputs: Any, backend: str, floor: float = 1e-5, **kwargs: An
 def test_against_float64(kit: Any, case: str, estimator: str, backend: str) -> None:
     inputs = kit.make_inputs(**CASES[case], seed=len(case))
     check(kit, inputs, backend, estimator=estimator)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("estimator", ["full", "sampled"])
+@pytest.mark.parametrize("gaps", [(16, 6), (20, 8), (20, 14), (24, 10)], ids=str)
+def test_a_student_that_is_sure(kit: Any, gaps: tuple[int, int], estimator: str, backend: str) -> None:
+    """1 - p of the sampled token from 2e-3 to 3e-6 in every row: the gradient is of that size, or of the tail's."""
+    inputs = kit.make_inputs(n=64, v=4096, hs=128, masked=0.0)
+    generator = torch.Generator().manual_seed(1)
+    weight = inputs.student_weight / inputs.student_weight.norm(dim=1).mean()
+    towards = weight[inputs.token_ids] / weight[inputs.token_ids].norm(dim=1, keepdim=True) ** 2
+    student, teacher = (gap * towards + 0.3 * torch.randn(64, 128, generator=generator) for gap in gaps)
+    heads = {"student_weight": weight, "teacher_weight": weight}
+    sure = dataclasses.replace(inputs, student_hidden=student, teacher_hidden=teacher, **heads)
+    check(kit, sure, backend, estimator=estimator)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
