@@ -85,7 +85,7 @@ DEFECTS = [
     Defect("cpu: KL from first moments always", ROWS, "value < kPrecise", "value < 0"),
     Defect("cpu: statistics not rescaled at a new maximum", ROWS, "    sum *= factor;", ""),
     Defect("cpu: sampled token's 1 missing", ROWS, "zb[y - first] = static_cast<float>(k.sampled * std::expm1(k.logprob));", "(void)y;"),
-    Defect("cpu: advantage not in the sampled gradient", ROWS, "weight * advantage * a.row_scale[n]);", "weight * a.row_scale[n]);"),
+    Defect("cpu: advantage not in the sampled gradient", ROWS, "weight * advantage * a.row_scale[n];", "weight * a.row_scale[n];"),
     Defect("cpu: softcap's slope missing", ROWS, "scale * (1.f - th * th)", "scale"),
     Defect("cpu: -inf of the teacher not taken out", ROWS, "    if (t != nullptr) target(t, a.teacher_head);", "    if (t != nullptr) transform(t, a.teacher_head, a.inverse_temperature, first, count);"),
     Defect("cpu: tail of a row beyond a block dropped", ROWS, "first < v; first += kBlock) s.add_block", "first < (v > kBlock ? v - kBlock : v); first += kBlock) s.add_block"),
