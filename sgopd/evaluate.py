@@ -8,7 +8,6 @@ import functools
 import math
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -39,7 +38,7 @@ def evaluate(
     *,
     eos_ids: tuple[int, ...],
     vocabulary: int,
-    say: Callable[[str], None] = lambda line: None,
+    watch: VerdictWatch,
 ) -> dict[str, Any]:
     """num_generations_eval rollouts for each question, verified: the eval/* metrics.
 
@@ -67,7 +66,7 @@ def evaluate(
             [prompts.examples[q] for q in asked],
             [completion.truncated for completion in completions],
         )
-    VerdictWatch(processes, say).see(verdicts)
+    watch.see(verdicts)
     # (question, verdict, tokens, clipped) of each rollout
     own = [
         (question, verdict.value, len(completion.ids), completion.truncated)
@@ -137,7 +136,14 @@ def evaluate_models(config: Config, benchmarks: dict[str, Config] | None = None)
                     said = []
                     sampler.sync(0, functools.partial(weights_of, model), functools.partial(logprobs_of, model))
                     result = evaluate(
-                        sampler, questions, pool, of, processes, eos_ids=eos_ids, vocabulary=vocabulary, say=warn
+                        sampler,
+                        questions,
+                        pool,
+                        of,
+                        processes,
+                        eos_ids=eos_ids,
+                        vocabulary=vocabulary,
+                        watch=VerdictWatch(processes, warn),
                     )
                     which = {"benchmark": name} if name else {}
                     records.append({"kind": "eval", "model": whose, "path": path, **which, **finite(result)})

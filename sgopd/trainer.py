@@ -266,7 +266,12 @@ class Trainer:
                 last = self.state.step == config.max_steps
                 self.stopped_by = processes.any(interrupt.signal)
                 if self.stopped_by is None:
-                    self.evaluate_if_due(last)
+                    try:
+                        self.evaluate_if_due(last)
+                    except UserError:  # the verifier fails, on all processes: what was learned is kept
+                        if self.state.step:
+                            self.save()
+                        raise
                 if last or self.stopped_by is not None or due(self.state.step, config.save_steps):
                     self.save()
                 if last or self.stopped_by is not None:
@@ -569,7 +574,7 @@ class Trainer:
             self.processes,
             eos_ids=self.eos_ids,
             vocabulary=self.vocabulary,
-            say=self.say,
+            watch=self.watch,
         )
         self.write({"step": self.state.step, "kind": "eval", "model": whose, **result})
         return finite(result["eval/avg_at_k"])

@@ -278,6 +278,7 @@ DEFECTS += [
     Defect("trust: one prompt dealt to itself", TRAINER, "            if len(examples) == 1:", "            if False:", "weights"),
     Defect("trust: no r for rollouts that are told incorrect", TRAINER, 'or self.gate.control == "shuffled":', "or False:", "weights"),
     Defect("phases: reliability not kept over a resume", PHASES, "for example, counts in state.items()})", "for example, counts in ()})", "phases"),
+    Defect("trainer: a failing evaluation takes the student with it", TRAINER, "                        if self.state.step:\n                            self.save()\n", "", "runs::test_what_was_learned_outlives_an_evaluation_that_fails"),
     Defect("verifier: R and r are one letter", "sgopd/math_equality.py", "lowercase_symbols=False", "lowercase_symbols=True", "verifier::test_letters_stay_apart_and_the_same"),
     Defect("verifier: n is another letter beside an i", "sgopd/math_equality.py", "Symbol(name, real=True) for symbol", "symbol for symbol", "verifier::test_letters_stay_apart_and_the_same"),
     Defect("verifier: a power of T is a transposition", "sgopd/math_equality.py", 'r"^{\\\\mathbf{T}}"', 'r"^{T}"', "verifier::test_letters_stay_apart_and_the_same"),

@@ -148,7 +148,7 @@ def is_run(folder: Path) -> bool:
 def read_metrics(path: Path) -> tuple[list[Record], int]:
     """The records of a metrics file, and how many of its lines are none."""
     records, bad_lines = [], 0
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):  # not at U+2028, as splitlines does
         if not line.strip():
             continue
         if (record := parse_record(line)) is not None:

@@ -14,6 +14,7 @@ from sgopd.evaluate import evaluate, evaluate_models
 from sgopd.processes import Processes
 from sgopd.samplers.plain import PlainSampler
 from sgopd.scores import mean_and_se, pass_at_k, scores
+from sgopd.verdicts import VerdictWatch
 from sgopd.verifier import Verdict
 
 
@@ -52,7 +53,9 @@ def test_every_question_gets_its_rollouts(settings, tiny):
     sampler = PlainSampler(lambda: contextlib.nullcontext(model), tokenizer)
 
     def run(config=config):
-        return evaluate(sampler, questions, pool, config, Processes(config), eos_ids=(1,), vocabulary=32)
+        processes = Processes(config)
+        watch = VerdictWatch(processes, print)
+        return evaluate(sampler, questions, pool, config, processes, eos_ids=(1,), vocabulary=32, watch=watch)
 
     result = run()
     assert [example for _, example, _ in pool.asked] == [e for e in questions.examples for _ in range(6)]

@@ -18,7 +18,7 @@ from sgopd.config import UserError
 from sgopd.report import write_report
 from sgopd.report.checks import checks
 from sgopd.report.figures import SECTIONS
-from sgopd.report.run import read_run
+from sgopd.report.run import read_metrics, read_run
 from sgopd_kernels import PLANS
 
 Record = dict[str, Any]
@@ -324,6 +324,12 @@ def test_a_file_cut_short_loses_its_last_line_only(healthy: Path, tmp_path: Path
     assert "1 line of metrics.jsonl could not be read" in page.text
     assert "incomplete" in page.text
     assert page.tags.count("svg") == 28
+
+
+def test_a_line_ends_at_a_line_feed_alone(tmp_path: Path) -> None:
+    record = {"step": 0, "kind": "config", "system_prompt": "Be brief.\u2028Box\u2029the\x85answer."}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert read_metrics(tmp_path / "metrics.jsonl") == ([record], 0)
 
 
 @pytest.mark.parametrize(

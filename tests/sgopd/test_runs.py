@@ -329,6 +329,8 @@ def verifiers(monkeypatch, tmp_path):
                 return True
             def nothing(response, example):
                 return None
+            def column(response, example):
+                return example["tests"] == "x"
             """
         )
     )
@@ -363,6 +365,32 @@ def test_a_verifier_that_only_fails_ends_the_run_at_that_batch(train, verifiers,
     assert status == 1 and "Traceback" not in said.split("sgopd: error:")[1]
     assert "verifier: no verdict on any of the " in said and said_last in said, said[-800:]
     assert len(records(tmp_path / "run")) == updates
+
+
+def test_what_was_learned_outlives_an_evaluation_that_fails(train, verifiers, tiny, tmp_path):
+    """Questions without a column that the verifier reads: the first evaluation, after the last update, ends the run."""
+    rows = [json.loads(line) for line in tiny.data.read_text().splitlines()]
+    prompts, questions = tmp_path / "prompts.jsonl", tmp_path / "questions.jsonl"
+    prompts.write_text("".join(json.dumps({**row, "tests": "x"}) + "\n" for row in rows))
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
+    changes = {"dataset_name": str(prompts), "eval_dataset_name": str(questions), "num_generations_eval": 8}
+    status, said = train(max_steps=2, **verifiers("column"), **changes)
+    assert status == 1 and "no verdict on any of the 16 answers" in said and "KeyError: 'tests'" in said
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000002"]
+    questions.write_text(prompts.read_text())
+    status, said = train(max_steps=2, **verifiers("column"), **changes, resume_from_checkpoint="auto")
+    assert status == 0 and (tmp_path / "run" / "final").is_dir()
+    assert len(records(tmp_path / "run")) == 2, "no update is made again"
+
+
+def test_one_answer_that_fails_in_an_evaluation_ends_no_run(train, verifiers, tiny, tmp_path):
+    row = json.loads(tiny.data.read_text().splitlines()[0])
+    prompts, questions = tmp_path / "prompts.jsonl", tmp_path / "questions.jsonl"
+    prompts.write_text(json.dumps({**row, "tests": "x"}) + "\n")
+    questions.write_text(json.dumps(row) + "\n")
+    changes = {"dataset_name": str(prompts), "eval_dataset_name": str(questions), "num_generations_eval": 1}
+    status, said = train(max_steps=1, **verifiers("column"), **changes)
+    assert status == 0, said[-800:]
 
 
 def test_a_verifier_that_only_fails_ends_an_evaluation(settings, verifiers, tiny, tmp_path, capsys):
