@@ -233,6 +233,8 @@ DEFECTS += [
     Defect("plan: the gradient beside all that was kept", "sgopd/plan.py", "    if micro >= rollouts:", "    if False:", "plan"),
     Defect("plan: the teacher's probes cost nothing", "sgopd/plan.py", "    if teachers and config.teacher_probes:", "    if False:", "plan"),
     Defect("plan: attention keeps no masks", "sgopd/plan.py", 'if not attention.startswith(("flash", "flex")):', "if False:", "plan"),
+    Defect("transformers' Trainer: evaluation finds no outputs", "sgopd/integrations/hf_trainer.py", "return (loss, {}) if", "return (loss, None) if", "integrations_hf_trainer"),
+    Defect("transformers' Trainer: arguments by position not looked at", "sgopd/integrations/hf_trainer.py", "if self.args.remove_unused_columns:", 'if "args" in kwargs and kwargs["args"].remove_unused_columns:', "integrations_hf_trainer"),
     Defect("hub: a push that fails ends the run", "sgopd/hub.py", "        except Exception as error:\n            self.say(", "        except KeyError as error:\n            self.say(", "hub"),
     Defect("hub: a lost checkpoint is not said", "sgopd/hub.py", "if self.pushing is not None and (error :=", "if False and (error :=", "hub"),
     Defect("hub: paths of this machine in the card", "sgopd/hub.py", "return name if named else None", "return name", "hub"),
