@@ -295,6 +295,7 @@ DEFECTS += [
     Defect("verifier: an error while reading ends the run", VERIFIER, "except Exception as error:  # whatever a model", "except MemoryError as error:  # whatever a model", "hostile::test_an_error_while_reading_an_answer_is_a_verdict"),
     Defect("health: nothing is said in time", TRAINER, "                    self.check_health()\n", "                    pass\n", "watch"),
     Defect("health: weights of 0 pass", "sgopd/report/checks.py", "if mean < LEAST_WEIGHT:", "if mean < 0:", "report"),
+    Defect("health: only the last update of a batch is looked at", TRAINER, "if self.state.step % config.logging_steps < config.num_iterations:", "if due(self.state.step, config.logging_steps):", "watch::test_a_logged_update_inside_a_batch_is_looked_at_when_the_batch_is_done"),
     Defect("health: weights of 0 beside a reward that teaches", "sgopd/report/checks.py", "    if taught > 0:", "    if False:", "report"),
     Defect("health: prompt weights taken for the gate's", "sgopd/report/checks.py", "if course.settings.get(one) is not None]:", "if False]:", "report"),
     Defect("health: settings of a run that trains not known", "sgopd/report/course.py", "            self.settings = record\n", "            pass\n", "report"),
