@@ -232,6 +232,7 @@ DEFECTS += [
     Defect("update: a gradient that is not finite applied", TRAINER, '(("loss", measured["loss"]), ("gradient", norm))', '(("loss", measured["loss"]),)', "numbers"),
     Defect("plan: the gradient beside all that was kept", "sgopd/plan.py", "    if micro >= rollouts:", "    if False:", "plan"),
     Defect("plan: the teacher's probes cost nothing", "sgopd/plan.py", "    if teachers and config.teacher_probes:", "    if False:", "plan"),
+    Defect("plan: an adapter's folder taken for a model", "sgopd/plan.py", "    base, rank = lora.base_of(config.model_name_or_path, config)", "    base, rank = config.model_name_or_path, config.lora_r", "plan"),
     Defect("plan: attention keeps no masks", "sgopd/plan.py", 'if not attention.startswith(("flash", "flex")):', "if False:", "plan"),
     Defect("transformers' Trainer: evaluation finds no outputs", "sgopd/integrations/hf_trainer.py", "return (loss, {}) if", "return (loss, None) if", "integrations_hf_trainer"),
     Defect("transformers' Trainer: arguments by position not looked at", "sgopd/integrations/hf_trainer.py", "if self.args.remove_unused_columns:", 'if "args" in kwargs and kwargs["args"].remove_unused_columns:', "integrations_hf_trainer"),
