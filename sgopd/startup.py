@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Sequence
 from datetime import date
 
@@ -26,7 +27,7 @@ from sgopd_kernels import Gate
 
 
 def unread(config: Config, gate: Gate) -> list[str]:
-    """A line for each setting that was given and that is not read beside the others."""
+    """A line for each setting that was given and that is not read beside the others, or does little there."""
     this = f"gate {config.gate}"
     owners = {"gate_margin": "rg-opd", "gate_sharpness": "r2-opd", "gate_bound": "diffgate"}
     beside = {name: this for name, owner in owners.items() if config.gate != owner}
@@ -39,10 +40,26 @@ def unread(config: Config, gate: Gate) -> list[str]:
         if config.divergence not in divergences:
             beside[name] = f"divergence {config.divergence}"
     default = {field.name: field.default for field in dataclasses.fields(Config)}
-    return [
+    lines = [
         f"warning: {name} is {value}, and is not read with {what}"
         for name, what in beside.items()
         if (value := getattr(config, name)) != default[name]
+    ]
+    return lines + seldom_best(config)
+
+
+def seldom_best(config: Config) -> list[str]:
+    """A line where checkpoints are saved that cannot be the best, which `save_total_limit` keeps."""
+    save, evaluate = config.save_steps, config.eval_steps
+    if save is None or evaluate is None or config.save_total_limit is None or not has_eval_data(config):
+        return []
+    both = math.lcm(save, evaluate)
+    if both == save:
+        return []
+    few = f"one in {both // save} of the checkpoints before the last is" if both < config.max_steps else "the last is"
+    return [
+        f"warning: save_steps is {save} and eval_steps {evaluate}: only {few} of an update that is evaluated, and can "
+        "be kept as the best. Make save_steps a multiple of eval_steps"
     ]
 
 
