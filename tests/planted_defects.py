@@ -301,6 +301,7 @@ DEFECTS += [
     Defect("health: weights of 0 pass", "sgopd/report/checks.py", "if mean < LEAST_WEIGHT:", "if mean < 0:", "report"),
     Defect("health: only the last update of a batch is looked at", TRAINER, "if self.state.step % config.logging_steps < config.num_iterations:", "if due(self.state.step, config.logging_steps):", "watch::test_a_logged_update_inside_a_batch_is_looked_at_when_the_batch_is_done"),
     Defect("health: weights of 0 beside a reward that teaches", "sgopd/report/checks.py", "    if taught > 0:", "    if False:", "report"),
+    Defect("health: the KL to a teacher that the reward leads away from", "sgopd/report/checks.py", 'if course.trends["reward/taught"].total > 0:', "if False:", "report"),
     Defect("health: prompt weights taken for the gate's", "sgopd/report/checks.py", "if course.settings.get(one) is not None]:", "if False]:", "report"),
     Defect("health: settings of a run that trains not known", "sgopd/report/course.py", "            self.settings = record\n", "            pass\n", "report"),
     Defect("health: what was said before is said again", "sgopd/report/checks.py", "        self.said |= {", "        self.said &= {", "watch"),
