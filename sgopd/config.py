@@ -340,7 +340,9 @@ class Config:
     report_to: str | list[str] = free("none, or accelerate's trackers: wandb, tensorboard, trackio, …", "none")
     run_name: str | None = free("name of the run at wandb and trackio; the folder's name by default", None)
     save_steps: int | None = free("checkpoint every so many updates; at the end only by default", None)
-    save_total_limit: int | None = free("newest checkpoints kept, besides the best by avg@k; null keeps all", 2)
+    save_total_limit: int | None = free(
+        "newest checkpoints kept, besides the best by avg@k of those of evaluated updates; null keeps all", 2
+    )
     push_to_hub: bool = free(
         "push final/, with a model card, to the Hugging Face Hub at the end, as whom HF_TOKEN or `hf auth login` says",
         False,
@@ -452,6 +454,10 @@ class Config:
         if self.sampler_url is not None:
             self._expect("sampler_url", self.sampler_url.startswith(("http://", "https://")), "http://HOST:PORT")
             why = "with sampler vllm: it gives log-probabilities of what is left after the filter"
+            self._expect("top_k", self.top_k == 0, f"0 {why}")
+            self._expect("top_p", self.top_p == 1, f"1 {why}")
+        if self.importance_clip is not None:
+            why = "with importance_clip: the sampler's log-probabilities are those before the filter"
             self._expect("top_k", self.top_k == 0, f"0 {why}")
             self._expect("top_p", self.top_p == 1, f"1 {why}")
         self._expect("fsdp_teacher", self.fsdp or not self.fsdp_teacher, "false without fsdp")

@@ -8,6 +8,7 @@ import functools
 import math
 import sys
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -24,7 +25,7 @@ from sgopd.rollout import sampling_of
 from sgopd.samplers import Sampler, student_sampler
 from sgopd.samplers.plain import PlainSampler
 from sgopd.scores import scores
-from sgopd.startup import check_golds, check_prompt_ends, start_verifier
+from sgopd.startup import check_golds, check_prompts, start_verifier
 from sgopd.verdicts import VerdictWatch, verifying
 from sgopd.verifier import CORRECT, UNKNOWN, VerifierPool
 
@@ -99,10 +100,18 @@ def evaluate_models(config: Config, benchmarks: dict[str, Config] | None = None)
     if not benchmarks and not has_eval_data(config):
         raise UserError("there is nothing to evaluate on: set eval_dataset_name (and dataset_test_split)")
     processes = Processes(config)
+    told: set[str] = set()
 
     def warn(line: str) -> None:
         if processes.main:  # standard output is for the records
             print(line, file=sys.stderr)
+
+    def tell(lines: Iterable[str]) -> None:
+        """Once, of two models or several benchmarks."""
+        for line in lines:
+            if line not in told:
+                told.add(line)
+                warn(line)
 
     models = [("student", config.model_name_or_path, "model_name_or_path")]
     if config.eval_teacher:
@@ -129,10 +138,9 @@ def evaluate_models(config: Config, benchmarks: dict[str, Config] | None = None)
                 for name, of in sets.items():
                     questions = load_prompts(of, tokenizer, "eval")
                     check_model(model, setting, questions, of)
+                    tell(check_prompts(of, None, questions, tokenizer, {whose: model}))
                     said += processes.on_main(functools.partial(check_golds, pool, None, questions))
-                    said += sampler.check(questions, None)
-                    for line in [*questions.remarks, *check_prompt_ends(questions, tokenizer, eos_ids), *said]:
-                        warn(line)
+                    tell(said + sampler.check(questions, None))
                     said = []
                     sampler.sync(0, functools.partial(weights_of, model), functools.partial(logprobs_of, model))
                     result = evaluate(

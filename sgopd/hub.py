@@ -6,7 +6,9 @@ no setting, since settings are written down. What cannot be pushed is said, and 
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -21,7 +23,7 @@ from sgopd.config import Config, UserError
 from sgopd.files import new_file
 from sgopd.report.run import read_run
 
-OURS = [MANIFEST, OPTIMIZER, RANDOM, STATE, "optimizer/*"]  # of a checkpoint: what from_pretrained does not read
+OURS = [MANIFEST, OPTIMIZER, RANDOM, STATE, "optimizer"]  # of a checkpoint: what from_pretrained does not read
 
 
 class Hub:
@@ -46,15 +48,21 @@ class Hub:
 
     def push_checkpoint(self, folder: Path, step: int) -> None:
         """Begins to upload the model of a checkpoint, unless an earlier one is still on its way."""
-        if self.pushing is None or self.pushing.done():
-            self.settle()
-            self.pushing = self.api.upload_folder(
-                repo_id=self.repository,
-                folder_path=folder,
-                commit_message=f"step {step}",
-                ignore_patterns=OURS,
-                run_as_future=True,
-            )
+        if self.pushing is not None and not self.pushing.done():
+            return
+        self.settle()
+        # The checkpoint may be pruned before it is uploaded: files are read as they are sent.
+        copy = folder.parent.parent / f".push-{step:06d}.tmp"
+        try:
+            shutil.copytree(folder, copy, copy_function=link, ignore=shutil.ignore_patterns(*OURS))
+        except OSError as error:  # shutil.Error is one
+            shutil.rmtree(copy, ignore_errors=True)
+            self.say(f"warning: push_to_hub: the checkpoint of step {step} is not pushed: {first_line(error)}")
+            return
+        self.pushing = self.api.upload_folder(
+            repo_id=self.repository, folder_path=copy, commit_message=f"step {step}", run_as_future=True
+        )
+        self.pushing.add_done_callback(lambda done: shutil.rmtree(copy, ignore_errors=True))
 
     def settle(self) -> None:
         """Waits for the checkpoint on its way."""
@@ -79,6 +87,14 @@ class Hub:
             )
         else:
             self.say(f"pushed to {done.repo_url}")
+
+
+def link(source: str, target: str) -> None:
+    """The same file under another name, without a copy of its bytes where the file system can."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def first_line(error: BaseException) -> str:

@@ -63,6 +63,17 @@ def load_student(source: str, config: Config) -> tuple[PreTrainedModel, list[str
     return model, [*said, f"{describe(model, adapter)}, from {source}"]
 
 
+def base_of(source: str, config: Config) -> tuple[str, int]:
+    """Where the weights below a student's adapters are, and the adapters' rank; read without peft."""
+    if not config.use_peft or not (Path(source) / CONFIG).is_file():
+        return source, config.lora_r
+    try:
+        given = json.loads((Path(source) / CONFIG).read_text())
+        return str(given["base_model_name_or_path"]), int(given["r"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise unreadable_adapter(source, error) from error
+
+
 def new_adapter(model: PreTrainedModel, config: Config) -> LoraConfig:
     from peft import LoraConfig
 
@@ -86,13 +97,15 @@ def read_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
             adapter = LoraConfig(**{**LoraConfig.from_pretrained(str(folder)).to_dict(), "inference_mode": False})
             return adapter, load_file(folder / WEIGHTS)
     except Exception as error:  # peft, safetensors and json have their own
-        raise UserError(
-            f"model_name_or_path: cannot read the adapter in {str(folder)!r}: {type(error).__name__}: {error}"
-        ) from error
+        raise unreadable_adapter(str(folder), error) from error
     raise UserError(
         f"model_name_or_path: the adapter in {str(folder)!r} has {', '.join(others)}, expected a plain LoRA on linear "
         "layers. Merge it into its model (peft's merge_and_unload), and train new adapters on that"
     )
+
+
+def unreadable_adapter(source: str, error: Exception) -> UserError:
+    return UserError(f"model_name_or_path: cannot read the adapter in {source!r}: {type(error).__name__}: {error}")
 
 
 def insert(model: PreTrainedModel, adapter: LoraConfig, source: str, seed: int) -> None:

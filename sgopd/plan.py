@@ -18,8 +18,9 @@ import torch
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from sgopd import lora
 from sgopd.config import Config, UserError
-from sgopd.models import head_of, hidden_states
+from sgopd.models import adapter, head_of, hidden_states
 from sgopd.report.run import read_metrics
 from sgopd_kernels import backends
 
@@ -74,6 +75,8 @@ class Sizes:
 
 def sizes_of(path: str, dtype: torch.dtype, config: Config, setting: str) -> Sizes:
     """Raises UserError where there is no config of a causal language model."""
+    if (Path(path) / lora.CONFIG).is_file():
+        raise UserError(adapter(path, setting))  # as training does
     try:
         shape = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
         with torch.device("meta"):
@@ -143,9 +146,10 @@ class Stage:
 
 def plan(config: Config, device: Device, processes: int, prompt: int) -> list[Stage]:
     """The stages of one step, for prompts of `prompt` tokens and completions of max_completion_length."""
-    student = sizes_of(config.model_name_or_path, dtype_of(config.dtype), config, "model_name_or_path")
+    base, rank = lora.base_of(config.model_name_or_path, config)
+    student = sizes_of(base, dtype_of(config.dtype), config, "model_name_or_path")
     width_S = dtype_of(config.dtype).itemsize
-    trained = lora_parameters(student, config) if config.use_peft else student.parameters
+    trained = lora_parameters(student, rank) if config.use_peft else student.parameters
     width_O = 4 if config.use_peft else width_S  # adapters are float32
     shards = processes if config.fsdp else 1
     rollouts, micro = config.rollouts_per_batch, config.per_device_train_batch_size
@@ -285,11 +289,11 @@ def dtype_of(name: str) -> torch.dtype:
     return getattr(torch, name)
 
 
-def lora_parameters(student: Sizes, config: Config) -> int:
+def lora_parameters(student: Sizes, rank: int) -> int:
     """Of adapters on all linear layers inside the model; on fewer layers there are fewer."""
     head = student.model.get_output_embeddings()
     linear = (m for m in student.model.modules() if isinstance(m, torch.nn.Linear) and m is not head)
-    return sum(config.lora_r * (module.in_features + module.out_features) for module in linear)
+    return sum(rank * (module.in_features + module.out_features) for module in linear)
 
 
 def warnings_of(stages: list[Stage], device: Device, config: Config, processes: int) -> list[str]:

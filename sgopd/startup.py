@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Sequence
 from datetime import date
 
@@ -26,7 +27,7 @@ from sgopd_kernels import Gate
 
 
 def unread(config: Config, gate: Gate) -> list[str]:
-    """A line for each setting that was given and that is not read beside the others."""
+    """A line for each setting that was given and that is not read beside the others, or does little there."""
     this = f"gate {config.gate}"
     owners = {"gate_margin": "rg-opd", "gate_sharpness": "r2-opd", "gate_bound": "diffgate"}
     beside = {name: this for name, owner in owners.items() if config.gate != owner}
@@ -39,10 +40,26 @@ def unread(config: Config, gate: Gate) -> list[str]:
         if config.divergence not in divergences:
             beside[name] = f"divergence {config.divergence}"
     default = {field.name: field.default for field in dataclasses.fields(Config)}
-    return [
+    lines = [
         f"warning: {name} is {value}, and is not read with {what}"
         for name, what in beside.items()
         if (value := getattr(config, name)) != default[name]
+    ]
+    return lines + seldom_best(config)
+
+
+def seldom_best(config: Config) -> list[str]:
+    """A line where checkpoints are saved that cannot be the best, which `save_total_limit` keeps."""
+    save, evaluate = config.save_steps, config.eval_steps
+    if save is None or evaluate is None or config.save_total_limit is None or not has_eval_data(config):
+        return []
+    both = math.lcm(save, evaluate)
+    if both == save:
+        return []
+    few = f"one in {both // save} of the checkpoints before the last is" if both < config.max_steps else "the last is"
+    return [
+        f"warning: save_steps is {save} and eval_steps {evaluate}: only {few} of an update that is evaluated, and can "
+        "be kept as the best. Make save_steps a multiple of eval_steps"
     ]
 
 
@@ -159,38 +176,48 @@ def check_pair(
 
 def check_prompts(
     config: Config,
-    prompts: Prompts,
+    prompts: Prompts | None,
     questions: Prompts | None,
     tokenizer: PreTrainedTokenizerBase,
     models: dict[str, PreTrainedModel],
 ) -> list[str]:
     """What became of the prompts, and whether there is room for the completions.
 
+    Args:
+        prompts: None where nothing is trained, only evaluated.
+        questions: None where nothing is evaluated; one of both is there.
+        models: the first one's sequences end the rollouts.
+
     Raises:
-        UserError: there is none, in a model that cannot go beyond its positions.
+        UserError: there is no room, in a model that cannot go beyond its positions.
     """
-    findings = [f"data: {len(prompts)} prompts"]
-    findings[0] += f", {len(questions)} evaluation questions" if questions else ", no evaluation questions"
-    for data in (prompts, questions):
-        if data is not None:
-            findings += data.remarks + check_prompt_ends(data, tokenizer, eos_ids_of(models["student"], tokenizer))
-    findings += unused_settings(config, prompts, questions, tokenizer)
-    if "strftime_now" in str(tokenizer.chat_template) and f"{date.today().year}" in tokenizer.decode(prompts.ids[0]):
+    findings: list[str] = []
+    if prompts is not None:
+        evaluated = f"{len(questions)} evaluation questions" if questions else "no evaluation questions"
+        findings.append(f"data: {len(prompts)} prompts, {evaluated}")
+    sets = [data for data in (prompts, questions) if data is not None]
+    eos_ids = eos_ids_of(next(iter(models.values())), tokenizer)
+    for data in sets:
+        findings += data.remarks + check_prompt_ends(data, tokenizer, eos_ids)
+    findings += unused_settings(config, sets, tokenizer)
+    if "strftime_now" in str(tokenizer.chat_template) and f"{date.today().year}" in tokenizer.decode(sets[0].ids[0]):
         findings.append(
             "warning: the chat template writes today's date, so tomorrow the same run has other prompts. If it takes "
             "the date as a variable, set it in chat_template_kwargs, such as {date_string: 26 Jul 2024}"
         )
-    plain = isinstance(prompts.examples[0]["prompt"], str)
+    plain = isinstance(sets[0].examples[0]["prompt"], str)
     if plain and tokenizer.chat_template is not None and not config.apply_chat_template:
         findings.append("prompts are plain text: the chat template is not used (apply_chat_template: true would)")
-    most, limit = max(map(len, prompts.ids)) + config.max_completion_length, config.max_tokens_per_device_batch
-    if limit is not None and limit < most:
-        raise UserError(
-            f"max_tokens_per_device_batch: got {limit}, expected {most} or more: a rollout can have so many "
-            f"tokens with its prompt ({most - config.max_completion_length} at most), and is not divided. Or lower "
-            "max_prompt_length or max_completion_length"
-        )
-    lengths = [len(ids) for ids in [*prompts.ids, *(questions.ids if questions else [])]]
+    limit = config.max_tokens_per_device_batch
+    if prompts is not None and limit is not None:
+        most = max(map(len, prompts.ids)) + config.max_completion_length
+        if limit < most:
+            raise UserError(
+                f"max_tokens_per_device_batch: got {limit}, expected {most} or more: a rollout can have so many "
+                f"tokens with its prompt ({most - config.max_completion_length} at most), and is not divided. Or lower "
+                "max_prompt_length or max_completion_length"
+            )
+    lengths = [len(ids) for data in sets for ids in data.ids]
     longest = max(lengths) + config.max_completion_length
     for whose, model in models.items():
         room = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
@@ -212,9 +239,7 @@ def check_prompts(
     return findings
 
 
-def unused_settings(
-    config: Config, prompts: Prompts, questions: Prompts | None, tokenizer: PreTrainedTokenizerBase
-) -> list[str]:
+def unused_settings(config: Config, sets: Sequence[Prompts], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Settings of the data that change nothing."""
     names = [name for name in (config.dataset_name, config.eval_dataset_name) if name is not None]
     unused = []
@@ -222,7 +247,7 @@ def unused_settings(
         unused.append("dataset_kwargs changes nothing: a file takes none")
     if config.dataset_config is not None and all(is_file(name) or name.startswith("task:") for name in names):
         unused.append("dataset_config changes nothing: it is for a `datasets` name")
-    examples = [*prompts.examples, *(questions.examples if questions else [])]
+    examples = [example for data in sets for example in data.examples]
     if not config.apply_chat_template and all(isinstance(example["prompt"], str) for example in examples):
         for setting in ("system_prompt", "chat_template_kwargs"):
             if getattr(config, setting):

@@ -281,7 +281,7 @@ class Trainer:
                     record |= self.update(rollouts, fresh=iteration == 0)
                     self.log(record, rollouts)
                     record = {}
-                if due(self.state.step, config.logging_steps):
+                if self.state.step % config.logging_steps < config.num_iterations:  # one of these updates was logged
                     self.check_health()
                 if (skipped := self.state.skipped) >= config.max_skipped_steps:
                     raise UserError(

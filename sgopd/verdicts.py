@@ -67,5 +67,5 @@ class VerdictWatch:
         if given == self.given and seen and all(reason == "unknown" for reason, _ in seen):
             self.say(
                 f"warning: the verifier returned None for all {len(seen)} answers of its first batch: they train as "
-                "plain distillation, and count as not correct in an evaluation"
+                "plain distillation with most gates (docs/gates.md), and count as not correct in an evaluation"
             )

@@ -87,6 +87,7 @@ class View:
     def __init__(self, run_dir: Path, settings: Record) -> None:
         self.run_dir, self.settings = run_dir, settings
         self.course = Course()
+        self.course.settings = settings
         self.curves = {name: Spark() for name, _, _ in CURVES}
         self.recent: deque[Record] = deque(maxlen=RECENT)
         self.state = ""

@@ -72,7 +72,7 @@ def r2_opd(told: Told, config: Config) -> Tensor:
     d = told.logratio
     size = d.abs()
     finite = size.isfinite()
-    if told.verdict == 0 or told.truncated or not finite.any():
+    if told.verdict == 0 or told.truncated or config.gate_sharpness == 0 or not finite.any():  # 0 times infinity is NaN
         return torch.ones_like(d)
     typical = size[finite].quantile(0.5).clamp(min=1e-8)
     gate = torch.sigmoid(config.gate_sharpness * told.verdict * d / typical)

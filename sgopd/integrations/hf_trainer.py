@@ -9,8 +9,9 @@
 
 A batch has input_ids [B, T], attention_mask [B, T], labels [B, T] (-100 but on completion tokens; unshifted, as
 transformers has them) and verdict [B] (1, -1, 0). Use remove_unused_columns=False, or the verdict is dropped. The data
-are as old as their sampling: on-policy distillation samples anew (`sgopd train`, or the TRL adapter). One process:
-a model in a data-parallel wrapper is refused.
+are as old as their sampling: on-policy distillation samples anew (`sgopd train`, or the TRL adapter). Evaluation gives
+`eval_loss` alone: there are no logits, so `compute_metrics` gets no predictions. One process: a model in a
+data-parallel wrapper is refused.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class SGOPDMixin:
     """
 
     accelerator: Any
+    args: Any
     model: Any
 
     def __init__(
@@ -49,7 +51,7 @@ class SGOPDMixin:
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        if kwargs.get("args") is not None and kwargs["args"].remove_unused_columns:
+        if self.args.remove_unused_columns:
             raise ValueError("remove_unused_columns=True drops the verdict column: pass remove_unused_columns=False")
         self.teacher = teacher.eval().requires_grad_(False)
         nn.Module.to(self.teacher, self.accelerator.device)
@@ -95,4 +97,5 @@ class SGOPDMixin:
             **head_arguments(student_head, teacher_head),
             **self.loss_arguments,
         )
-        return (loss, None) if return_outputs else loss
+        # Trainer's evaluation looks for logits in what comes second; the loss never makes them.
+        return (loss, {}) if return_outputs else loss

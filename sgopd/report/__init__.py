@@ -58,7 +58,8 @@ def write_comparison(run_dirs: Sequence[str | Path], target: str | Path) -> Path
 
     Raises:
         FileNotFoundError: one of `run_dirs` has no metrics.jsonl of a run.
-        UserError: too many configurations, the page cannot be written, or another one has its name.
+        UserError: too many configurations, a seed that is there twice, the page cannot be written, or another one has
+            its name.
     """
     target, runs = Path(target), [read_run(Path(run_dir)) for run_dir in run_dirs]
     groups = compare.grouped(runs)
@@ -68,6 +69,7 @@ def write_comparison(run_dirs: Sequence[str | Path], target: str | Path) -> Path
         names=[run.name for run in runs],
         groups=groups,
         rows=compare.rows(groups),
+        cautions=compare.cautions(groups),
         differing=list(groups[0].settings),
         sections=compare.drawings(groups),
         average_name=average_name(last),

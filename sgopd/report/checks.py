@@ -25,6 +25,9 @@ ENGINE_GAP = 0.05  # nats, mean per token; two engines in bfloat16 differ by abo
 KL_GROWTH = 1.2  # × the first tenth's mean
 REPETITION_SHARE = 0.3
 LEAST_WEIGHT = 0.05  # mean of the gate
+WITHOUT_VERDICT = (
+    "They train as plain distillation with most gates, and not at all with verified-only, failure-only and diffgate."
+)
 
 
 @dataclass(frozen=True)
@@ -200,6 +203,8 @@ def divergence(course: Course) -> Check:
         return _short(name, course, "kl")
     first, last = kl.first, kl.last
     finding = f"KL to the teacher went from {show(first)} to {show(last, 'nats')} per token."
+    if course.trends["reward/taught"].total > 0:  # the reward may lead where the teacher does not
+        return fine(name, f"{finding} Beside a task reward it may rise: avg@k says what that was worth.")
     if last > KL_GROWTH * first:
         return warning(
             name,
@@ -234,7 +239,7 @@ def verdict_balance(course: Course) -> Check:
         return warning(
             name,
             "No rollout got a verdict.",
-            "This was plain distillation. Look at what the verifier returns for a few completions.",
+            f"{WITHOUT_VERDICT} Look at what the verifier returns for a few completions.",
         )
     share = verdict_share(course, "correct")
     finding = f"{show(share, '%')} of the student's rollouts were correct."
@@ -261,7 +266,7 @@ def unknown_verdicts(course: Course) -> Check:
         return warning(
             name,
             finding + cause,
-            "They train as plain distillation, without the gate. Raise verifier_timeout for timeouts, "
+            f"{WITHOUT_VERDICT} Raise verifier_timeout for timeouts, "
             "verifier_memory_mb for crashes; reference answers that cannot be read were listed when the data was "
             "loaded.",
         )
@@ -274,6 +279,13 @@ def weights(course: Course) -> Check:
         return not_measured(name, "gate/mean was not recorded.")
     mean = course.trends["gate/mean"].last
     finding = f"A token weighs {show(mean)} at the end, in the mean."
+    taught = course.trends["reward/taught"].last
+    if taught > 0:
+        return fine(name, f"{finding} The task reward teaches {show(taught, '%')} of the rollouts beside that.")
+    if beside := [one for one in ("prompt_weight", "position_half_life") if course.settings.get(one) is not None]:
+        return not_measured(
+            name, f"{finding} How much of that is the gate is not known: {' and '.join(beside)} weighs."
+        )
     if mean < LEAST_WEIGHT:
         return warning(
             name,

@@ -16,6 +16,8 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from sgopd.config import Config, UserError
+from sgopd.report.checks import completed
+from sgopd.report.course import Course
 from sgopd.report.figures import (
     COLORS,
     SECTIONS,
@@ -72,13 +74,14 @@ class Row:
     values: tuple[str, str]
     differences: tuple[tuple[str, str], tuple[str, str]]  # difference with its interval; how sure that is
     length: str
+    incomplete: bool  # a run of it did not write its end
 
 
 def grouped(runs: Sequence[Run]) -> list[Group]:
     """Configurations in the order of their first runs.
 
     Raises:
-        UserError: there are more than can be told apart.
+        UserError: there are more than can be told apart, or a seed is there twice.
     """
     found: dict[str, list[Run]] = {}
     for run in runs:
@@ -86,6 +89,8 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
         found.setdefault(json.dumps(settings, sort_keys=True, default=str), []).append(run)
     if len(found) > len(STYLES):
         raise UserError(f"report: got runs of {len(found)} configurations, expected at most {len(STYLES)}. Name fewer")
+    for members in found.values():
+        check_seeds(members)
     differing = differences(list(found.values()))
     groups = []
     for members, (color, dashed) in zip(found.values(), STYLES):
@@ -95,6 +100,19 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
             name = members[0].name if len(members) == 1 else f"{members[0].name} and {len(members) - 1} more"
         groups.append(Group(members, Series("", name, color, dashed), settings))
     return groups
+
+
+def check_seeds(runs: Sequence[Run]) -> None:
+    """Refuses runs of one configuration with the same seed: as two seeds they would make chance look small."""
+    first: dict[Any, Run] = {}
+    for run in runs:
+        seed = run.config.get("seed")
+        if seed is not None and seed in first:
+            raise UserError(
+                f"report: got two runs of one configuration with seed {seed}, {first[seed].folder} and {run.folder}, "
+                "expected each seed once, since runs of one configuration are averaged over seeds. Name one of them"
+            )
+        first[seed] = run
 
 
 def differences(groups: Sequence[Sequence[Run]]) -> list[str]:
@@ -121,8 +139,20 @@ def rows(groups: Sequence[Group]) -> list[Row]:
                 (value(group, "avg"), value(group, "pass")),
                 (compared[0], compared[1]),
                 show(mean(lengths)),
+                not all(run.finished for run in group.runs),
             )
         )
+    return found
+
+
+def cautions(groups: Sequence[Group]) -> list[str]:
+    """Figures that are not those of a run's end, or not of the same update."""
+    runs = [run for group in groups for run in group.runs]
+    found = [f"{run.folder}: {completed(Course.of(run)).finding}" for run in runs if not run.finished]
+    steps = {run.folder: run.after["step"] if run.after is not None else None for run in runs}
+    if len(set(steps.values())) > 1:
+        of = ", ".join(f"{folder} {'none' if step is None else f'update {step}'}" for folder, step in steps.items())
+        found.append(f"The last evaluations are not of the same update: {of}.")
     return found
 
 

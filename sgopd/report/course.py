@@ -52,6 +52,7 @@ class Course:
         before, after, teacher: evaluations that gave an accuracy: of the student before the first update, of the
             student after the latest, of the teacher.
         finished: the run wrote its "end" record.
+        settings: the run's, as far as they are known.
     """
 
     def __init__(self) -> None:
@@ -61,12 +62,14 @@ class Course:
         self.after: Record | None = None
         self.teacher: Record | None = None
         self.finished = False
+        self.settings: Record = {}
 
     @classmethod
     def of(cls, run: Run) -> Course:
         course = cls()
         for record in [*run.train, *run.evals]:
             course.see(record)
+        course.settings = {**run.start, **run.config}  # a resumed run may have others than it began with
         course.finished = run.finished
         return course
 
@@ -84,6 +87,8 @@ class Course:
                 self.before = self.before or record
             else:
                 self.after = record
+        elif kind == "config":
+            self.settings = record
         elif kind == "end":
             self.finished = True
 

@@ -34,6 +34,7 @@ class Run:
     finished: bool  # the run wrote its "end" record
     unreadable: list[str] = field(default_factory=list)  # what could not be read, in sentences
     completions: list[Record] = field(default_factory=list)  # of the first and of the last step kept
+    folder: str = ""  # as it was named
 
     @property
     def steps(self) -> list[int]:
@@ -129,6 +130,7 @@ def read_run(run_dir: Path) -> Run:
         finished=any(r["kind"] == "end" for r in records),
         unreadable=unreadable,
         completions=_read_completions(run_dir / "completions", unreadable),
+        folder=str(run_dir),
     )
 
 

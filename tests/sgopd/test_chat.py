@@ -249,7 +249,7 @@ def test_a_template_that_writes_the_date_is_said(load, settings, tiny):
 def test_settings_that_change_nothing_are_said(load, settings, tiny):
     def unused(*prompts, **changes):
         config = Config.load(None, settings(**changes))
-        return unused_settings(config, load(*prompts, **changes)[0], None, tiny.make_tokenizer())
+        return unused_settings(config, [load(*prompts, **changes)[0]], tiny.make_tokenizer())
 
     (warning,) = unused("1", system_prompt="0")
     assert warning.startswith("warning: system_prompt changes nothing: the prompts are plain text")

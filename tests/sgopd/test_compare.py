@@ -29,7 +29,7 @@ def made_up(root) -> ModuleType:
 def run(made_up, tmp_path):
     """A run's folder: `gain` right answers of 4 more on each of 8 questions than the seed's first ones."""
 
-    def make(name: str, gate: str, seed: int, gain: int, questions: str = "x", **more):
+    def make(name: str, gate: str, seed: int, gain: int, questions: str = "x", ended: bool = True, **more):
         counts = [min(4, (seed + place) % 3 + gain) for place in range(8)]
         end = {
             **scores(counts, 4, 2),
@@ -40,6 +40,7 @@ def run(made_up, tmp_path):
         records = [
             *({"kind": "train", "step": step, "kl": 1 / step + seed / 100} for step in range(1, 6)),
             {"kind": "eval", "model": "student", "step": 5, **end, **more},
+            *[{"kind": "end", "step": 5}] * ended,
         ]
         return made_up.write_run(tmp_path / name, records, config=f"gate: {gate}\nseed: {seed}\noutput_dir: {name}\n")
 
@@ -83,6 +84,25 @@ def test_other_questions_are_not_paired(run, change):
     assert row.differences[0][1].startswith("not paired") and "[" not in row.differences[0][0]
 
 
+def test_a_run_that_did_not_end_is_marked_and_other_updates_are_said(run, tmp_path):
+    target = tmp_path / "page.html"
+    whole, cut = run("a", "opd", 0, 0), run("b", "opdvr", 0, 1, ended=False, step=3)
+    assert main(["report", str(whole), str(run("c", "opdvr", 1, 1)), "--output", str(target)]) == 0
+    assert "incomplete" not in text_of(target.read_text()) and "same update" not in target.read_text()
+    assert main(["report", str(whole), str(cut), "--output", str(target)]) == 0
+    text = text_of(target.read_text())
+    assert f"{cut}: The record stops after update 5, without the end of the run." in text
+    assert f"The last evaluations are not of the same update: {whole} update 5, {cut} update 3." in text
+    assert text.count("incomplete") == 1 and "1 (seed 0) incomplete" in text
+
+
+def test_a_seed_that_is_there_twice_is_refused(run, tmp_path, capsys):
+    folders = [str(run(name, "opd", 0, gain)) for name, gain in (("a", 0), ("b", 1))]
+    assert main(["report", *folders, "--output", str(tmp_path / "page.html")]) == 1
+    said = f"two runs of one configuration with seed 0, {folders[0]} and {folders[1]}, expected each seed once"
+    assert said in capsys.readouterr().err
+
+
 def test_a_hostile_name_or_setting_is_text(made_up, tmp_path):
     evil = "<script>alert(1)</script>"
     records = made_up.healthy_run(3)
@@ -105,7 +125,7 @@ def test_what_cannot_be_compared_is_said(run, tmp_path, capsys, monkeypatch):
         assert main(["report", *words]) == 1
         assert said in capsys.readouterr().err
     (tmp_path / "comparison.html").write_text("<title>mine</title>")
-    assert main(["report", str(folder), str(folder)]) == 1
+    assert main(["report", str(folder), str(run("b", "opd", 1, 0))]) == 1
     assert "is no comparison of runs, and would be overwritten" in capsys.readouterr().err
     many = [run(f"r{number}", f"g{number}", 0, 0) for number in range(13)]
     assert main(["report", *map(str, many), "--output", "many.html"]) == 1

@@ -51,6 +51,8 @@ def test_numbers_that_yaml_reads_as_text(tmp_path):
         ({"zzz": 1}, "unknown setting 'zzz'"),
         ({"lr": 1}, "did you mean 'learning_rate'"),
         ({"max_new_tokens": 1}, "did you mean 'max_completion_length'"),
+        ({"importance_clip": 2, "top_k": 9}, "top_k: got 9, expected 0 with importance_clip: the sampler's"),
+        ({"importance_clip": 2, "top_p": 0.9}, "top_p: got 0.9, expected 1 with importance_clip"),
         ({"max_steps": "many"}, "max_steps: got 'many' (str), expected a whole number"),
         ({"max_steps": 1.5}, "expected a whole number"),
         ({"max_steps": True}, "expected a whole number"),

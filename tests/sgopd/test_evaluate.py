@@ -98,4 +98,17 @@ def test_what_is_wrong_with_the_questions_is_said(settings, tiny, tmp_path, caps
     said = [line for line in capsys.readouterr().err.splitlines() if "prompts" in line or "answers" in line]
     assert said[0] == "warning: dropped 1 empty prompts, 2 are left"
     assert said[1].startswith("1 of 2 evaluation prompts have a list as answer")
-    assert said[2].startswith("warning: the verifier cannot use 1 of 2 evaluation answers")
+    assert said[2].startswith("prompts are plain text: the chat template is not used")
+    assert said[3].startswith("warning: the verifier cannot use 1 of 2 evaluation answers")
+
+
+def test_what_training_refuses_or_says_of_its_prompts_is_said_of_questions(settings, tiny, tmp_path, capsys):
+    config = Config.load(None, settings(eval_dataset_name=str(tiny.data), eval_teacher=True, system_prompt="1"))
+    evaluate_models(config)
+    said = [line for line in capsys.readouterr().err.splitlines() if "system_prompt" in line]
+    assert said == ["warning: system_prompt changes nothing: the prompts are plain text (apply_chat_template)"]
+
+    data = tmp_path / "q.jsonl"
+    data.write_text("".join(json.dumps({"prompt": "1" * n + "=", "answer": "1"}) + "\n" for n in (3, 300)))
+    with pytest.raises(UserError, match=r"1 of 2 prompts leave no room .* 301 tokens, the student was made for 256"):
+        evaluate_models(Config.load(None, settings(eval_dataset_name=str(data))))

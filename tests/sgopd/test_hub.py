@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ class Repository(http_stub.Server):
         self.large: dict[str, bytes] = {}
         self.commits: list[tuple[str, set[str]]] = []
         self.broken = False  # after it was opened
+        self.slow: Path | None = None  # while this is there, an upload does not go on
 
 
 class Answers(http_stub.Answers):
@@ -59,6 +61,9 @@ class Answers(http_stub.Answers):
             yaml.safe_load(json.loads(body)["content"].split("---")[1])
             return self.reply(200, {"errors": [], "warnings": []})
         if path == f"/api/models/{repository.name}/preupload/main":
+            latest = time.monotonic() + 60
+            while repository.slow is not None and repository.slow.exists() and time.monotonic() < latest:
+                time.sleep(0.01)
             return self.reply(
                 200,
                 {
@@ -155,6 +160,15 @@ def test_a_push_that_fails_loses_nothing_and_can_be_made_up_for(hub, run):
     hub.broken = False
     _, said = run(resume_from_checkpoint="auto")
     assert "pushed to" in said[-1] and "model.safetensors" in hub.files
+
+
+def test_a_checkpoint_that_is_pruned_while_it_is_uploaded_arrives(hub, run, tmp_path):
+    hub.slow = tmp_path / "run" / "checkpoints" / "step-000001"
+    folder, said = run(hub_strategy="every_save", save_steps=1, save_total_limit=1)
+    assert not hub.slow.exists() and not [line for line in said if "push_to_hub" in line]
+    (message, names), *_ = hub.commits
+    assert message == "step 1" and {"config.json", "model.safetensors"} <= names
+    assert not list(folder.glob(".push*"))
 
 
 def test_what_cannot_be_pushed_to_is_refused_at_the_start(hub, run, monkeypatch):

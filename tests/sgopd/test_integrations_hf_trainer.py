@@ -48,6 +48,7 @@ def make(tiny: SimpleNamespace, folder: Path, student_seed: int = 1, teacher_see
         model=tiny.make_model(student_seed),
         args=TrainingArguments(**(settings | changes)),
         train_dataset=rows(4),
+        eval_dataset=rows(4),
         teacher=tiny.make_model(teacher_seed),
     )
 
@@ -81,9 +82,25 @@ def test_equal_models_lose_nothing(tiny: SimpleNamespace, tmp_path: Path) -> Non
     assert trainer.state.log_history[0]["loss"] == 0 and trainer.state.log_history[0]["grad_norm"] == 0
 
 
+@pytest.mark.parametrize("loss_only", [False, True])
+def test_evaluation_is_the_loss_without_an_update(tiny: SimpleNamespace, tmp_path: Path, loss_only: bool) -> None:
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "prediction_loss_only": loss_only}
+    trainer = make(tiny, tmp_path, per_device_eval_batch_size=4, **settings)
+    before = trainer.evaluate()
+    trainer.train()
+    logged, after = trainer.state.log_history, trainer.evaluate()
+    assert before["eval_loss"] == pytest.approx(logged[0]["loss"], rel=1e-4), "the four rows trained on, before that"
+    assert after["eval_loss"] == pytest.approx(logged[1]["eval_loss"]) and after["eval_loss"] < before["eval_loss"]
+    several = make(tiny, tmp_path, per_device_eval_batch_size=1, **settings).predict(rows(4))
+    assert several.metrics["test_loss"] > 0 and not several.predictions
+
+
 def test_mistakes_are_named(tiny: SimpleNamespace, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="remove_unused_columns"):
         make(tiny, tmp_path, remove_unused_columns=True)
+    args = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    with pytest.raises(ValueError, match="remove_unused_columns"):
+        GatedTrainer(tiny.make_model(1), args, teacher=tiny.make_model(2))
     trainer = make(tiny, tmp_path)
     with pytest.raises(ValueError, match="lacks verdict"):
         trainer.compute_loss(trainer.model, {"input_ids": torch.ones(1, 4).long(), "labels": torch.ones(1, 4).long()})

@@ -100,6 +100,21 @@ def test_large_students_fit_where_they_should_and_what_does_not_is_said(tmp_path
     assert many[1].memory < alone[0].memory / 8 and all(stage.seconds > 0 for stage in many if stage.name != "verify")
 
 
+def test_an_adapters_folder_is_planned_as_its_base_with_adapters_of_its_rank(tiny, tmp_path, config):
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({"base_model_name_or_path": str(tiny.student), "r": 4}))
+    expected = plan.plan(config(use_peft=True, lora_r=4), plan.DEVICES["cpu"], 1, 6)
+    found = plan.plan(config(use_peft=True, model_name_or_path=str(folder)), plan.DEVICES["cpu"], 1, 6)
+    assert found == expected
+    with pytest.raises(UserError, match=r"model_name_or_path: .* is an adapter \(LoRA\), expected a whole model"):
+        plan.plan(config(model_name_or_path=str(folder)), plan.DEVICES["cpu"], 1, 6)
+    file.write_text("{}")
+    with pytest.raises(UserError, match=r"model_name_or_path: cannot read the adapter in "):
+        plan.plan(config(use_peft=True, model_name_or_path=str(folder)), plan.DEVICES["cpu"], 1, 6)
+
+
 def test_the_gradient_takes_the_place_of_what_was_kept_but_among_several_forward_passes(tiny, config):
     changes = {"max_completion_length": 100, "per_device_train_batch_size": 8, "backend": "cpu"}
     *_, one = plan.plan(config(**changes), plan.DEVICES["cpu"], 1, 10)

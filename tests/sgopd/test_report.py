@@ -13,10 +13,11 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
+import yaml
 
 from sgopd.config import UserError
 from sgopd.report import write_report
-from sgopd.report.checks import checks
+from sgopd.report.checks import Health, checks
 from sgopd.report.figures import SECTIONS
 from sgopd.report.run import read_metrics, read_run
 from sgopd_kernels import PLANS
@@ -451,6 +452,39 @@ def test_each_failure_mode_is_found_and_no_other(tmp_path: Path, change: Any, na
     (warning,) = (check for check in checks(read_run(write_run(tmp_path, records))) if check.state == "warning")
     assert warning.name == name
     assert advice in warning.finding + warning.advice
+
+
+@pytest.mark.parametrize(
+    "name, numbers, settings, said",
+    [
+        ("KL to the teacher", {"kl": 1.0, "reward/taught": 0.1}, "", "Beside a task reward"),
+        ("Weights", {"gate/mean": 0.0, "reward/taught": 0.1}, "", "teaches 10.0 % of the rollouts"),
+        ("Weights", {"gate/mean": 0.01}, "prompt_weight: [1, 1]\n", "prompt_weight weighs."),
+        ("Weights", {"gate/mean": 0.01}, "position_half_life: 10\n", "position_half_life weighs."),
+    ],
+)
+def test_what_the_reward_and_other_weights_do_is_no_fault(
+    tmp_path: Path, name: str, numbers: Record, settings: str, said: str
+) -> None:
+    records = healthy_run()
+    for record in records:
+        if record["kind"] == "train" and record["step"] > 100:
+            record |= numbers
+    (check,) = (
+        one for one in checks(read_run(write_run(tmp_path, records, config=CONFIG + settings))) if one.name == name
+    )
+    assert check.state != "warning" and said in check.finding.replace("\u00a0", " ")
+    health = Health()  # of the run while it trains
+    health.see({"kind": "config", "step": 0, **(yaml.safe_load(settings) or {})})
+    for record in records[1:]:
+        health.see(record)
+    assert not health.news()
+
+
+def test_weights_of_0_are_warned_of_where_the_reward_says_nothing_either(tmp_path: Path) -> None:
+    records = [record | {"gate/mean": 0.0, "reward/taught": 0.0} for record in healthy_run()]
+    (warning,) = (check for check in checks(read_run(write_run(tmp_path, records))) if check.state == "warning")
+    assert warning.name == "Weights"
 
 
 def test_a_student_that_got_worse_is_warned_of(tmp_path: Path) -> None:

@@ -67,6 +67,15 @@ def test_a_run_warns_once_in_time_and_stops_if_it_is_told_to(settings, tiny, tmp
     assert "Without one correct rollout" in (run / "report.html").read_text(encoding="utf-8")
 
 
+def test_a_logged_update_inside_a_batch_is_looked_at_when_the_batch_is_done(trainer, monkeypatch):
+    seen = []
+    monkeypatch.setattr("sgopd.trainer.write_report", lambda run_dir: None)
+    one = trainer(num_iterations=3, logging_steps=5, max_steps=12)
+    monkeypatch.setattr(one, "check_health", lambda: seen.append(one.state.step))
+    one.train()
+    assert seen == [6, 12], "for updates 5 and 10"
+
+
 # --- the view ---
 
 

@@ -152,6 +152,8 @@ def test_what_is_infinite_in_a_rollout_weighs_a_finite_number(settings):
     nothing = told([-1.0, -1.0], [-1.0, -1.0], 1)  # equal models: nu and the sum are 0
     assert r2(nothing, config).tolist() == [1.0, 1.0]
     assert r2(told([-1.0], [-INF], 1), config).tolist() == [1.0]
+    plain = Config.load(None, settings(gate_sharpness=0.0))
+    assert r2(told(*masked, 1), plain).tolist() == [1.0] * 5, "0 is plain distillation"
     assert r2(told([-1.0, -2.0], [-1.5, -1.0], -1), config)[0] > 1 > r2(told([-1.0, -2.0], [-1.5, -1.0], 1), config)[0]
 
 
@@ -431,6 +433,20 @@ def test_what_is_not_read_is_said(settings):
     assert line == "warning: jsd_beta is 0.3, and is not read with divergence alpha"
     [line] = said(**trust, teacher_reliability_threshold=0.5)
     assert "teacher_reliability_power is 2.0, and is not read with a threshold" in line
+
+
+def test_checkpoints_that_cannot_be_the_best_are_said(settings, tiny):
+    def said(**changes):
+        config = Config.load(None, settings(eval_dataset_name=str(tiny.data), max_steps=600, **changes))
+        return unread(config, gate_of(config)[0])
+
+    [line] = said(save_steps=60, eval_steps=50)
+    assert "only one in 5 of the checkpoints before the last is of an update that is evaluated" in line
+    [line] = said(save_steps=7, eval_steps=100)
+    assert "only the last is of an update that is evaluated" in line
+    assert said(save_steps=100, eval_steps=50) == said(save_steps=60) == said(eval_steps=50) == []
+    assert said(save_steps=60, eval_steps=50, save_total_limit=None) == []
+    assert said(save_steps=60, eval_steps=50, dataset_test_split=None) == []
 
 
 def kl(p, q):
