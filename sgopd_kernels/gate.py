@@ -182,5 +182,5 @@ def draw_agreement(logratio: Tensor, verdict: Tensor, tolerance: float, uniform:
     """
     signed = logratio * verdict
     tested = signed.abs() > tolerance
-    rate = (signed > tolerance).sum() / tested.sum().clamp(min=1)
+    rate = (signed > tolerance).sum().float() / tested.sum().clamp(min=1)
     return torch.where(tested, (uniform < rate).to(torch.int8), torch.full_like(tested, -1, dtype=torch.int8))

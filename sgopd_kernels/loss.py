@@ -428,7 +428,7 @@ def per_rollout(
         )
     if gate is not None and gate.control == "shuffled" and value.ndim and value.shape[0] > 1:
         if generator is None:
-            order = torch.randperm(value.shape[0])
+            order = torch.randperm(value.shape[0], device="cpu")
         else:
             order = torch.randperm(value.shape[0], generator=generator, device=generator.device)
         value = value[order.to(device)]
@@ -437,5 +437,5 @@ def per_rollout(
 
 def uniform(count: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
     if generator is None:
-        return torch.rand(count, device=device)
-    return torch.rand(count, generator=generator, device=generator.device).to(device)
+        return torch.rand(count, dtype=torch.float32, device=device)
+    return torch.rand(count, generator=generator, dtype=torch.float32, device=generator.device).to(device)

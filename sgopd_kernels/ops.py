@@ -143,7 +143,7 @@ def _(
         else student_hidden.new_empty(0)
         for wanted, leaf in zip(needs_grad, leaves)
     ]
-    return loss, stats, gradients[0], gradients[1], gradients[2], torch.empty(3, dtype=torch.float64)
+    return loss, stats, gradients[0], gradients[1], gradients[2], torch.empty(3, dtype=torch.float64, device="cpu")
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

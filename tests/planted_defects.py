@@ -95,7 +95,7 @@ DEFECTS = [
     Defect("quantized: the estimate takes another mass than was refined", "sgopd_kernels/plans/quantized.py", "return mass * torch.maximum", "return 1e-4 * torch.maximum"),
     Defect("quantized: feedback with the wrong sign", "csrc/cpu/feedback.h", "x - taken", "x + taken"),
     Defect("quantized: feedback without a limit", "csrc/cpu/int16.h", "constexpr float kMostFeedback = 1.f;", "constexpr float kMostFeedback = 1e9f;"),
-    Defect("quantized: feedback left out", "sgopd_kernels/backends/cpu.py", "along=0 if feedback is None else feedback[0].data_ptr()", "along=0 if feedback is None else torch.zeros_like(feedback[0]).data_ptr()"),
+    Defect("quantized: feedback left out", "sgopd_kernels/backends/cpu.py", "along=0 if feedback is None else _address(feedback[0])", "along=0 if feedback is None else _address(torch.zeros_like(feedback[0]))"),
     Defect("quantized: a NaN lost at a new maximum", "csrc/cpu/pair_kernels.cpp", "sum *= std::exp(static_cast<double>(highest) - top);", "sum = sum > 0 ? sum * std::exp(static_cast<double>(highest) - top) : 0.0;"),
     Defect("tiles: low limbs left out", "csrc/cpu/tiles.h", "const bool both = (kLowA || kLowB) &&", "const bool both = false &&"),
     Defect("tiles: what lies beyond an edge multiplied too", "csrc/cpu/tiles.h", "Machine::line(x + i * stride, i < rows ? columns : 0)", "Machine::line(x + i * stride, i < rows ? 32 : 0)"),

@@ -28,6 +28,12 @@ def _matrix(tensor: Tensor) -> tuple[int, int, bool]:
     return tensor.data_ptr(), tensor.stride(0), tensor.dtype == torch.bfloat16
 
 
+def _address(tensor: Tensor, dtype: torch.dtype = torch.float32) -> int:
+    """Of what the extension reads or writes as `dtype`, rows of unit stride."""
+    assert tensor.dtype == dtype and tensor.stride(-1) == 1
+    return tensor.data_ptr()
+
+
 class TopPairs(Protocol):
     """(token, column) pairs of a chunk with their gradient: `_cpu.Pairs`."""
 
@@ -140,18 +146,17 @@ class CpuBackend(NativeBackend):
             weight=_matrix(weight),
             v=weight.shape[0],
             h=weight.shape[1],
-            out=out.data_ptr(),
+            out=_address(out),
             out_stride=out.stride(0),
             **self.runs_on(),
         )
 
     def _tiled(self, gradient: Tensor, fine: Tensor | None) -> dict[str, Any]:
-        assert gradient.dtype == torch.float32 and gradient.stride(1) == 1
         blocks = {"fine": 0, "fine_stride": 0}
         if fine is not None:
-            blocks = {"fine": fine.data_ptr(), "fine_stride": fine.stride(0)}
+            blocks = {"fine": _address(fine, torch.uint8), "fine_stride": fine.stride(0)}
         n, v = gradient.shape
-        return {"gradient": gradient.data_ptr(), "stride": gradient.stride(0), "n": n, "v": v, **blocks}
+        return {"gradient": _address(gradient), "stride": gradient.stride(0), "n": n, "v": v, **blocks}
 
     def add_hidden_gradient_tiles(self, gradient: Tensor, fine: Tensor | None, weight: Tensor, out: Tensor) -> None:
         """out [n, H] fp32 += gradient @ weight.
@@ -164,7 +169,7 @@ class CpuBackend(NativeBackend):
             **self._tiled(gradient, fine),
             weight=_matrix(weight),
             h=weight.shape[1],
-            out=out.data_ptr(),
+            out=_address(out),
             out_stride=out.stride(0),
             **self.runs_on(),
         )
@@ -184,7 +189,7 @@ class CpuBackend(NativeBackend):
         """
         assert self.module is not None
         hidden = _unit_stride(hidden)
-        beside = {} if rest is None else {"rest": rest.data_ptr(), "rest_stride": rest.stride(0)}
+        beside = {} if rest is None else {"rest": _address(rest, torch.int8), "rest_stride": rest.stride(0)}
         self.module.add_weight_gradient_tiles(
             **self._tiled(gradient, fine),
             hidden=_matrix(hidden),
@@ -222,11 +227,11 @@ class CpuBackend(NativeBackend):
             weight=_matrix(weight),
             v=weight.shape[0],
             h=weight.shape[1],
-            out=out.data_ptr(),
+            out=_address(out),
             out_stride=out.stride(0),
             segment=segment,
-            along=0 if feedback is None else feedback[0].data_ptr(),
-            absorb=0 if feedback is None else feedback[1].data_ptr(),
+            along=0 if feedback is None else _address(feedback[0]),
+            absorb=0 if feedback is None else _address(feedback[1]),
             **self.runs_on(),
         )
 
@@ -234,13 +239,13 @@ class CpuBackend(NativeBackend):
         """fp32 logits where either model has probability `mass`; returns a report [n, 6] (csrc/cpu/refine.cpp)."""
         assert self.module is not None and problem.teacher is not None
         n, v = z_s.shape
-        report = torch.zeros(n, 6, dtype=torch.float64)
+        report = torch.zeros(n, 6, dtype=torch.float64, device="cpu")
         ids = problem.token_ids[rows].contiguous()
         sides = {
-            "student": z_s.data_ptr(),
+            "student": _address(z_s),
             "student_stride": z_s.stride(0),
             "student_scale": problem.student.logit_scale / problem.options.temperature,
-            "teacher": z_t.data_ptr(),
+            "teacher": _address(z_t),
             "teacher_stride": z_t.stride(0),
             "teacher_scale": problem.teacher.logit_scale / problem.options.temperature,
             "report": report.data_ptr(),
@@ -266,26 +271,26 @@ class CpuBackend(NativeBackend):
         assert self.module is not None
         n, v = g.shape
         pairs: TopPairs = self.module.extract_top(
-            gradient=g.data_ptr(), stride=g.stride(0), n=n, v=v, budget=budget, most=most, **self.runs_on()
+            gradient=_address(g), stride=g.stride(0), n=n, v=v, budget=budget, most=most, **self.runs_on()
         )
         return pairs
 
     def restore(self, pairs: TopPairs, g: Tensor) -> None:
-        pairs.restore(g.data_ptr(), g.stride(0))
+        pairs.restore(_address(g), g.stride(0))
 
     def add_pairs_hidden(self, pairs: TopPairs, weight: Tensor, out: Tensor) -> None:
         weight = _unit_stride(weight)
         pairs.add_hidden_gradient(
-            weight=_matrix(weight), h=weight.shape[1], out=out.data_ptr(), out_stride=out.stride(0), **self.runs_on()
+            weight=_matrix(weight), h=weight.shape[1], out=_address(out), out_stride=out.stride(0), **self.runs_on()
         )
 
     def add_pairs_weight(self, pairs: TopPairs, hidden: Tensor, out: Tensor) -> None:
         pairs.add_weight_gradient(
-            hidden=_matrix(hidden), h=hidden.shape[1], out=out.data_ptr(), out_stride=out.stride(0), **self.runs_on()
+            hidden=_matrix(hidden), h=hidden.shape[1], out=_address(out), out_stride=out.stride(0), **self.runs_on()
         )
 
     def add_pairs_bias(self, pairs: TopPairs, out: Tensor) -> None:
-        pairs.add_bias_gradient(out.data_ptr())
+        pairs.add_bias_gradient(_address(out))
 
     def instruction_sets(self) -> list[str]:
         """Of the build and this processor, best first; the first one is used."""
