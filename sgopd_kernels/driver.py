@@ -112,7 +112,7 @@ class Call:
         ladder = self.ladder(needs_grad)
         size = self.chunk_rows(ladder[0])
         out = Gradients(
-            torch.zeros_like(hidden, dtype=gradient_dtype(hidden)) if needs_grad.hidden else None,
+            hidden.new_zeros(hidden.shape, dtype=gradient_dtype(hidden)) if needs_grad.hidden else None,
             None,
             torch.zeros(v_all, dtype=torch.float32, device=device) if needs_grad.bias else None,
         )
