@@ -80,7 +80,7 @@ def run(
         weights = problem.cell_weights(rows)
         if valid is not None:
             problem = replace(problem, token_ids=problem.token_ids.where(valid, 0))
-            weights *= valid
+            weights = weights.masked_fill(~valid, 0.0)  # 0 * NaN of an ignored token is no weight
         call = Call(problem, backend, rows, valid, weights, row_scale, shard)
         if problem.uniform is None:
             return call.compute(None, needs_grad)
