@@ -61,6 +61,9 @@ def feedback(directions: Directions) -> Coefficients:
     """
     basis = directions.basis.double()
     r, h = basis.shape
+    if not directions.inside.isfinite().all():  # a NaN in the head, which shows in the logits
+        nothing = directions.basis.new_zeros(h, calibration.FITTED.residual.rank)
+        return nothing, nothing
     power, axes = torch.linalg.eigh(directions.inside.double())
     others = max(directions.outside**2 / max(h - r, 1), 1e-12 * float(power.sum()), 1e-300)
     inverse = axes @ torch.diag(1 / (power / others - 1).clamp(1e-6, 1e6)) @ axes.T
