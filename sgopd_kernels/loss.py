@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -23,6 +24,7 @@ from .problem import Problem, encode
 from .values import check_sampled, check_values
 
 Teacher = Head | SampledTeacher | TopKTeacher
+BEYOND = math.nextafter(torch.finfo(torch.float32).max, math.inf)  # what fp32 does not reach
 # Tensors whose values the reference looks at on the host.
 _VALUES = (
     "token_ids",
@@ -413,7 +415,8 @@ def per_rollout(
     if not isinstance(value, Tensor):
         if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
             raise TypeError(f"{name} must be a tensor or a number, got {type(value).__name__}")
-        value = torch.full((1,) * len(shape), number(name, value, "a tensor or a finite number"), device=device)
+        given = number(name, value, "a tensor or a number that float32 holds", -BEYOND, BEYOND)
+        value = torch.full((1,) * len(shape), given, dtype=torch.float32, device=device)
     if value.dtype == torch.bool:
         remedy = "2 * correct.int() - 1" if name == "verdict" else f"{name}.float()"
         raise TypeError(f"{name} must be numeric, got bool: pass {remedy}")

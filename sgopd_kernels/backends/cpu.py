@@ -19,7 +19,11 @@ LINE = 16  # floats in a cache line
 
 
 def _unit_stride(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(1) == 1 else tensor.contiguous()
+    """As the extension takes a matrix: rows side by side, none over another. What is not so is copied."""
+    if tensor.stride(1) == 1 and tensor.stride(0) >= tensor.shape[1]:
+        return tensor
+    # `contiguous` takes any stride of a dimension of one element.
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _matrix(tensor: Tensor) -> tuple[int, int, bool]:
@@ -220,7 +224,7 @@ class CpuBackend(NativeBackend):
         if self.module is None or not self.kernels().int16:
             self.project(hidden, weight, out)
             return
-        hidden, weight = hidden.contiguous(), _unit_stride(weight)
+        hidden, weight = _unit_stride(hidden), _unit_stride(weight)
         self.module.project_int16(
             hidden=_matrix(hidden),
             n=hidden.shape[0],
@@ -252,8 +256,8 @@ class CpuBackend(NativeBackend):
             **self.runs_on(),
         }
         pairs = self.module.select_mass(**sides, n=n, v=v, token_ids=ids.data_ptr(), threshold=mass)
-        hidden = problem.student.hidden[rows].float().contiguous()
-        teacher_hidden = problem.teacher.hidden[rows].float().contiguous()
+        hidden = _unit_stride(problem.student.hidden[rows].float())
+        teacher_hidden = _unit_stride(problem.teacher.hidden[rows].float())
         weights = [_unit_stride(w) for w in (problem.student.weight, problem.teacher.weight)]
         pairs.refine(
             **sides,
@@ -285,6 +289,7 @@ class CpuBackend(NativeBackend):
         )
 
     def add_pairs_weight(self, pairs: TopPairs, hidden: Tensor, out: Tensor) -> None:
+        hidden = _unit_stride(hidden)
         pairs.add_weight_gradient(
             hidden=_matrix(hidden), h=hidden.shape[1], out=_address(out), out_stride=out.stride(0), **self.runs_on()
         )

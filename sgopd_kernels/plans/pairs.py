@@ -92,7 +92,7 @@ class Pairs(Exact):
         if not self.taken:
             super().gradients(chunk, out)
             return
-        residual, hidden = chunk.z_student, chunk.hidden.float().contiguous()
+        residual, hidden = chunk.z_student, chunk.hidden.float()
         if out.hidden is not None:
             out.hidden[chunk.positions] = self.residual.add_to(self.hidden, residual).to(out.hidden.dtype)
         for pairs in self.taken:
