@@ -51,9 +51,10 @@ def integer(name: str, value: Any, expected: str, low: int = -WHOLE) -> int:
 
 
 def one_of(name: str, value: Any, choices: tuple[str, ...]) -> str:
+    """The choice itself: an equal `value` may be of a subclass of str, as an Enum's member, which prints as another."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {_shown(value)}")
-    return value
+    return choices[choices.index(value)]
 
 
 def tensor(name: str, value: Any, dtypes: tuple[torch.dtype, ...], device: torch.device | None = None) -> Tensor:

@@ -80,7 +80,7 @@ def run(
         weights = problem.cell_weights(rows)
         if valid is not None:
             problem = replace(problem, token_ids=problem.token_ids.where(valid, 0))
-            weights *= valid
+            weights = weights.masked_fill(~valid, 0.0)  # 0 * NaN of an ignored token is no weight
         call = Call(problem, backend, rows, valid, weights, row_scale, shard)
         if problem.uniform is None:
             return call.compute(None, needs_grad)
@@ -112,7 +112,7 @@ class Call:
         ladder = self.ladder(needs_grad)
         size = self.chunk_rows(ladder[0])
         out = Gradients(
-            torch.zeros_like(hidden, dtype=gradient_dtype(hidden)) if needs_grad.hidden else None,
+            hidden.new_zeros(hidden.shape, dtype=gradient_dtype(hidden)) if needs_grad.hidden else None,
             None,
             torch.zeros(v_all, dtype=torch.float32, device=device) if needs_grad.bias else None,
         )

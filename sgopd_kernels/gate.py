@@ -67,10 +67,12 @@ class Gate:
             object.__setattr__(self, name, number(f"Gate.{name}", getattr(self, name)))
         if self.tolerance < 0:
             raise ValueError(f"Gate.tolerance must be >= 0 nats, got {self.tolerance}")
-        one_of("Gate.keep", self.keep, ("all", "correct", "incorrect"))
+        words = {"keep": ("all", "correct", "incorrect"), "reliability": ("conflict", "scale", "cap")}
+        for name, choices in words.items():
+            object.__setattr__(self, name, one_of(f"Gate.{name}", getattr(self, name), choices))
         if self.control is not None:
-            one_of("Gate.control (if not None)", self.control, ("random", "shuffled"))
-        one_of("Gate.reliability", self.reliability, ("conflict", "scale", "cap"))
+            chosen = one_of("Gate.control (if not None)", self.control, ("random", "shuffled"))
+            object.__setattr__(self, "control", chosen)
 
     @property
     def agree_pair(self) -> ByVerdict:
@@ -182,5 +184,5 @@ def draw_agreement(logratio: Tensor, verdict: Tensor, tolerance: float, uniform:
     """
     signed = logratio * verdict
     tested = signed.abs() > tolerance
-    rate = (signed > tolerance).sum() / tested.sum().clamp(min=1)
+    rate = (signed > tolerance).sum().float() / tested.sum().clamp(min=1)
     return torch.where(tested, (uniform < rate).to(torch.int8), torch.full_like(tested, -1, dtype=torch.int8))

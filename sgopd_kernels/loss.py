@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -23,6 +24,7 @@ from .problem import Problem, encode
 from .values import check_sampled, check_values
 
 Teacher = Head | SampledTeacher | TopKTeacher
+BEYOND = math.nextafter(torch.finfo(torch.float32).max, math.inf)  # what fp32 does not reach
 # Tensors whose values the reference looks at on the host.
 _VALUES = (
     "token_ids",
@@ -413,7 +415,8 @@ def per_rollout(
     if not isinstance(value, Tensor):
         if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
             raise TypeError(f"{name} must be a tensor or a number, got {type(value).__name__}")
-        value = torch.full((1,) * len(shape), number(name, value, "a tensor or a finite number"), device=device)
+        given = number(name, value, "a tensor or a number that float32 holds", -BEYOND, BEYOND)
+        value = torch.full((1,) * len(shape), given, dtype=torch.float32, device=device)
     if value.dtype == torch.bool:
         remedy = "2 * correct.int() - 1" if name == "verdict" else f"{name}.float()"
         raise TypeError(f"{name} must be numeric, got bool: pass {remedy}")
@@ -428,7 +431,7 @@ def per_rollout(
         )
     if gate is not None and gate.control == "shuffled" and value.ndim and value.shape[0] > 1:
         if generator is None:
-            order = torch.randperm(value.shape[0])
+            order = torch.randperm(value.shape[0], device="cpu")
         else:
             order = torch.randperm(value.shape[0], generator=generator, device=generator.device)
         value = value[order.to(device)]
@@ -437,5 +440,5 @@ def per_rollout(
 
 def uniform(count: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
     if generator is None:
-        return torch.rand(count, device=device)
-    return torch.rand(count, generator=generator, device=generator.device).to(device)
+        return torch.rand(count, dtype=torch.float32, device=device)
+    return torch.rand(count, generator=generator, dtype=torch.float32, device=generator.device).to(device)

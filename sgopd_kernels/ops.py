@@ -138,12 +138,12 @@ def _(
     loss = student_hidden.new_empty((n,) if problem.options.reduction == "none" else (), dtype=torch.float32)
     stats = student_hidden.new_empty((n, len(STATS)), dtype=torch.float64)
     gradients = [
-        torch.empty_like(leaf, dtype=driver.gradient_dtype(leaf))
+        leaf.new_empty(leaf.shape, dtype=driver.gradient_dtype(leaf))  # contiguous, whatever the leaf is
         if wanted and makes and leaf is not None
         else student_hidden.new_empty(0)
         for wanted, leaf in zip(needs_grad, leaves)
     ]
-    return loss, stats, gradients[0], gradients[1], gradients[2], torch.empty(3, dtype=torch.float64)
+    return loss, stats, gradients[0], gradients[1], gradients[2], torch.empty(3, dtype=torch.float64, device="cpu")
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

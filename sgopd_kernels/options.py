@@ -92,7 +92,7 @@ def _one_of(*names: str) -> dict[str, Any]:
 
 def _precision(name: str, value: Any) -> str | float:
     if isinstance(value, str) and value in PRECISIONS:
-        return value
+        return one_of(name, value, tuple(PRECISIONS))
     expected = "'auto', 'exact', 'bf16' or a relative error above 0 and below 1, such as 1e-3"
     return number(name, value, expected, 0.0, 1.0)
 
@@ -104,9 +104,9 @@ def _bytes(name: str, value: Any) -> int | None:
 def _divergence(name: str, value: Any) -> str | tuple[str, float]:
     """A name, or (name, parameter) where that is no end of the family."""
     if isinstance(value, str) and value in DIVERGENCES and DIVERGENCES[value] is None:
-        return value
+        return one_of(name, value, tuple(DIVERGENCES))
     if isinstance(value, (tuple, list)) and len(value) == 2 and isinstance(value[0], str) and value[0] in DIVERGENCES:
-        kind, family = value[0], DIVERGENCES[value[0]]
+        kind, family = one_of(name, value[0], tuple(DIVERGENCES)), DIVERGENCES[value[0]]
         if family is None:
             raise ValueError(f"{name}: {kind!r} takes no parameter, got {value!r}: pass {kind!r}")
         symbol, ends = family

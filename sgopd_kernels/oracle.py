@@ -81,17 +81,20 @@ def _bucketed(log_p: Tensor, ids: Tensor, log_q: Tensor, y: Tensor) -> tuple[Ten
     """(reverse KL over the top k and a bucket for the rest, log q(y)); beyond the top k, q_y = p_y q_tail / p_tail."""
     top = log_p.gather(-1, ids)
     log_q_tail = _tail(log_q)
-    none = log_q_tail == -torch.inf  # no tail: nothing of it is read, and -inf - -inf has no gradient
     rest = log_p.scatter(-1, ids, -torch.inf)
-    log_p_tail = torch.logsumexp(rest.masked_fill(none.unsqueeze(-1), 0.0), -1)
+    # No tail, of the teacher or of the student: nothing of it is read, and -inf - -inf has no gradient.
+    none, alone = log_q_tail == -torch.inf, (rest == -torch.inf).all(-1)
+    log_p_tail = torch.logsumexp(rest.masked_fill((none | alone).unsqueeze(-1), 0.0), -1)
     total = torch.logaddexp(torch.logsumexp(log_q, -1), log_q_tail)  # 0, but where rounding took the sum above 1
     log_q, log_q_tail = log_q - total.unsqueeze(-1), log_q_tail - total
     tail = _xlogx_sum(log_p_tail.exp().unsqueeze(-1), (log_p_tail - log_q_tail.masked_fill(none, 0.0)).unsqueeze(-1))
-    tail = torch.where(none, 0.0, tail)
+    tail = torch.where(none | alone, 0.0, tail)
     kl = _xlogx_sum(top.exp(), top - log_q) + tail
     inside = ids == y
     q_inside = torch.where(inside, log_q, 0.0).sum(-1)
     q_outside = log_p.detach().gather(-1, y).squeeze(-1) + log_q_tail - log_p_tail.detach()
+    beyond = max(1, log_p.shape[-1] - ids.shape[-1])  # columns, which share it equally where the student has none there
+    q_outside = torch.where(alone, log_q_tail - math.log(beyond), q_outside)
     q_outside = q_outside.masked_fill(none, -torch.inf)
     return kl, torch.where(inside.any(-1), q_inside, q_outside)
 

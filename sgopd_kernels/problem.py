@@ -90,8 +90,10 @@ class Problem:
 
     @property
     def loss_factor(self) -> Tensor | None:
-        """[N]: multiplies each token's loss, beside the gate's weight."""
-        return None if self.reference is None else self.token_weight
+        """[N]: multiplies each token's loss, beside the gate's weight; 0 where a token is ignored."""
+        if self.reference is None or self.token_weight is None:
+            return None
+        return self.token_weight.where(self.token_ids != self.options.ignore_index, 0.0)
 
 
 # --- across the op, which takes tensors, numbers and text, but no dataclass ---

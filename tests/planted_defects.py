@@ -48,6 +48,8 @@ TRITON = "sgopd_kernels/backends/triton_kernels.py"
 CUDA_ROWS = "csrc/cuda/rows.cuh"
 NARROW = "sgopd_kernels/plans/narrow.py"
 TENSOR_CORES = "sgopd_kernels/backends/tensor_cores.py"
+LOSS = "sgopd_kernels/loss.py"
+DIRECTIONS = "sgopd_kernels/plans/directions.py"
 ROWS_OF_DATA = "sgopd/rows.py"
 CHAT = "sgopd/chat.py"
 # fmt: off
@@ -96,7 +98,7 @@ DEFECTS = [
     Defect("quantized: the estimate takes another mass than was refined", "sgopd_kernels/plans/quantized.py", "return mass * torch.maximum", "return 1e-4 * torch.maximum"),
     Defect("quantized: feedback with the wrong sign", "csrc/cpu/feedback.h", "x - taken", "x + taken"),
     Defect("quantized: feedback without a limit", "csrc/cpu/int16.h", "constexpr float kMostFeedback = 1.f;", "constexpr float kMostFeedback = 1e9f;"),
-    Defect("quantized: feedback left out", "sgopd_kernels/backends/cpu.py", "along=0 if feedback is None else feedback[0].data_ptr()", "along=0 if feedback is None else torch.zeros_like(feedback[0]).data_ptr()"),
+    Defect("quantized: feedback left out", "sgopd_kernels/backends/cpu.py", "along=0 if feedback is None else _address(feedback[0])", "along=0 if feedback is None else _address(torch.zeros_like(feedback[0]))"),
     Defect("quantized: a NaN lost at a new maximum", "csrc/cpu/pair_kernels.cpp", "sum *= std::exp(static_cast<double>(highest) - top);", "sum = sum > 0 ? sum * std::exp(static_cast<double>(highest) - top) : 0.0;"),
     Defect("tiles: low limbs left out", "csrc/cpu/tiles.h", "const bool both = (kLowA || kLowB) &&", "const bool both = false &&"),
     Defect("tiles: what lies beyond an edge multiplied too", "csrc/cpu/tiles.h", "Machine::line(x + i * stride, i < rows ? columns : 0)", "Machine::line(x + i * stride, i < rows ? 32 : 0)"),
@@ -108,6 +110,28 @@ DEFECTS = [
     Defect("blocks: what rounding costs not estimated", "sgopd_kernels/plans/blocks.py", "factors * numbers.rounding**2 * left", "0 * numbers.rounding**2 * left"),
     Defect("blocks: the noise of fp32 logits not estimated", "sgopd_kernels/plans/blocks.py", "self.numbers.coherence * noise)", "0.0 * noise)"),
     Defect("blocks: rows that weigh nothing take another's place", "sgopd_kernels/plans/blocks.py", "chunk.positions[self.rows]", "chunk.positions[: self.rows.numel()]"),
+    Defect("blocks: energies of torch's default dtype", "sgopd_kernels/plans/blocks.py", "dtype=torch.float32, device=z.device", "device=z.device"),
+    Defect("blocks: a hidden gradient of torch's default dtype", "sgopd_kernels/plans/blocks.py", "dtype=torch.float32, device=g.device", "device=g.device"),
+    Defect("pairs: a hidden gradient of torch's default dtype", "sgopd_kernels/plans/pairs.py", "dtype=torch.float32, device=g.device", "device=g.device"),
+    Defect("pairs: directions of torch's default dtype", DIRECTIONS, 'dtype=torch.float32, device="cpu"', 'device="cpu"'),
+    Defect("pairs: what lies along directions in torch's default dtype", DIRECTIONS, "dtype=torch.float32, device=weight.device", "device=weight.device"),
+    Defect("pairs: tokens to probe chosen in torch's default dtype", DIRECTIONS, "dtype=torch.float32, device=active.device", "device=active.device"),
+    Defect("quantized: NaN in the head ends the call", DIRECTIONS, "if not directions.inside.isfinite().all():", "if False:"),
+    Defect("a number for all tokens rounded to torch's default dtype", LOSS, "given, dtype=torch.float32, device", "given, device"),
+    Defect("a number for all tokens that fp32 does not hold", LOSS, ", -BEYOND, BEYOND)", ")"),
+    Defect("the random control drawn in torch's default dtype", LOSS, "torch.rand(count, dtype=torch.float32, device", "torch.rand(count, device"),
+    Defect("the random control's rate in torch's default dtype", "sgopd_kernels/gate.py", "(signed > tolerance).sum().float()", "(signed > tolerance).sum()"),
+    Defect("verdicts shuffled on torch's default device", LOSS, 'torch.randperm(value.shape[0], device="cpu")', "torch.randperm(value.shape[0])"),
+    Defect("an Enum's member kept as an option", "sgopd_kernels/_checks.py", "return choices[choices.index(value)]", "return value"),
+    Defect("an Enum's member kept as a divergence", "sgopd_kernels/options.py", 'kind, family = one_of(name, value[0], tuple(DIVERGENCES)),', "kind, family = value[0],"),
+    Defect("top k: a softcap unmasks a column", "sgopd_kernels/plans/exact.py", ".masked_fill_(masked, -torch.inf)", ""),
+    Defect("top k: no mass where the student masks the tail", "sgopd_kernels/plans/exact.py", "z.masked_fill_(alone.unsqueeze(-1), 0.0)", "pass"),
+    Defect("a compiler is told a transposed head's strides", "sgopd_kernels/ops.py", "leaf.new_empty(leaf.shape, dtype=", "torch.empty_like(leaf, dtype="),
+    Defect("an ignored token's factor times 0", "sgopd_kernels/problem.py", "self.token_weight.where(self.token_ids != self.options.ignore_index, 0.0)", "self.token_weight"),
+    Defect("captured: an ignored token's weight times 0", "sgopd_kernels/driver.py", "weights.masked_fill(~valid, 0.0)", "weights * valid"),
+    Defect("fp32 products: the first thread out takes the setting along", TORCH, "while _ieee.before and not _ieee.inside:", "while _ieee.before:"),
+    Defect("tiles: a head whose rows lie over one another", "sgopd_kernels/backends/cpu.py", " and tensor.stride(0) >= tensor.shape[1]", ""),
+    Defect("tiles: the stride of a dimension of one kept", "sgopd_kernels/backends/cpu.py", "tensor.clone(memory_format=torch.contiguous_format)", "tensor.contiguous()"),
     Defect("cuda: a barrier less", CUDA_ROWS, "    __syncthreads();  // the previous use of `shared` is over\n", ""),
     Defect("cuda: the digits of a sum lost to an offset", CUDA_ROWS, "return (x - max_p) - log(sum_p);", "return x - (max_p + log(sum_p));"),
     Defect("cuda: a cluster's sums read before they are there", CUDA_ROWS, "    cluster_sync();\n    for (int i = thread()", "    for (int i = thread()"),
@@ -352,6 +376,7 @@ KERNEL_TESTS = [
         "sparse",
         "fuzz_native",
         "door",
+        "topk",
         "cuda_host",
         "tensor_cores",
     )
@@ -362,7 +387,13 @@ SOONEST = {
     "sgopd_kernels/ops.py": "ops",
     "sgopd_kernels/values.py": "api",
     "sgopd_kernels/driver.py": "ops",
-    "sgopd_kernels/plans/exact.py": "parity",
+    "sgopd_kernels/plans/exact.py": "parity topk",
+    "sgopd_kernels/plans/pairs.py": "parity sparse",
+    DIRECTIONS: "parity sparse",
+    LOSS: "door parity",
+    "sgopd_kernels/problem.py": "door",
+    "sgopd_kernels/options.py": "door",
+    "sgopd_kernels/_checks.py": "door",
     "sgopd_kernels/plans/blocks.py": "blocks",
     "sgopd_kernels/plans/quantized.py": "sparse",
     "sgopd_kernels/backends/cpu.py": "sparse",

@@ -26,7 +26,7 @@ NAMES = ("auto", "reference", *_INSTANCES)
 
 def resolve(name: str, device: Device, dtype: DType) -> str:
     """The backend a call takes. "auto" chooses by device; a name that can't serve the call is an error."""
-    one_of("backend", name, NAMES)
+    name = one_of("backend", name, NAMES)
     if name == "auto":
         if dtype == float64:
             return "reference"

@@ -19,13 +19,23 @@ LINE = 16  # floats in a cache line
 
 
 def _unit_stride(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(1) == 1 else tensor.contiguous()
+    """As the extension takes a matrix: rows side by side, none over another. What is not so is copied."""
+    if tensor.stride(1) == 1 and tensor.stride(0) >= tensor.shape[1]:
+        return tensor
+    # `contiguous` takes any stride of a dimension of one element.
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _matrix(tensor: Tensor) -> tuple[int, int, bool]:
     """(address, row stride, is bf16), as the extension takes a matrix."""
     assert tensor.dtype in _ELEMENTS and tensor.stride(1) == 1
     return tensor.data_ptr(), tensor.stride(0), tensor.dtype == torch.bfloat16
+
+
+def _address(tensor: Tensor, dtype: torch.dtype = torch.float32) -> int:
+    """Of what the extension reads or writes as `dtype`, rows of unit stride."""
+    assert tensor.dtype == dtype and tensor.stride(-1) == 1
+    return tensor.data_ptr()
 
 
 class TopPairs(Protocol):
@@ -140,18 +150,17 @@ class CpuBackend(NativeBackend):
             weight=_matrix(weight),
             v=weight.shape[0],
             h=weight.shape[1],
-            out=out.data_ptr(),
+            out=_address(out),
             out_stride=out.stride(0),
             **self.runs_on(),
         )
 
     def _tiled(self, gradient: Tensor, fine: Tensor | None) -> dict[str, Any]:
-        assert gradient.dtype == torch.float32 and gradient.stride(1) == 1
         blocks = {"fine": 0, "fine_stride": 0}
         if fine is not None:
-            blocks = {"fine": fine.data_ptr(), "fine_stride": fine.stride(0)}
+            blocks = {"fine": _address(fine, torch.uint8), "fine_stride": fine.stride(0)}
         n, v = gradient.shape
-        return {"gradient": gradient.data_ptr(), "stride": gradient.stride(0), "n": n, "v": v, **blocks}
+        return {"gradient": _address(gradient), "stride": gradient.stride(0), "n": n, "v": v, **blocks}
 
     def add_hidden_gradient_tiles(self, gradient: Tensor, fine: Tensor | None, weight: Tensor, out: Tensor) -> None:
         """out [n, H] fp32 += gradient @ weight.
@@ -164,7 +173,7 @@ class CpuBackend(NativeBackend):
             **self._tiled(gradient, fine),
             weight=_matrix(weight),
             h=weight.shape[1],
-            out=out.data_ptr(),
+            out=_address(out),
             out_stride=out.stride(0),
             **self.runs_on(),
         )
@@ -184,7 +193,7 @@ class CpuBackend(NativeBackend):
         """
         assert self.module is not None
         hidden = _unit_stride(hidden)
-        beside = {} if rest is None else {"rest": rest.data_ptr(), "rest_stride": rest.stride(0)}
+        beside = {} if rest is None else {"rest": _address(rest, torch.int8), "rest_stride": rest.stride(0)}
         self.module.add_weight_gradient_tiles(
             **self._tiled(gradient, fine),
             hidden=_matrix(hidden),
@@ -215,18 +224,18 @@ class CpuBackend(NativeBackend):
         if self.module is None or not self.kernels().int16:
             self.project(hidden, weight, out)
             return
-        hidden, weight = hidden.contiguous(), _unit_stride(weight)
+        hidden, weight = _unit_stride(hidden), _unit_stride(weight)
         self.module.project_int16(
             hidden=_matrix(hidden),
             n=hidden.shape[0],
             weight=_matrix(weight),
             v=weight.shape[0],
             h=weight.shape[1],
-            out=out.data_ptr(),
+            out=_address(out),
             out_stride=out.stride(0),
             segment=segment,
-            along=0 if feedback is None else feedback[0].data_ptr(),
-            absorb=0 if feedback is None else feedback[1].data_ptr(),
+            along=0 if feedback is None else _address(feedback[0]),
+            absorb=0 if feedback is None else _address(feedback[1]),
             **self.runs_on(),
         )
 
@@ -234,21 +243,21 @@ class CpuBackend(NativeBackend):
         """fp32 logits where either model has probability `mass`; returns a report [n, 6] (csrc/cpu/refine.cpp)."""
         assert self.module is not None and problem.teacher is not None
         n, v = z_s.shape
-        report = torch.zeros(n, 6, dtype=torch.float64)
+        report = torch.zeros(n, 6, dtype=torch.float64, device="cpu")
         ids = problem.token_ids[rows].contiguous()
         sides = {
-            "student": z_s.data_ptr(),
+            "student": _address(z_s),
             "student_stride": z_s.stride(0),
             "student_scale": problem.student.logit_scale / problem.options.temperature,
-            "teacher": z_t.data_ptr(),
+            "teacher": _address(z_t),
             "teacher_stride": z_t.stride(0),
             "teacher_scale": problem.teacher.logit_scale / problem.options.temperature,
             "report": report.data_ptr(),
             **self.runs_on(),
         }
         pairs = self.module.select_mass(**sides, n=n, v=v, token_ids=ids.data_ptr(), threshold=mass)
-        hidden = problem.student.hidden[rows].float().contiguous()
-        teacher_hidden = problem.teacher.hidden[rows].float().contiguous()
+        hidden = _unit_stride(problem.student.hidden[rows].float())
+        teacher_hidden = _unit_stride(problem.teacher.hidden[rows].float())
         weights = [_unit_stride(w) for w in (problem.student.weight, problem.teacher.weight)]
         pairs.refine(
             **sides,
@@ -266,26 +275,27 @@ class CpuBackend(NativeBackend):
         assert self.module is not None
         n, v = g.shape
         pairs: TopPairs = self.module.extract_top(
-            gradient=g.data_ptr(), stride=g.stride(0), n=n, v=v, budget=budget, most=most, **self.runs_on()
+            gradient=_address(g), stride=g.stride(0), n=n, v=v, budget=budget, most=most, **self.runs_on()
         )
         return pairs
 
     def restore(self, pairs: TopPairs, g: Tensor) -> None:
-        pairs.restore(g.data_ptr(), g.stride(0))
+        pairs.restore(_address(g), g.stride(0))
 
     def add_pairs_hidden(self, pairs: TopPairs, weight: Tensor, out: Tensor) -> None:
         weight = _unit_stride(weight)
         pairs.add_hidden_gradient(
-            weight=_matrix(weight), h=weight.shape[1], out=out.data_ptr(), out_stride=out.stride(0), **self.runs_on()
+            weight=_matrix(weight), h=weight.shape[1], out=_address(out), out_stride=out.stride(0), **self.runs_on()
         )
 
     def add_pairs_weight(self, pairs: TopPairs, hidden: Tensor, out: Tensor) -> None:
+        hidden = _unit_stride(hidden)
         pairs.add_weight_gradient(
-            hidden=_matrix(hidden), h=hidden.shape[1], out=out.data_ptr(), out_stride=out.stride(0), **self.runs_on()
+            hidden=_matrix(hidden), h=hidden.shape[1], out=_address(out), out_stride=out.stride(0), **self.runs_on()
         )
 
     def add_pairs_bias(self, pairs: TopPairs, out: Tensor) -> None:
-        pairs.add_bias_gradient(out.data_ptr())
+        pairs.add_bias_gradient(_address(out))
 
     def instruction_sets(self) -> list[str]:
         """Of the build and this processor, best first; the first one is used."""

@@ -57,6 +57,8 @@ class NativeBackend(TorchBackend):
         (student, student_stride), (teacher, teacher_stride), (reference, reference_stride) = map(
             logits, (chunk.z_student, chunk.z_teacher, chunk.z_reference)
         )
+        energy = chunk.energy
+        assert energy is None or (energy.dtype == torch.float32 and energy.shape[0] == n and energy.is_contiguous())
         self.module.rows(
             rows=n,
             vocabulary=v,
@@ -77,7 +79,7 @@ class NativeBackend(TorchBackend):
             teacher_logprob=take(select(problem.teacher_logprob)),
             behaviour_logprob=take(select(problem.behaviour_logprob)),
             stats=stats.data_ptr(),
-            energy=0 if chunk.energy is None else chunk.energy.data_ptr(),
+            energy=0 if energy is None else energy.data_ptr(),
             sampled=options.estimator == "sampled",
             divergence=list(DIVERGENCES).index(divergence),
             **problem.row_numbers,

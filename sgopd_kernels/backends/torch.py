@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,26 +33,41 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
     return torch.autocast(device.type, enabled=False)
 
 
+class _Ieee:
+    """Who is inside `ieee_matmul`, and what each setting that it changed was before."""
+
+    def __init__(self) -> None:
+        self.lock, self.inside = threading.Lock(), 0
+        self.before: dict[Any, str] = {}
+
+
+_ieee = _Ieee()
+
+
 @contextlib.contextmanager
 def ieee_matmul() -> Iterator[None]:
     """fp32 products mean fp32: neither TF32 nor bf16, whatever the process-wide settings.
 
     By the settings of CUDA and of the CPU: `set_float32_matmul_precision` sets both, and asking it what it is raises
-    where a user has set one of them.
+    where a user has set one of them. Of threads that are inside at once the last one out puts back what was there.
     """
-    changed = []
-    try:
+    with _ieee.lock:
+        _ieee.inside += 1
         for settings in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
             before = settings.fp32_precision
             if before not in ("none", "ieee"):
-                changed.append((settings, before))
+                _ieee.before[settings] = before
                 settings.fp32_precision = "ieee"
+    try:
         yield
     finally:
-        for settings, before in changed:
-            settings.fp32_precision = "none"  # what was inherited from a wider setting is inherited again
-            if settings.fp32_precision != before:
-                settings.fp32_precision = before
+        with _ieee.lock:
+            _ieee.inside -= 1
+            while _ieee.before and not _ieee.inside:
+                settings, before = _ieee.before.popitem()
+                settings.fp32_precision = "none"  # what was inherited from a wider setting is inherited again
+                if settings.fp32_precision != before:
+                    settings.fp32_precision = before
 
 
 def vocabulary_tiles(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:

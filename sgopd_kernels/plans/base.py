@@ -80,7 +80,7 @@ class Report:
     def tensor(self) -> Tensor:
         """[3] float64: plan, share kept, error estimate."""
         share = self.kept / self.entries if self.entries else 1.0
-        return torch.tensor([self.plan, share, self.error], dtype=torch.float64)
+        return torch.tensor([self.plan, share, self.error], dtype=torch.float64, device="cpu")
 
 
 def worst(*errors: float) -> float:

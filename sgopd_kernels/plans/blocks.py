@@ -54,7 +54,8 @@ class Blocks(Exact):
 
     def forward(self, chunk: Chunk) -> float:
         if self.needs_grad:
-            chunk.energy = torch.empty(chunk.z_student.shape[0], -(-self.v // SIDE))
+            z = chunk.z_student
+            chunk.energy = torch.empty(z.shape[0], -(-self.v // SIDE), dtype=torch.float32, device=z.device)
         error = self._forward(chunk)
         if self.split and not error <= self.budget:
             self.split = False
@@ -117,7 +118,8 @@ class Blocks(Exact):
         self.kept = self.gradient_of_rows.numel() if fine is None else int(fine.sum()) * SIDE**2
 
     def _multiply_hidden(self) -> None:
-        self.hidden = torch.zeros(self.rows.numel(), self.head.shape[1])
+        shape, g = (self.rows.numel(), self.head.shape[1]), self.gradient_of_rows
+        self.hidden = torch.zeros(shape, dtype=torch.float32, device=g.device)
         self.backend.add_hidden_gradient_tiles(self.gradient_of_rows, self.fine, self.head, self.hidden)
 
     def _error(self, left: float, total: float) -> float:

@@ -32,9 +32,8 @@ class Directions:
     def of(weight: Tensor) -> Directions:
         v, h = weight.shape
         sample = weight[:: max(1, v // calibration.FITTED.residual.sampled_rows)].float()
-        start = torch.randn(h, min(calibration.FITTED.residual.rank, h), generator=torch.Generator().manual_seed(0)).to(
-            weight.device
-        )
+        seeded, size = torch.Generator().manual_seed(0), (h, min(calibration.FITTED.residual.rank, h))
+        start = torch.randn(size, generator=seeded, dtype=torch.float32, device="cpu").to(weight.device)
         for _ in range(2):
             start = torch.linalg.qr(sample.T @ (sample @ start))[0]
         along = sample @ start
@@ -44,7 +43,7 @@ class Directions:
 
     def along(self, weight: Tensor, project: Product) -> Tensor:
         """U^T = B W^T [r, V] fp32."""
-        out = torch.empty(self.basis.shape[0], weight.shape[0], device=weight.device)
+        out = torch.empty(self.basis.shape[0], weight.shape[0], dtype=torch.float32, device=weight.device)
         project(self.basis, weight, out)
         return out
 
@@ -62,6 +61,9 @@ def feedback(directions: Directions) -> Coefficients:
     """
     basis = directions.basis.double()
     r, h = basis.shape
+    if not directions.inside.isfinite().all():  # a NaN in the head, which shows in the logits
+        nothing = directions.basis.new_zeros(h, calibration.FITTED.residual.rank)
+        return nothing, nothing
     power, axes = torch.linalg.eigh(directions.inside.double())
     others = max(directions.outside**2 / max(h - r, 1), 1e-12 * float(power.sum()), 1e-300)
     inverse = axes @ torch.diag(1 / (power / others - 1).clamp(1e-6, 1e6)) @ axes.T
@@ -122,7 +124,7 @@ class Residual:
 
     def tokens(self, active: Tensor) -> Tensor:
         """[m] a few of the active ones of a chunk's tokens, all over it."""
-        spread = torch.arange(active.numel(), device=active.device) * 0.6180339887 % 1
+        spread = torch.arange(active.numel(), dtype=torch.float32, device=active.device) * 0.6180339887 % 1
         return (active + spread).topk(min(calibration.FITTED.residual.tokens, active.numel())).indices
 
     def error(self, left: float, energy: float, hidden: Tensor, probe: Tensor) -> float:

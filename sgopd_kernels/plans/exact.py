@@ -5,6 +5,8 @@ N V logits.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -119,10 +121,16 @@ def complete_teacher(problem: Problem, rows: Tensor, z_student: Tensor, out: Ten
         z += head.bias[: z.shape[1]].float()
     z *= head.logit_scale
     if head.softcap is not None:
-        z.div_(head.softcap).tanh_().mul_(head.softcap)
+        masked = z == -torch.inf
+        z.div_(head.softcap).tanh_().mul_(head.softcap).masked_fill_(masked, -torch.inf)  # masked stays masked
+        del masked
     z /= temperature
     log_p_tail = torch.logsumexp(z.scatter(-1, ids, -torch.inf), -1).double()  # not 1 - sum: that cancels
     log_q_tail = tail_logprob(log_q)
+    # Where the student masks all of the tail, the teacher's mass lies there none the less: columns share it equally.
+    alone = log_p_tail == -torch.inf
+    z.masked_fill_(alone.unsqueeze(-1), 0.0)
+    log_p_tail = log_p_tail.masked_fill(alone, math.log(max(1, z.shape[1] - ids.shape[1])))
     z += (log_q_tail - log_p_tail).unsqueeze(-1).float()
     z.scatter_(-1, ids, log_q.float())
     z.mul_(temperature)

@@ -62,7 +62,8 @@ class Pairs(Exact):
         first = backend.extract_top(g, numbers.share * budget, most)
         if first.dense:
             return [], _relative(noise, _energy(g) if noise else 0.0)
-        taken, self.hidden = [first], torch.zeros(g.shape[0], self.head.shape[1])
+        taken = [first]
+        self.hidden = torch.zeros(g.shape[0], self.head.shape[1], dtype=torch.float32, device=g.device)
         backend.add_pairs_hidden(first, self.head, self.hidden)
         energy = first.taken + first.left  # ||G||^2
         noise = _relative(noise, energy)
@@ -91,7 +92,7 @@ class Pairs(Exact):
         if not self.taken:
             super().gradients(chunk, out)
             return
-        residual, hidden = chunk.z_student, chunk.hidden.float().contiguous()
+        residual, hidden = chunk.z_student, chunk.hidden.float()
         if out.hidden is not None:
             out.hidden[chunk.positions] = self.residual.add_to(self.hidden, residual).to(out.hidden.dtype)
         for pairs in self.taken:

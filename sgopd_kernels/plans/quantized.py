@@ -61,7 +61,7 @@ class Quantized(Pairs):
         """
         p, at, k = self.problem, chunk.positions, self.residual.stride
         assert p.teacher is not None and chunk.z_teacher is not None
-        tokens = self.residual.tokens(torch.ones(at.numel(), dtype=torch.bool))
+        tokens = self.residual.tokens(torch.ones(at.numel(), dtype=torch.bool, device=at.device))
         y = p.token_ids[at][tokens]
 
         def errors(head: Head, z: Tensor, logsumexp: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,7 +148,7 @@ def probe(problem: Problem, rows: Tensor) -> tuple[float, float]:
     log_p = logits(p.student)
     log_q = logits(p.teacher)
     # Restricted to a sixteenth of the columns a probability is sixteen times as large.
-    mass = (torch.maximum(log_p, log_q) - torch.tensor(stride).log()).exp()
+    mass = (torch.maximum(log_p, log_q) - math.log(stride)).exp()
     kl = float((log_p.exp() * (log_p - log_q)).sum(-1).median())
     return kl, float((mass > numbers.mass).float().mean())
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import enum
 import inspect
 import math
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,9 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from sgopd_kernels import Gate, gated_advantage, gated_kl_loss, gated_logprob_loss, gated_topk_kl_loss
+from sgopd_kernels import Gate, Options, gated_advantage, gated_kl_loss, gated_logprob_loss, gated_topk_kl_loss
+from sgopd_kernels.backends.cpu import CpuBackend
+from sgopd_kernels.backends.torch import TorchBackend
 
 BACKENDS = ["torch", "cpu", "reference"]
 FUSED = ["torch", "cpu"]
@@ -111,6 +115,7 @@ def not_verdict(x: Tensor) -> list[Any]:
         2,
         -0.5,
         10**400,
+        1e39,
         x > 0,
         x.to(torch.complex64),
         x.to_sparse(),
@@ -130,7 +135,18 @@ def wrong(function: Callable[..., Any]) -> dict[str, list[Any]]:
     table: dict[str, list[Any]] = {
         "gate": [None, *NOT_NAMES, 1.8, dict(agree=1.8)],
         "verdict": not_verdict(given["verdict"]),
-        "reliability": [*TEXTS, True, NAN, INF, -0.1, 1.1, torch.full((N,), 2.0), torch.full((N,), NAN), torch.ones(2)],
+        "reliability": [
+            *TEXTS,
+            True,
+            NAN,
+            INF,
+            1e39,
+            -0.1,
+            1.1,
+            torch.full((N,), 2.0),
+            torch.full((N,), NAN),
+            torch.ones(2),
+        ],
         "generator": [*TEXTS, 3, True, NAN, "cpu"],
     }
     if function is gated_advantage:
@@ -139,7 +155,17 @@ def wrong(function: Callable[..., Any]) -> dict[str, list[Any]]:
             "teacher_logprob": [*not_logprob(given["teacher_logprob"]), torch.full((N,), -INF)],
             "clip": NOT_POSITIVE,
         }
-    not_weights = [*TEXTS, True, NAN, INF, torch.full((N,), NAN), torch.full((N,), -INF), torch.ones(2)]
+    not_weights = [
+        *TEXTS,
+        True,
+        NAN,
+        INF,
+        1e39,
+        -(10**39),
+        torch.full((N,), NAN),
+        torch.full((N,), -INF),
+        torch.ones(2),
+    ]
     table["token_weight"] = not_weights
     sides = ["student"] + ["teacher"] * (function is gated_kl_loss)
     for side in sides:
@@ -271,6 +297,100 @@ def test_odd_and_legal(kit: Any, function: Callable[..., Any], backend: str) -> 
     copied = {**given, **{k: v.repeat(N, 1) for k, v in row.items()}}
     doubles = {k: v.double() if v.is_floating_point() else v for k, v in copied.items()}
     assert agree(kit, measured(function, same, backend=backend), measured(function, doubles))
+
+
+class Word(str, enum.Enum):
+    """Of which an f-string writes the member, and not what it is."""
+
+    MEAN, SUM, NONE, FULL, SAMPLED = "mean", "sum", "none", "full", "sampled"
+    EXACT, FORWARD, JSD, CORRECT, RANDOM, SCALE, GATE = (
+        "exact", "forward-kl", "jsd", "correct", "random", "scale", "opdvr"
+    )  # fmt: skip
+    CPU, TORCH, REFERENCE = "cpu", "torch", "reference"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_words_of_an_enum(backend: str) -> None:
+    """Words that are no plain str mean what they equal, and are kept as plain ones."""
+    given, member = operands(gated_kl_loss), Word(backend)
+    given["token_ids"][5] = -100
+    cases: list[dict[str, Any]] = [
+        dict(reduction=Word.MEAN, estimator=Word.FULL, precision=Word.EXACT),
+        dict(reduction=Word.SUM, estimator=Word.SAMPLED, gate=Word.GATE),
+        dict(reduction=Word.NONE, divergence=Word.FORWARD),
+        dict(divergence=(Word.JSD, 0.3)),
+    ]
+    for case in cases:
+        plain = {k: (v[0].value, v[1]) if isinstance(v, tuple) else v.value for k, v in case.items()}
+        got, want = (
+            measured(gated_kl_loss, given, backend=member, **case),
+            measured(gated_kl_loss, given, **plain, backend=backend),
+        )
+        assert all(torch.equal(a, b) for a, b in zip(got, want)), case
+        kept = Options(**case)
+        assert kept == Options(**plain)
+        words = [kept.reduction, kept.estimator, kept.precision, kept.divergence]
+        assert all(type(w[0] if isinstance(w, tuple) else w) is str for w in words), case
+    assert type(gated_kl_loss(**given, backend=member, return_stats=True)[1].backend) is str
+    gate = Gate(keep=Word.CORRECT, control=Word.RANDOM, reliability=Word.SCALE)  # type: ignore[arg-type]
+    assert [type(w) for w in (gate.keep, gate.control, gate.reliability)] == [str] * 3
+    gate = Gate(keep=Word.CORRECT, reliability=Word.SCALE)  # type: ignore[arg-type]
+    got = measured(gated_kl_loss, given, backend=backend, gate=gate, reliability=0.3)
+    want = measured(
+        gated_kl_loss, given, backend=backend, gate=Gate(keep="correct", reliability="scale"), reliability=0.3
+    )
+    assert all(torch.equal(a, b) for a, b in zip(got, want))
+
+
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_an_ignored_position_holds(
+    monkeypatch: pytest.MonkeyPatch, backend: str, reduction: str, captured: bool
+) -> None:
+    """Is of no account; nor in a captured CUDA graph, where such a position takes part by weight 0."""
+    if captured:
+        monkeypatch.setattr(TorchBackend, "capturing", lambda *_: True)
+    given = operands(gated_kl_loss)
+    ignored = given["token_ids"] == -100
+    third = dict(reference_hidden=given["teacher_hidden"].flip(0), reference_weight=given["teacher_weight"].flip(0))
+    given |= dict(
+        token_weight=torch.full((N,), 0.5), reliability=torch.full((N,), 0.3), verdict=given["verdict"].float()
+    )
+    names = ["token_weight", "reliability", "verdict", "student_hidden", "teacher_hidden"]
+    for heads in ({}, third):
+        options = dict(backend=backend, reduction=reduction, **heads)
+        want = measured(gated_kl_loss, given, **options)
+        for name in names:
+            for value in (NAN, INF):
+                where = ignored.reshape(-1, *[1] * (given[name].ndim - 1))
+                got = measured(gated_kl_loss, {**given, name: given[name].masked_fill(where, value)}, **options)
+                assert all(torch.equal(a, b) for a, b in zip(got, want)), (name, value, list(heads))
+
+
+ISAS = ["amx-emulated", *(i for i in CpuBackend().instruction_sets() if not CpuBackend().module.kernels(i).tiles)][:2]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_heads_of_odd_strides(
+    kit: Any, calibrate: Any, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, isa: str
+) -> None:
+    """One row for all, rows over one another, and a stride of a dimension of one: as their contiguous copies."""
+    monkeypatch.setattr(CpuBackend, "isa", isa)
+    calibrate(pairs={"worthwhile": 0.0}, blocks={"worthwhile": 0.0})
+    i = kit.make_inputs(n=40, v=600, hs=24, peak=6.0, near=0.3, seed=2, dtype=dtype)
+    thin = kit.make_inputs(n=40, v=600, hs=1, peak=3.0, seed=3, dtype=dtype)
+    long = torch.cat([i.student_weight.reshape(-1)[:2000], i.student_weight[0]])
+    odd = {
+        "one row": (i, i.student_weight[:1].expand(600, 24)),
+        "overlapping": (i, long.as_strided((600, 24), (3, 1))),
+        "one column": (thin, thin.student_weight.reshape(1, 600).t()),
+    }
+    for name, (inputs, head) in odd.items():
+        for side in ("student_weight", "teacher_weight"):
+            got, want = (kit.call(replace(inputs, **{side: h}), backend="cpu") for h in (head, head.repeat(1, 1)))
+            assert all(torch.equal(a, b) for a, b in zip(got[:3], want[:3])), (name, side)
 
 
 TOPK_ENDS = ["masked", "masked and sampled", "all masked", "no tail", "over 1", "NaN"]

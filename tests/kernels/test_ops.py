@@ -15,19 +15,27 @@ from sgopd_kernels import Gate, _cpu, backends, gated_kl_loss
 from sgopd_kernels.backends.cpu import CpuBackend
 
 
+@pytest.mark.parametrize("strides", ["usual", "transposed", "spread"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_opcheck(kit: Any, reduction: str) -> None:
+def test_opcheck(kit: Any, reduction: str, strides: str) -> None:
+    """Real and fake outputs have the same strides, whatever the operands' are: a compiler relies on it."""
     from sgopd_kernels import Head, Options
     from sgopd_kernels.ops import fused_loss
     from sgopd_kernels.problem import Problem, encode
 
     i = kit.make_inputs(n=7, v=33, hs=8, masked=0.0)
-    student = Head(i.student_hidden.requires_grad_(), i.student_weight.requires_grad_())
+    bias = torch.linspace(-1, 1, 66)[::2]
+    leaves = i.student_hidden, i.student_weight
+    if strides == "transposed":  # as a head that is stored [H, V]
+        leaves = tuple(x.t().contiguous().t() for x in leaves)
+    elif strides == "spread":
+        leaves = tuple(x.repeat_interleave(2, 1)[:, ::2] for x in leaves)
+    student = Head(*(x.detach().requires_grad_() for x in (*leaves, bias)))
     teacher = Head(i.teacher_hidden, i.teacher_weight)
     problem = Problem(Options(reduction=reduction), student, i.token_ids, i.verdict.float(), teacher)
     torch.library.opcheck(
         fused_loss,
-        (student.hidden, student.weight, None, None, *encode(problem), "cpu", "", [True, True, False]),
+        (student.hidden, student.weight, student.bias, None, *encode(problem), "cpu", "", [True, True, True]),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
 

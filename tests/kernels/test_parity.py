@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
+from sgopd_kernels.backends.cpu import CpuBackend
+from sgopd_kernels.backends.torch import ieee_matmul
+from sgopd_kernels.plans.base import PLANS
+
 BACKENDS = ["torch", "cpu"]
+WITHOUT_TILES = [i for i in CpuBackend().instruction_sets() if not CpuBackend().module.kernels(i).tiles]  # type: ignore[union-attr]
 
 # name: make_inputs(...). KL from 1e-6 to 50, flat to one-hot, ragged sizes, padded vocabularies.
 CASES = {
@@ -207,6 +214,68 @@ def test_low_precision_matmul_settings_are_ignored(
     assert seen and seen <= {"ieee", "none"} and precisions() == asked
     ALL.fp32_precision = "none"
     assert setting != "all" or precisions() == ["none"] * 3, "what was inherited is pinned"
+
+
+def test_threads_share_the_setting_of_fp32_products(untouched: None) -> None:
+    """Whoever was first leaves first, and the other is still inside: the last one out puts back what was there."""
+    CPU.fp32_precision = "bf16"
+    holds = ieee_matmul(), ieee_matmul()
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
+        one.submit(holds[0].__enter__).result()
+        other.submit(holds[1].__enter__).result()
+        one.submit(holds[0].__exit__, None, None, None).result()
+        assert CPU.fp32_precision == "ieee"
+        one.submit(kept_by_another).result()
+        assert CPU.fp32_precision == "ieee"
+        other.submit(holds[1].__exit__, None, None, None).result()
+    assert CPU.fp32_precision == "bf16"
+
+
+def kept_by_another() -> None:
+    """A whole call beside the thread that is inside."""
+    with ieee_matmul():
+        assert CPU.fp32_precision == "ieee"
+
+
+DEFAULTS = [torch.bfloat16, torch.float16, torch.float64, "meta"]  # torch's default dtype, or device
+CALLS: list[dict[str, Any]] = [{"gate": "random"}, {"gate": "shuffled", "token_weight": 0.1, "reliability": 0.3}]
+
+
+@contextlib.contextmanager
+def by_default(chosen: torch.dtype | str) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    with torch.device(chosen) if isinstance(chosen, str) else contextlib.nullcontext():
+        torch.set_default_dtype(before if isinstance(chosen, str) else chosen)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize(
+    "backend, isa", [("torch", ""), *(("cpu", isa) for isa in ["", "amx-emulated", *WITHOUT_TILES[:1]])]
+)
+def test_torchs_defaults_move_no_bit(
+    kit: Any, calibrate: Any, monkeypatch: pytest.MonkeyPatch, backend: str, isa: str
+) -> None:
+    """Nor memory: what C++ is given as fp32 is fp32, whatever dtype torch makes its tensors of."""
+    calibrate(pairs={"worthwhile": 0.0}, blocks={"worthwhile": 0.0})
+    monkeypatch.setattr(CpuBackend, "isa", isa)
+    inputs = kit.make_inputs(n=48, v=2500, hs=64, peak=12.0, near=0.3, seed=5)
+
+    def call(options: dict[str, Any]) -> list[Any]:
+        torch.manual_seed(7)
+        loss, d_hidden, d_weight, stats = kit.call(inputs, backend=backend, **options)
+        return [loss, d_hidden, d_weight, stats.kl, stats.gate, stats.report]
+
+    for options in CALLS:
+        want = call(options)
+        plan = PLANS[int(want[-1][0])]
+        assert plan in {"torch": ["exact"], "amx-emulated": ["blocks"]}.get(isa or backend, [*PLANS]), plan
+        for default in DEFAULTS:
+            with by_default(default):
+                got = call(options)
+            assert all(torch.equal(a, b) for a, b in zip(got, want)), (options, default)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sgopd_kernels import Head, Options, backends, gated_kl_loss
 from sgopd_kernels.backends.cpu import CpuBackend
-from sgopd_kernels.plans import calibration
+from sgopd_kernels.plans import calibration, directions
 from sgopd_kernels.plans.directions import Coefficients, Directions, feedback
 from sgopd_kernels.plans.quantized import at_most
 from sgopd_kernels.problem import Problem
@@ -75,6 +75,28 @@ def test_within_the_budget(spread: float, distance: float, dtype: torch.dtype, g
     assert torch.equal(got[3].agree, exact[3].agree)
     assert exact[3].plan == "exact" and exact[3].kept == 1 and exact[3].error_estimate == 0
     assert got[3].error_estimate <= calibration.AUTO
+
+
+@pytest.mark.skipif(not QUANTIZES, reason="this processor has no 16-bit projections")
+@pytest.mark.parametrize("side", [1, 3], ids=["student", "teacher"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_in_a_head_shows_in_the_loss(
+    monkeypatch: pytest.MonkeyPatch, calibrate: Any, value: float, side: int
+) -> None:
+    """In a few rows, which the probe does not see: a head without directions has nothing to feed back."""
+    asked: list[Directions] = []
+
+    def spied(of: Directions) -> Coefficients:
+        asked.append(of)
+        return feedback(of)
+
+    monkeypatch.setattr(directions, "feedback", spied)
+    calibrate(quantized=settings(feedback=True))
+    operands = inputs(4.0, 0.3, torch.float32)
+    operands[side][20] = value
+    assert not torch.isfinite(gradients(operands, backend="cpu")[0]) and asked
+    along, absorb = feedback(Directions.of(operands[side]))
+    assert along.shape == absorb.shape == (65, 16) and not along.any() and not absorb.any()
 
 
 def shared_directions(spread: float, rank: int, distance: float) -> list[Tensor]:

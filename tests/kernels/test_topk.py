@@ -81,6 +81,38 @@ def test_near_equal_models_stay_positive(kit: Any, backend: str) -> None:
     assert float(stats.kl.min()) >= 0 and float(stats.kl.max()) < 1e-3
 
 
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("softcap", [None, 5.0, 30.0])
+@pytest.mark.parametrize("tail", ["a part of the tail", "all of the tail", "sampled from there"])
+def test_a_student_that_masks_columns(
+    kit: Any, tail: str, softcap: float | None, temperature: float, backend: str
+) -> None:
+    """By a bias of -inf: they have no part of the tail. Where none is left the teacher's mass is there nevertheless."""
+    inputs = kit.make_inputs(n=40, v=300, hs=32, seed=5)
+    ids, log_q = teacher(inputs, 8, temperature)
+    mask = torch.zeros(300)
+    if tail == "a part of the tail":
+        mask[100:] = -torch.inf
+        mask[ids.flatten()] = 0
+    else:
+        ids, log_q = (x[:1].expand(40, 8) for x in (ids, log_q))
+        mask[:] = -torch.inf
+        mask[ids[0]] = 0
+    inside = ids[torch.arange(40), torch.arange(40) % 8]
+    outside = (mask == -torch.inf).nonzero()[:40, 0]
+    sampled = torch.where(torch.arange(40) % 2 == 0, inside, outside) if tail == "sampled from there" else inside
+    inputs.token_ids[:] = sampled.where(inputs.token_ids != -100, -100)
+    options = dict(student_softcap=softcap, temperature=temperature)
+    want = call(inputs.to(torch.float64), (ids, log_q), student_bias=mask.double(), backend="reference", **options)
+    got = call(inputs, (ids, log_q.float()), student_bias=mask, backend=backend, **options)
+    assert all(kit.relative(a, b) < 1e-5 for a, b in zip(got[:3], want[:3]))
+    assert kit.relative(got[3].kl, want[3].kl) < 1e-5 and torch.equal(got[3].gate, want[3].gate)
+    assert torch.allclose(got[3].teacher_logprob, want[3].teacher_logprob, rtol=1e-5, atol=1e-5)
+    beyond = (inputs.token_ids[:, None] == outside).any(-1)
+    assert beyond.any() == (tail == "sampled from there") and bool((got[3].logratio[beyond] == torch.inf).all())
+
+
 def test_refusals(kit: Any) -> None:
     inputs = kit.make_inputs(n=6, v=20, hs=8, masked=0.0)
     ids, log_q = teacher(inputs, 3)
