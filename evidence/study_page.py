@@ -51,7 +51,7 @@ import page as pages  # noqa: E402 (tools/page.py)
 TEACHERS = {"wrong": "systematically wrong teacher", "noisy": "noisy teacher", "right": "nearly perfect teacher"}
 NONE = "No runs yet."
 PAGE, TABLES, FIGURE = "evidence.md", "evidence-tables.md", "images/evidence.svg"
-ON_PAGE = ("figure", "gates", "published", "real", "real first")  # all else is on TABLES
+ON_PAGE = ("figure", "gates", "published", "real")  # all else is on TABLES
 
 Line = dict[str, Any]
 Measure = Callable[[Line], float | None]
