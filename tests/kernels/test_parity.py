@@ -14,6 +14,7 @@ import torch
 
 from sgopd_kernels.backends.cpu import CpuBackend
 from sgopd_kernels.backends.torch import ieee_matmul
+from sgopd_kernels.gate import draw_agreement
 from sgopd_kernels.plans.base import PLANS
 
 BACKENDS = ["torch", "cpu"]
@@ -250,6 +251,13 @@ def by_default(chosen: torch.dtype | str) -> Iterator[None]:
             yield
         finally:
             torch.set_default_dtype(before)
+
+
+def test_the_random_controls_rate_is_not_rounded() -> None:
+    """A third, which bf16 has as 0.334."""
+    d, uniform = torch.tensor([1.0, -1.0, -1.0]), torch.full((3,), 0.3336)
+    with by_default(torch.bfloat16):
+        assert draw_agreement(d, torch.ones(3), 0.0, uniform).tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize(
