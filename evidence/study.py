@@ -171,11 +171,12 @@ class Cell(NamedTuple):
 REAL_TEACHERS = ("wrong", "right")
 REAL_UNSEEN = 3  # seeds from here on had not been seen when the protocol said what to look for
 REAL_ARMS = {"real": (*CORE, "random"), REAL_PART: (*CORE, "random", "trust, r²")}
+REAL_CONTROLS = ("trust, r dealt",)  # asked late: a row where all seeds have it
 REAL = [
     Cell(REAL_PART, "arithmetic", teacher, "smollm2", arm, seed)
     for seed in range(8)
     for teacher in REAL_TEACHERS
-    for arm in REAL_ARMS[REAL_PART]
+    for arm in (*REAL_ARMS[REAL_PART], *REAL_CONTROLS)
 ]
 
 # Breadth first: each wave adds arms or seeds to what is there.

@@ -34,6 +34,7 @@ from study import (
     PUBLISHED,
     RATES,
     REAL_ARMS,
+    REAL_CONTROLS,
     REAL_PART,
     REAL_TEACHERS,
     REAL_UNSEEN,
@@ -339,10 +340,15 @@ def real_columns(
             for seed in sorted({seed for seed, _ in runs})
             if all((seed, arm) in runs for arm in arms) and len({models_of(runs[seed, arm]) for arm in arms}) == 1
         ]
+        shown = [*arms, *(arm for arm in REAL_CONTROLS if all((seed, arm) in runs for seed in seeds))]
         for name, measure in (("avg", avg), ("pass", passed)) if seeds else ():
-            found = [[measure(runs[seed, arm]) for arm in arms] for seed in seeds]
+            found = [[measure(runs[seed, arm]) for arm in shown] for seed in seeds]
             level = 100 * sum(row[0] for row in found) / len(found)
-            columns.append(Column(teacher, name, samples, level, dict(zip(arms[1:], crossed(found)))))
+            differences = dict(zip(shown[1:], crossed(found)))
+            if (control := differences.get("trust, r dealt")) is not None:
+                over = differences["trust"].mean - control.mean
+                differences["trust less itself with r dealt"] = control._replace(mean=over)
+            columns.append(Column(teacher, name, samples, level, differences))
     return columns
 
 

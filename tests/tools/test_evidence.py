@@ -115,6 +115,13 @@ def test_the_real_models_table_takes_whole_seeds() -> None:
     text = real_table(real_columns(Results(lines), ("opd", "half"), ("wrong", "right")))
     assert "| `half` | **+10.0 ± 0.0** | **+10.0 ± 0.0** |" in text and text.endswith("| seeds | 2 | 2 |")
     assert real_table(real_columns(Results(lines), ("opd", "half"), ("wrong",), first=1)).endswith("| seeds | 1 | 1 |")
+    lines += [line("wrong", "trust", seed, 0.2 + 0.01 * seed) for seed in (0, 1)] + [
+        line("wrong", "trust, r dealt", 0, 0.1)
+    ]
+    assert "dealt" not in real_table(real_columns(Results(lines), ("opd", "half", "trust"), ("wrong",)))
+    lines.append(line("wrong", "trust, r dealt", 1, 0.11))
+    text = real_table(real_columns(Results(lines), ("opd", "half", "trust"), ("wrong",)))
+    assert "| `trust less itself with r dealt` | **+10.0 ± 0.0** | **+10.0 ± 0.0** |" in text
 
 
 def test_comparisons_are_paired_by_cell() -> None:
