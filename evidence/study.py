@@ -171,7 +171,7 @@ class Cell(NamedTuple):
 REAL_TEACHERS = ("wrong", "right")
 REAL_UNSEEN = 3  # seeds from here on had not been seen when the protocol said what to look for
 REAL_ARMS = {"real": (*CORE, "random"), REAL_PART: (*CORE, "random", "trust, r²")}
-REAL_CONTROLS = ("trust, r dealt",)  # asked late: a row where all seeds have it
+REAL_CONTROLS = {"trust, r dealt": "trust"}  # of which arm; asked late: rows where all seeds have it
 REAL = [
     Cell(REAL_PART, "arithmetic", teacher, "smollm2", arm, seed)
     for seed in range(8)

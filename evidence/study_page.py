@@ -320,7 +320,7 @@ class Column(NamedTuple):
     measure: str  # "avg" or "pass"
     samples: int
     level: float  # of `opd` itself, in percent
-    differences: dict[str, Estimate]  # of each other arm to it
+    differences: dict[str, Estimate]  # of each other arm to it; of an arm to its control
 
 
 def real_columns(
@@ -345,9 +345,11 @@ def real_columns(
             found = [[measure(runs[seed, arm]) for arm in shown] for seed in seeds]
             level = 100 * sum(row[0] for row in found) / len(found)
             differences = dict(zip(shown[1:], crossed(found)))
-            if (control := differences.get("trust, r dealt")) is not None:
-                over = differences["trust"].mean - control.mean
-                differences["trust less itself with r dealt"] = control._replace(mean=over)
+            for control, arm in REAL_CONTROLS.items():
+                if control in differences:
+                    over = differences[arm].mean - differences[control].mean
+                    less = f"{arm} less itself with {control.removeprefix(f'{arm}, ')}"
+                    differences[less] = differences[control]._replace(mean=over)
             columns.append(Column(teacher, name, samples, level, differences))
     return columns
 

@@ -453,19 +453,19 @@ class Config:
         )
         if self.sampler_url is not None:
             self._expect("sampler_url", self.sampler_url.startswith(("http://", "https://")), "http://HOST:PORT")
-            why = "with sampler vllm: it gives log-probabilities of what is left after the filter"
-            self._expect("top_k", self.top_k == 0, f"0 {why}")
-            self._expect("top_p", self.top_p == 1, f"1 {why}")
+            self._expect_no_filter("with sampler vllm: it gives log-probabilities of what is left after the filter")
         if self.importance_clip is not None:
-            why = "with importance_clip: the sampler's log-probabilities are those before the filter"
-            self._expect("top_k", self.top_k == 0, f"0 {why}")
-            self._expect("top_p", self.top_p == 1, f"1 {why}")
+            self._expect_no_filter("with importance_clip: the sampler's log-probabilities are those before the filter")
         self._expect("fsdp_teacher", self.fsdp or not self.fsdp_teacher, "false without fsdp")
         self._expect(
             "eval_k",
             (self.eval_k or 1) <= self.num_generations_eval,
             f"<= num_generations_eval ({self.num_generations_eval})",
         )
+
+    def _expect_no_filter(self, why: str) -> None:
+        self._expect("top_k", self.top_k == 0, f"0 {why}")
+        self._expect("top_p", self.top_p == 1, f"1 {why}")
 
     def _check_served(self) -> None:
         """What a teacher elsewhere cannot do."""

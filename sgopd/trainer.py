@@ -593,14 +593,15 @@ class Trainer:
                     remove_folder(path)
         self.metrics = MetricsFile(self.run_dir / "metrics.jsonl", self.state.metrics_position)
         self.opened.callback(self.metrics.close)
+        settings = dataclasses.asdict(self.config)
         self.health = Health(read_metrics(self.run_dir / "metrics.jsonl")[0])
+        self.health.course.settings = settings  # a resumed run may have others than its first record
         with writing(self.run_dir):
             for folder in (".", "checkpoints", "completions"):
                 remove_leftovers(self.run_dir / folder)
             for path in (self.run_dir / "completions").glob("step-*.parquet"):
                 if (number := path.stem.removeprefix("step-")).isdecimal() and int(number) > self.state.step:
                     path.unlink()
-        settings = dataclasses.asdict(self.config)
         name = {"name": self.config.run_name or self.run_dir.name}
         self.processes.accelerator.init_trackers(
             "sgopd",

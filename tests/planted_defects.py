@@ -332,6 +332,7 @@ DEFECTS += [
     Defect("health: weights of 0 beside a reward that teaches", "sgopd/report/checks.py", "    if taught > 0:", "    if False:", "report"),
     Defect("health: the KL to a teacher that the reward leads away from", "sgopd/report/checks.py", 'if course.trends["reward/taught"].total > 0:', "if False:", "report"),
     Defect("health: prompt weights taken for the gate's", "sgopd/report/checks.py", "if course.settings.get(one) is not None]:", "if False]:", "report"),
+    Defect("health: a resumed run judged by its first settings", TRAINER, "self.health.course.settings = settings", "_ = settings", "checkpoint::test_a_resumed_run_is_checked_by_the_settings_that_it_has_now"),
     Defect("health: settings of a run that trains not known", "sgopd/report/course.py", "            self.settings = record\n", "            pass\n", "report"),
     Defect("health: what was said before is said again", "sgopd/report/checks.py", "        self.said |= {", "        self.said &= {", "watch"),
     Defect("watch: a model's text moves the cursor", "sgopd/watch.py", "character.isprintable()", "character", "watch"),

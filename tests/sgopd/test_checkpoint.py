@@ -288,6 +288,16 @@ def test_what_came_after_the_checkpoint_goes_before_anything_is_written(module_s
     assert max(int(path.stem.removeprefix("step-")) for path in (run / "completions").iterdir()) <= step
 
 
+def test_a_resumed_run_is_checked_by_the_settings_that_it_has_now(module_settings, uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    earlier, *_ = checkpoint.saved(tmp_path / "run" / "checkpoints")
+    changes = {"resume_from_checkpoint": str(earlier), "position_half_life": 7.0}
+    one = Trainer(Config.load(write_config(tmp_path, module_settings), changes), say=lambda line: None)
+    one.start_writing()
+    one.close()
+    assert one.health.course.settings["position_half_life"] == 7.0
+
+
 def test_records_that_changed_or_went_are_no_ground_to_go_on_from(module_settings, uninterrupted, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(uninterrupted, run)
